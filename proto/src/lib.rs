@@ -1,0 +1,26 @@
+//! The contracts of the cluster: what its services say to clients and to each other.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`v1`] | the public interface, package `emu2.v1` |
+//! | [`stage`] | router to stage, package `emu2.stage.v1` |
+//! | [`array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
+//!
+//! No tch here, so that the router builds without libtorch.
+
+pub mod array;
+
+/// Package `emu2.v1`: the public interface.
+#[allow(clippy::all, unreachable_pub)]
+pub mod v1 {
+    tonic::include_proto!("emu2.v1");
+}
+
+/// Package `emu2.stage.v1`: what the router and the stages say to each other.
+#[allow(clippy::all, unreachable_pub)]
+pub mod stage {
+    tonic::include_proto!("emu2.stage.v1");
+}
+
+/// Encoded `FileDescriptorSet` of both packages, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/emu2.descriptors"));
