@@ -78,10 +78,8 @@ impl Array {
             return Err(ArrayError::Length { expected, shape, dtype: dtype.name(), got: data.len() });
         }
         let array = Self { dtype, shape, data };
-        match array.values().enumerate().find(|(_, value)| !value.is_finite()) {
-            Some((index, value)) => Err(ArrayError::NotFinite { value, index }),
-            None => Ok(array),
-        }
+        let stray = array.values().enumerate().find(|(_, value)| !value.is_finite());
+        stray.map_or(Ok(array), |(index, value)| Err(ArrayError::NotFinite { value, index }))
     }
 
     pub fn dtype(&self) -> Dtype {
@@ -192,7 +190,8 @@ mod tests {
 
     #[test]
     fn bfloat16_values_widen_exactly() {
-        let data: Vec<u8> = [1.5_f32, -2.0].iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
+        let data: Vec<u8> =
+            [1.5_f32, -2.0].iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
         let array = Array::new(Dtype::Bf16, vec![2], data.into()).unwrap();
         assert_eq!(array.values().collect::<Vec<_>>(), [1.5, -2.0]);
         assert!(matches!(array.expect(Dtype::F32, &[2]), Err(ArrayError::WrongDtype { .. })));

@@ -10,16 +10,22 @@
 
 pub mod array;
 
-/// Package `emu2.v1`: the public interface.
-#[allow(clippy::all, unreachable_pub)]
-pub mod v1 {
-    tonic::include_proto!("emu2.v1");
-}
+pub use emu2::{stage::v1 as stage, v1};
 
-/// Package `emu2.stage.v1`: what the router and the stages say to each other.
+/// Generated code refers across packages by their nesting.
 #[allow(clippy::all, unreachable_pub)]
-pub mod stage {
-    tonic::include_proto!("emu2.stage.v1");
+mod emu2 {
+    /// Package `emu2.v1`: the public interface.
+    pub mod v1 {
+        tonic::include_proto!("emu2.v1");
+    }
+
+    pub mod stage {
+        /// Package `emu2.stage.v1`: what the router and the stages say to each other.
+        pub mod v1 {
+            tonic::include_proto!("emu2.stage.v1");
+        }
+    }
 }
 
 /// Encoded `FileDescriptorSet` of both packages, for gRPC reflection.
