@@ -1,0 +1,83 @@
+//! Devices by name, and the CUDA libraries found at run time.
+//!
+//! One binary serves CPU and GPU: it links only the CPU part of libtorch and gains every CUDA kernel when
+//! `libtorch_cuda.so` is loaded before torch is first asked about CUDA (a "no" asked too early is cached for the
+//! process). The library comes from a GPU image, or from an installed PyTorch 2.11 through `LD_LIBRARY_PATH`.
+
+use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use tch::{Cuda, Device, Kind};
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("device must be `cpu` or `cuda:N`, got `{0}`")]
+    Name(String),
+    #[error("no device is named")]
+    Empty,
+    #[error("device `{0}` needs libtorch_cuda.so, which cannot be loaded: {1}")]
+    NoLibrary(String, String),
+    #[error("device `{name}` does not exist: {count} CUDA devices are visible")]
+    Absent { name: String, count: i64 },
+}
+
+/// The devices of a model service, in the order of its configuration.
+pub fn open(names: &[String]) -> Result<Vec<Device>, DeviceError> {
+    if names.is_empty() {
+        return Err(DeviceError::Empty);
+    }
+    names.iter().map(|name| open_one(name)).collect()
+}
+
+/// What a device computes in: bfloat16 on CUDA as the published models, float32 on CPUs, most of which have no
+/// fast bfloat16 products.
+pub fn compute_kind(device: Device) -> Kind {
+    match device {
+        Device::Cuda(_) => Kind::BFloat16,
+        _ => Kind::Float,
+    }
+}
+
+fn open_one(name: &str) -> Result<Device, DeviceError> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let index = name.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok());
+    let index = index.ok_or_else(|| DeviceError::Name(name.to_owned()))?;
+    load_cuda().as_ref().map_err(|error| DeviceError::NoLibrary(name.to_owned(), error.clone()))?;
+    let count = if Cuda::is_available() { Cuda::device_count() } else { 0 };
+    if index as i64 >= count {
+        return Err(DeviceError::Absent { name: name.to_owned(), count });
+    }
+    Ok(Device::Cuda(index))
+}
+
+fn load_cuda() -> &'static Result<Library, String> {
+    static CUDA: OnceLock<Result<Library, String>> = OnceLock::new();
+    CUDA.get_or_init(|| {
+        // SAFETY: libtorch's own initialisers run; they expect exactly this, torch's CPU part already loaded.
+        unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(names: &[&str]) -> Result<Vec<Device>, DeviceError> {
+        open(&names.iter().map(|name| name.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn names_are_checked() {
+        assert_eq!(opened(&["cpu"]).unwrap(), [Device::Cpu]);
+        assert!(matches!(opened(&[]), Err(DeviceError::Empty)));
+        for name in ["gpu", "cuda", "cuda:", "cuda:-1", "cuda:x"] {
+            assert!(matches!(opened(&[name]), Err(DeviceError::Name(_))), "{name}");
+        }
+        // Beyond any host's devices, whether or not it has CUDA.
+        let absent = opened(&["cuda:4096"]);
+        assert!(matches!(absent, Err(DeviceError::NoLibrary(..) | DeviceError::Absent { .. })), "{absent:?}");
+    }
+}

@@ -1,0 +1,141 @@
+//! The thread that owns a model, and the guard around its batches.
+//!
+//! A tensor may move between threads but not be shared, so a model lives on one thread and requests go to it. The
+//! model uses plain (panicking) torch operations, so that a forward reads like the paper; [`guarded`] turns a
+//! batch's panic into a fault, and the thread goes on.
+
+use std::{
+    panic::{self, AssertUnwindSafe},
+    thread,
+};
+
+use tokio::sync::oneshot;
+
+/// Starts the thread that owns a model.
+///
+/// `load` builds the model on the thread and says something about it to the caller; then `serve` runs until its
+/// queue closes. `cores` bounds the threads of one torch operation; 0 means all. Dropping the receiver does not stop
+/// the thread: closing its queue does.
+pub fn spawn<M, I, E>(
+    name: &str,
+    cores: usize,
+    load: impl FnOnce() -> Result<(M, I), E> + Send + 'static,
+    serve: impl FnOnce(M) + Send + 'static,
+) -> oneshot::Receiver<Result<I, E>>
+where
+    I: Send + 'static,
+    E: Send + 'static,
+{
+    let (report, loaded) = oneshot::channel();
+    let body = move || {
+        // The count is kept per calling thread, so that engines in one process can share its cores.
+        tch::set_num_threads(cores_or_all(cores));
+        let _no_grad = tch::no_grad_guard();
+        match load() {
+            Ok((model, info)) => {
+                if report.send(Ok(info)).is_ok() {
+                    serve(model);
+                }
+            }
+            Err(error) => {
+                // The service stopped while it was loading: nobody is left to tell.
+                let _ = report.send(Err(error));
+            }
+        }
+    };
+    thread::Builder::new().name(name.to_owned()).spawn(body).expect("the system can start a thread");
+    loaded
+}
+
+fn cores_or_all(cores: usize) -> i32 {
+    let all = || thread::available_parallelism().map_or(1, |all| all.get());
+    i32::try_from(if cores == 0 { all() } else { cores }).unwrap_or(i32::MAX)
+}
+
+/// What went wrong in a batch.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum EngineFault {
+    /// The batch did not fit; the engine keeps serving.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// The CUDA context may be poisoned: the service must go not-ready and exit.
+    #[error("device failed: {0}")]
+    Device(String),
+    /// Any other panic: a defect, but only this batch's.
+    #[error("batch failed: {0}")]
+    Panic(String),
+}
+
+/// Runs one batch; a panic in it becomes a fault.
+pub fn guarded<T>(batch: impl FnOnce() -> T) -> Result<T, EngineFault> {
+    // A model is not changed by a forward, and what a batch was building is dropped with it.
+    panic::catch_unwind(AssertUnwindSafe(batch)).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        classify(text.unwrap_or_else(|| "panic without a message".to_owned()))
+    })
+}
+
+fn classify(text: String) -> EngineFault {
+    // libtorch's C++ messages carry a back trace; the first line says it.
+    let line = text.lines().next().unwrap_or_default().to_owned();
+    if text.contains("out of memory") || text.contains("can't allocate memory") {
+        EngineFault::OutOfMemory(line)
+    } else if ["CUDA error", "cuBLAS", "CUBLAS", "cuDNN", "CUDNN"].iter().any(|sign| text.contains(sign)) {
+        EngineFault::Device(line)
+    } else {
+        EngineFault::Panic(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_model_is_loaded_and_served_on_one_thread_without_gradients() {
+        let (queue, commands) = mpsc::channel::<i64>();
+        let (answers, answered) = mpsc::channel();
+        let loaded = spawn(
+            "engine",
+            1,
+            || {
+                let weight = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+                Ok::<_, String>((weight, thread::current().name().map(str::to_owned)))
+            },
+            move |weight| {
+                for factor in commands {
+                    let product = &weight * factor;
+                    answers.send((product.requires_grad(), product.double_value(&[0]))).unwrap();
+                }
+            },
+        );
+        assert_eq!(loaded.await.unwrap().unwrap().as_deref(), Some("engine"));
+        queue.send(3).unwrap();
+        assert_eq!(answered.recv().unwrap(), (false, 3.0));
+    }
+
+    #[tokio::test]
+    async fn a_load_error_reaches_the_caller() {
+        let loaded = spawn("engine", 0, || Err::<((), ()), _>("no weights"), |()| unreachable!());
+        assert_eq!(loaded.await.unwrap(), Err("no weights"));
+    }
+
+    #[test]
+    fn faults_are_told_apart() {
+        let mismatch = guarded(|| {
+            Tensor::ones([2], (Kind::Float, Device::Cpu)) + Tensor::ones([3], (Kind::Float, Device::Cpu))
+        });
+        assert!(matches!(mismatch, Err(EngineFault::Panic(_))), "{mismatch:?}");
+        let fault = |text: &str| guarded(|| panic!("{text}")).unwrap_err();
+        assert!(matches!(fault("CUDA out of memory. Tried to allocate"), EngineFault::OutOfMemory(_)));
+        assert!(
+            matches!(fault("CUDA error: an illegal memory access\nat x"), EngineFault::Device(line) if !line.contains("at x"))
+        );
+        assert_eq!(guarded(|| 7), Ok(7));
+    }
+}
