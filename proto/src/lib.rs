@@ -13,7 +13,7 @@ pub mod array;
 pub use emu2::{stage::v1 as stage, v1};
 
 /// Generated code refers across packages by their nesting.
-#[allow(clippy::all, unreachable_pub)]
+#[allow(clippy::all, clippy::pedantic, unreachable_pub)]
 mod emu2 {
     /// Package `emu2.v1`: the public interface.
     pub mod v1 {
