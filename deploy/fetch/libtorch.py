@@ -10,17 +10,18 @@ downloads nothing:
     $EMU2_CACHE/target/                  cargo's output (see the Makefile)
 
 Idempotent (the folder's presence is the stamp), atomic (built aside, then renamed), Python standard library
-only. `--print-cache` prints the cache folder and does nothing else.
+only.
 """
 
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+import wheel
+from wheel import cache
 
 VERSION = "2.11.0"
 
@@ -49,13 +50,8 @@ WHEELS = [
     ),
 ]
 
-PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_25_x86_64", "manylinux2014_x86_64"]
-
 
 def main():
-    if sys.argv[1:] == ["--print-cache"]:
-        print(cache())
-        return
     refuse_unsupported_platforms()
     home = cache() / f"libtorch-{VERSION}"
     if not home.is_dir():
@@ -71,10 +67,6 @@ def main():
     link(home)
 
 
-def cache():
-    return Path(os.environ.get("EMU2_CACHE") or Path.home() / ".cache" / "emu2").absolute()
-
-
 def refuse_unsupported_platforms():
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         sys.exit(f"emu2 needs Linux on x86_64; this is {platform.system()} on {platform.machine()}")
@@ -83,7 +75,7 @@ def refuse_unsupported_platforms():
         sys.exit(f"emu2 needs glibc 2.28 or newer; this is {name or 'another libc'} {version}")
     if sys.version_info < (3, 9):
         sys.exit(f"emu2 needs Python 3.9 or newer; this is {platform.python_version()}")
-    if shutil.disk_usage(cache_parent()).free < 2 * 2**30:
+    if not (cache() / f"libtorch-{VERSION}").is_dir() and shutil.disk_usage(cache_parent()).free < 2 * 2**30:
         sys.exit(f"emu2 needs 2 GiB free under {cache()} to unpack libtorch")
 
 
@@ -95,49 +87,26 @@ def cache_parent():
 def build(aside):
     out = aside / "libtorch"
     for requirement, sha256, members in WHEELS:
-        unpack(download(aside, requirement, sha256), members, out)
+        unpack(wheel.download(requirement, sha256, aside), members, out)
     # The real libtorch.so only drags in libtorch_cuda; a linker script serves the same `-ltorch`.
     (out / "lib" / "libtorch.so").write_text("INPUT(-ltorch_cpu)\n")
     (out / "lib" / "libgomp.so").symlink_to("libgomp.so.1")
     (out / "build-version").write_text(VERSION + "\n")
 
 
-def download(aside, requirement, sha256):
-    print(f"fetching {requirement}", file=sys.stderr, flush=True)
-    requirements = aside / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    folder = Path(tempfile.mkdtemp(dir=aside))
-    # fmt: off
-    subprocess.run(
-        [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
-            "--progress-bar", "on" if sys.stderr.isatty() else "off",
-            "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none",
-            # pip takes the tags as given, without their older equivalents: the three wheels carry these.
-            *(word for tag in PLATFORMS for word in ("--platform", tag)),
-            "--dest", folder, "--requirement", requirements,
-        ],
-        check=True,
-        stdout=sys.stderr,
-    )
-    # fmt: on
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def unpack(wheel, members, out):
-    with zipfile.ZipFile(wheel) as archive:
+def unpack(path, members, out):
+    with zipfile.ZipFile(path) as archive:
         for name in (name for name in archive.namelist() if not name.endswith("/")):
             for kept, target in members.items():
                 if name == kept or (kept.endswith("/") and name.startswith(kept)):
-                    path = out / (target + name[len(kept):])
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(name) as source, open(path, "wb") as destination:
+                    member = out / (target + name[len(kept) :])
+                    member.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(name) as source, open(member, "wb") as destination:
                         shutil.copyfileobj(source, destination, 1 << 20)
-    wheel.unlink()
+    path.unlink()
     missing = [target for target in members.values() if not (out / target).exists()]
     if missing:
-        sys.exit(f"{wheel.name} does not hold {', '.join(missing)}")
+        sys.exit(f"{path.name} does not hold {', '.join(missing)}")
 
 
 def link(home):

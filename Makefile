@@ -1,0 +1,74 @@
+# The commands of this project. CI (.ci/run) calls the same `check` and `test`.
+#
+#   make demo    fetch libtorch, build, start the cluster in one process, ask and paint through its gRPC API
+#   make test    the whole test suite (installs redis-server on Debian as root)
+#   make check   format, lints, licences, contracts
+#   make up      the cluster in one process on the demo's weights, until Ctrl-C
+#   make local   the same as four processes and Redis
+#
+# Build output and libtorch live side by side in a cache outside the clone: EMU2_CACHE, default ~/.cache/emu2.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.PHONY: demo up local test check build libtorch redis tools fmt clippy deny buf
+
+export EMU2_CACHE ?= $(HOME)/.cache/emu2
+export CARGO_TARGET_DIR ?= $(EMU2_CACHE)/target
+BIN := $(CARGO_TARGET_DIR)/debug
+TOOLS := $(EMU2_CACHE)/tools
+
+CARGO_DENY_VERSION := 0.20.2
+BUF_VERSION := 1.75.0
+BUF := $(TOOLS)/buf-$(BUF_VERSION)/node_modules/.bin/buf
+CARGO_DENY := $(TOOLS)/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
+
+# Weights until trained ones ship: tiny and random, with every part of the model.
+MODEL_DIR ?= tests/fixtures/golden-a/models/emu2-gen
+
+demo: libtorch
+	cargo build --package emu2-cli
+	$(BIN)/emu2 demo --model-dir $(MODEL_DIR) --photos "$$(python3 deploy/fetch/photo.py)" --out out/demo
+
+up: libtorch
+	cargo build --package emu2-cli
+	$(BIN)/emu2 up --model-dir $(MODEL_DIR)
+
+local: build
+	deploy/local/run.sh $(BIN) $(MODEL_DIR)
+
+# Some tests start the real binaries, so they are built first.
+test: build redis
+	cargo test --workspace
+
+build: libtorch
+	cargo build --workspace --bins
+
+check: fmt clippy deny buf
+
+fmt:
+	cargo fmt --all --check
+
+clippy: libtorch
+	cargo clippy --workspace --all-targets -- -D warnings
+
+# The advisory database is not consulted: it cannot be reached from every place this runs.
+deny: $(CARGO_DENY)
+	$(CARGO_DENY) --offline check --config .cargo/deny.toml bans licenses sources
+
+buf: $(BUF)
+	$(BUF) lint proto
+
+libtorch:
+	python3 deploy/fetch/libtorch.py
+
+redis:
+	deploy/redis/install.sh
+
+tools: $(CARGO_DENY) $(BUF)
+
+$(CARGO_DENY):
+	env -u CARGO_TARGET_DIR cargo install cargo-deny --version $(CARGO_DENY_VERSION) --locked --root $(TOOLS)/cargo-deny-$(CARGO_DENY_VERSION)
+
+$(BUF):
+	npm install --silent --no-fund --no-audit --prefix $(TOOLS)/buf-$(BUF_VERSION) @bufbuild/buf@$(BUF_VERSION)
