@@ -1,0 +1,107 @@
+//! A service's configuration: `T::default()`, then a TOML file, then `EMU2__SECTION__KEY` environment variables.
+//!
+//! Keys that `T` does not have are refused in the file (by `#[serde(deny_unknown_fields)]` on `T` and its parts) and
+//! in the environment (here). A variable whose default is a list is split at commas; one that starts with `[` or `{`
+//! is read as JSON, for lists of tables.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, Command, value_parser};
+use config::{Config, File, FileFormat, Value, ValueKind};
+use serde::{Serialize, de::DeserializeOwned};
+
+const PREFIX: &str = "EMU2__";
+const SEPARATOR: &str = "__";
+
+/// A configuration that knows what contradicts itself.
+pub trait Validate {
+    /// All mistakes at once, each naming the key, the limit and the value; empty when there is none.
+    fn problems(&self) -> Vec<String>;
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("configuration cannot be read: {0}")]
+    Read(#[from] config::ConfigError),
+    #[error("configuration is invalid: {}", .0.join("; "))]
+    Invalid(Vec<String>),
+}
+
+/// Reads the configuration of a service from its command line: `--config FILE`. `--help` and mistakes on the command
+/// line print and exit, as is usual.
+pub fn from_args<T>() -> Result<T, ConfigError>
+where
+    T: Serialize + DeserializeOwned + Default + Validate,
+{
+    let file = Arg::new("config")
+        .long("config")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help("TOML file; EMU2__SECTION__KEY environment variables override it");
+    let arguments = Command::new("emu2").version(env!("CARGO_PKG_VERSION")).arg(file).get_matches();
+    load(arguments.get_one::<PathBuf>("config").map(PathBuf::as_path))
+}
+
+/// Reads the configuration from an optional file and the process's environment.
+pub fn load<T>(file: Option<&Path>) -> Result<T, ConfigError>
+where
+    T: Serialize + DeserializeOwned + Default + Validate,
+{
+    // A variable that is not Unicode cannot be one of ours.
+    let environment = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let environment = environment.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+    load_from(file, environment)
+}
+
+fn load_from<T>(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<T, ConfigError>
+where
+    T: Serialize + DeserializeOwned + Default + Validate,
+{
+    let defaults = Config::try_from(&T::default())?;
+    let known = defaults.cache.clone();
+    let mut builder = Config::builder().add_source(defaults);
+    if let Some(file) = file {
+        builder = builder.add_source(File::from(file).format(FileFormat::Toml));
+    }
+    let mut problems = Vec::new();
+    for (name, text) in environment {
+        let Some(key) = name.strip_prefix(PREFIX) else { continue };
+        let path = key.to_lowercase();
+        match override_of(&known, &path, &text) {
+            Ok(value) => builder = builder.set_override(path.replace(SEPARATOR, "."), value)?,
+            Err(problem) => problems.push(format!("{name}: {problem}")),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(ConfigError::Invalid(problems));
+    }
+    let config: T = builder.build()?.try_deserialize()?;
+    match config.problems() {
+        problems if problems.is_empty() => Ok(config),
+        problems => Err(ConfigError::Invalid(problems)),
+    }
+}
+
+/// A variable's text in the shape that its key's default has; serde turns text into numbers and booleans.
+fn override_of(defaults: &Value, path: &str, text: &str) -> Result<Value, String> {
+    let mut default = defaults;
+    for key in path.split(SEPARATOR) {
+        let ValueKind::Table(table) = &default.kind else { return Err("no such key".into()) };
+        default = table.get(key).ok_or("no such key")?;
+    }
+    if text.starts_with(['[', '{']) {
+        return serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"));
+    }
+    let list = || {
+        text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Value::from).collect::<Vec<_>>()
+    };
+    match default.kind {
+        ValueKind::Array(_) => Ok(Value::from(list())),
+        ValueKind::Table(_) => Err("a section, not a key".into()),
+        _ => Ok(Value::from(text)),
+    }
+}

@@ -1,0 +1,94 @@
+//! The metrics that every service has. The registry is the service's own: it registers its own metrics in it and
+//! gives it to the server, which adds these and exposes all of them at `/metrics`.
+
+use std::{sync::Arc, sync::atomic::AtomicI64, time::Duration};
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+use tonic::Code;
+
+use crate::status::code_name;
+
+/// Finished RPCs by method and code; exposed as `emu2_rpc_requests_total`.
+pub const RPC_REQUESTS: &str = "emu2_rpc_requests";
+/// From the arrival of the headers to the end of the stream, by method and code; exposed as
+/// `emu2_rpc_duration_seconds`.
+pub const RPC_DURATION: &str = "emu2_rpc_duration";
+/// RPCs that have arrived and not ended.
+pub const RPC_IN_FLIGHT: &str = "emu2_rpc_in_flight_requests";
+/// The method label of calls that no service answers: callers choose paths, and labels must stay few.
+const UNKNOWN_METHOD: &str = "unknown";
+
+/// Buckets for durations in seconds, from a cache hit (1 ms) to an image on a CPU (17 minutes).
+pub fn duration_buckets() -> impl Iterator<Item = f64> {
+    exponential_buckets(0.001, 2.0, 21)
+}
+
+/// A histogram over [`duration_buckets`], in the shape that `Family::new_with_constructor` wants.
+pub fn duration_histogram() -> Histogram {
+    Histogram::new(duration_buckets())
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Rpc {
+    method: String,
+    code: &'static str,
+}
+
+#[derive(Clone)]
+pub(crate) struct RpcMetrics {
+    requests: Family<Rpc, Counter>,
+    duration: Family<Rpc, Histogram, fn() -> Histogram>,
+    in_flight: Gauge,
+}
+
+/// One RPC in flight; leaves the gauge when dropped.
+pub(crate) struct InFlight(Gauge<i64, AtomicI64>);
+
+impl RpcMetrics {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            requests: Family::default(),
+            duration: Family::new_with_constructor(duration_histogram),
+            in_flight: Gauge::default(),
+        };
+        registry.register(RPC_REQUESTS, "RPCs that have ended", metrics.requests.clone());
+        let help = "Time from an RPC's arrival to its end";
+        registry.register_with_unit(RPC_DURATION, help, Unit::Seconds, metrics.duration.clone());
+        registry.register(RPC_IN_FLIGHT, "RPCs that have arrived and not ended", metrics.in_flight.clone());
+        metrics
+    }
+
+    pub(crate) fn arrived(&self) -> InFlight {
+        self.in_flight.inc();
+        InFlight(self.in_flight.clone())
+    }
+
+    pub(crate) fn ended(&self, method: &str, code: Code, duration: Duration) {
+        let method = if code == Code::Unimplemented { UNKNOWN_METHOD } else { method };
+        let labels = Rpc { method: method.to_owned(), code: code_name(code) };
+        self.requests.get_or_create(&labels).inc();
+        self.duration.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// All of a registry as OpenMetrics text.
+pub(crate) fn text(registry: &Arc<Registry>) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry)?;
+    Ok(text)
+}

@@ -1,0 +1,86 @@
+//! Whether this replica wants work: not before its weights are in and warm, not while its device is broken, not once
+//! shutdown has begun. Health checks, `/readyz` and the RPC layer all ask here.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+/// What a replica says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    Ready,
+    /// Why not, for people.
+    NotReady(String),
+    /// For good: shutdown has begun.
+    Stopping,
+}
+
+/// Cloning shares the state. Starts not ready.
+#[derive(Clone, Debug)]
+pub struct Readiness(Arc<watch::Sender<State>>);
+
+impl Readiness {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(State::NotReady("starting".into()))))
+    }
+
+    pub fn ready(&self) {
+        self.become_state(State::Ready);
+    }
+
+    pub fn not_ready(&self, reason: impl Into<String>) {
+        self.become_state(State::NotReady(reason.into()));
+    }
+
+    pub(crate) fn stop(&self) {
+        self.become_state(State::Stopping);
+    }
+
+    pub fn state(&self) -> State {
+        self.0.borrow().clone()
+    }
+
+    pub fn is_ready(&self) -> bool {
+        *self.0.borrow() == State::Ready
+    }
+
+    /// Returns once the replica is ready; never if it never will be.
+    pub async fn became_ready(&self) {
+        let mut changes = self.0.subscribe();
+        changes.wait_for(|state| *state == State::Ready).await.expect("self holds the sender");
+    }
+
+    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+        self.0.subscribe()
+    }
+
+    fn become_state(&self, next: State) {
+        self.0.send_if_modified(|state| {
+            // An engine that finishes loading during shutdown must not call traffic back.
+            if *state == State::Stopping || *state == next {
+                return false;
+            }
+            tracing::info!(state = ?next, "readiness changed");
+            *state = next;
+            true
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stopping_is_for_good() {
+        let readiness = Readiness::new();
+        assert_eq!(readiness.state(), State::NotReady("starting".into()));
+        readiness.ready();
+        assert!(readiness.is_ready());
+        readiness.not_ready("device lost");
+        assert_eq!(readiness.state(), State::NotReady("device lost".into()));
+        readiness.stop();
+        readiness.ready();
+        assert_eq!(readiness.state(), State::Stopping);
+    }
+}

@@ -1,0 +1,281 @@
+//! The layer around every RPC. On the way in: request id, deadline, span, readiness. On the way out: request id in
+//! metadata and details, tonic's codes for bad messages corrected, one count, one log line. In between: whatever the
+//! handler does is stopped at the deadline, and at the end of the shutdown grace.
+//!
+//! An RPC ends when its response *body* ends, so all of this lives as long as the body does.
+
+use std::{
+    convert::Infallible,
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
+use http::{HeaderMap, Request, Response};
+use http_body::{Frame, SizeHint};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, body::Body, service::Routes};
+use tower::{Layer, Service};
+use tracing::{Instrument, Span, field::Empty};
+
+use crate::{
+    deadline::Deadline,
+    message,
+    metrics::{InFlight, RpcMetrics},
+    readiness::{Readiness, State},
+    status::{self, code_name},
+    trace::{self, REQUEST_ID, RequestId},
+};
+
+/// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
+/// watch would never end), and neither traced nor counted, since probes would drown what people look for.
+const INFRASTRUCTURE: &str = "/grpc.";
+
+/// What the layer needs to know of the server.
+pub(crate) struct Shared {
+    pub(crate) service: &'static str,
+    pub(crate) metrics: RpcMetrics,
+    pub(crate) readiness: Readiness,
+    /// Shutdown has begun.
+    pub(crate) draining: CancellationToken,
+    /// The shutdown grace is over.
+    pub(crate) cut: CancellationToken,
+}
+
+#[derive(Clone)]
+pub(crate) struct RpcLayer(pub(crate) Arc<Shared>);
+
+impl Layer<Routes> for RpcLayer {
+    type Service = Rpc;
+
+    fn layer(&self, routes: Routes) -> Rpc {
+        Rpc { routes, shared: Arc::clone(&self.0) }
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Rpc {
+    routes: Routes,
+    shared: Arc<Shared>,
+}
+
+impl Service<Request<Body>> for Rpc {
+    type Response = Response<RpcBody>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<Request<Body>>::poll_ready(&mut self.routes, context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if request.uri().path().starts_with(INFRASTRUCTURE) {
+            let stop = stop(Deadline::none(), self.shared.draining.clone());
+            let response = self.routes.call(request);
+            return Box::pin(async move {
+                let response = answer(response, stop).await;
+                Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: None }))
+            });
+        }
+        let request_id = RequestId::of_headers(request.headers());
+        let ending = Ending::begin(&self.shared, &request, request_id.as_ref().ok());
+        let span = ending.span.clone();
+        // Fixed here, before tonic starts its own timer for the same header: ours must be the one that fires, because
+        // tonic would answer CANCELLED.
+        let deadline = request_id.and_then(|_| Deadline::of_headers(request.headers()));
+        let admitted = deadline.and_then(|deadline| admit(&self.shared.readiness).map(|()| deadline));
+        let stop = stop(*admitted.as_ref().unwrap_or(&Deadline::none()), self.shared.cut.clone());
+        let response: BoxFuture<'static, Result<Response<Body>, Infallible>> = match admitted {
+            Ok(deadline) => {
+                request.extensions_mut().insert(deadline);
+                request.extensions_mut().insert(ending.request_id.clone());
+                Box::pin(span.in_scope(|| self.routes.call(request)))
+            }
+            Err(refusal) => Box::pin(std::future::ready(Ok(refusal.into_http()))),
+        };
+        let answered = async move {
+            let mut ending = ending;
+            let mut response = answer(response, stop).await;
+            ending.settle(response.headers_mut());
+            response.headers_mut().insert(REQUEST_ID, ending.request_id.header());
+            Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: Some(ending) }))
+        };
+        Box::pin(answered.instrument(span))
+    }
+}
+
+fn admit(readiness: &Readiness) -> Result<(), Status> {
+    match readiness.state() {
+        // While stopping, calls that were on their way when the connection was told to go are still served.
+        State::Ready | State::Stopping => Ok(()),
+        State::NotReady(reason) => Err(status::unavailable(format!("not ready: {reason}"))),
+    }
+}
+
+type Stop = Pin<Box<dyn Future<Output = Status> + Send>>;
+
+/// Why an RPC is stopped from outside, once it is.
+fn stop(deadline: Deadline, cut: CancellationToken) -> Stop {
+    Box::pin(async move {
+        tokio::select! {
+            () = deadline.passed() => status::deadline_exceeded(),
+            () = cut.cancelled_owned() => status::unavailable("the server is shutting down"),
+        }
+    })
+}
+
+/// The handler's response, or the status of whatever stopped it first.
+async fn answer(
+    response: impl Future<Output = Result<Response<Body>, Infallible>> + Send,
+    mut stop: Stop,
+) -> Response<(Body, Stop)> {
+    let answer = tokio::select! {
+        biased;
+        status = &mut stop => status.into_http(),
+        answer = AssertUnwindSafe(response).catch_unwind() => match answer {
+            Ok(Ok(response)) => response,
+            // The panic itself has been logged by the process's hook, inside this span.
+            Err(_) => status::internal("the handler failed").into_http(),
+        },
+    };
+    answer.map(|body| (body, stop))
+}
+
+/// A response body that outlives neither the deadline nor the shutdown grace.
+pub(crate) struct RpcBody {
+    inner: Option<Body>,
+    stop: Stop,
+    ending: Option<Ending>,
+}
+
+impl http_body::Body for RpcBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        let _entered = this.ending.as_ref().map(|ending| ending.span.clone().entered());
+        let Some(inner) = &mut this.inner else {
+            return Poll::Ready(None);
+        };
+        if let Poll::Ready(status) = this.stop.as_mut().poll(context) {
+            // Dropping the handler's stream tells whoever computes for it.
+            this.inner = None;
+            let mut trailers = HeaderMap::new();
+            status.add_header(&mut trailers)?;
+            return Poll::Ready(Some(Ok(this.last(trailers))));
+        }
+        let frame = std::task::ready!(Pin::new(inner).poll_frame(context));
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => Some(Ok(match frame.into_trailers() {
+                Ok(trailers) => this.last(trailers),
+                Err(data) => data,
+            })),
+            other => other,
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.as_ref().is_none_or(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
+    }
+}
+
+impl RpcBody {
+    fn last(&mut self, mut trailers: HeaderMap) -> Frame<Bytes> {
+        if let Some(ending) = &mut self.ending {
+            ending.settle(&mut trailers);
+        }
+        Frame::trailers(trailers)
+    }
+}
+
+/// The end of one RPC: reported when dropped, whichever way it came.
+struct Ending {
+    request_id: RequestId,
+    method: String,
+    span: Span,
+    begun: Instant,
+    metrics: RpcMetrics,
+    /// Known once the status has passed through; a response dropped before that is one whose caller left.
+    code: Option<Code>,
+    _in_flight: InFlight,
+}
+
+impl Ending {
+    fn begin(shared: &Shared, request: &Request<Body>, request_id: Option<&RequestId>) -> Self {
+        let request_id = request_id.cloned().unwrap_or_else(RequestId::generate);
+        let method = request.uri().path().trim_start_matches('/').to_owned();
+        let span = tracing::info_span!(
+            parent: None,
+            "request",
+            otel.name = %method,
+            otel.kind = "server",
+            otel.status_code = Empty,
+            rpc.system = "grpc",
+            rpc.grpc.status_code = Empty,
+            service = shared.service,
+            %request_id,
+            trace_id = Empty,
+        );
+        if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
+            span.record("trace_id", trace_id);
+        }
+        let _in_flight = shared.metrics.arrived();
+        let metrics = shared.metrics.clone();
+        Self { request_id, method, span, begun: Instant::now(), metrics, code: None, _in_flight }
+    }
+
+    /// Notes the status in headers or trailers, if there is one, and completes it.
+    fn settle(&mut self, headers: &mut HeaderMap) {
+        let Some(status) = Status::from_header_map(headers) else { return };
+        self.code = Some(status.code());
+        if status.code() == Code::Ok {
+            return;
+        }
+        let status = message::decode_status(status);
+        let complete = status::with_request_id(&status, self.request_id.as_str());
+        self.code = Some(complete.code());
+        let previous =
+            ["grpc-status", "grpc-message", "grpc-status-details-bin"].map(|name| headers.remove(name));
+        if complete.add_header(headers).is_err() {
+            // A message that is no header value: the bare code still says more than nothing.
+            let [code, ..] = previous;
+            headers.extend(code.map(|code| (http::HeaderName::from_static("grpc-status"), code)));
+        }
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let code = self.code.unwrap_or(Code::Cancelled);
+        let duration = self.begun.elapsed();
+        self.metrics.ended(&self.method, code, duration);
+        self.span.record("rpc.grpc.status_code", code as i32);
+        let _entered = self.span.enter();
+        let (method, code_name, duration_ms) = (&self.method, code_name(code), duration.as_secs_f64() * 1e3);
+        match code {
+            // The codes that OpenTelemetry counts as the server's failures.
+            Code::Unknown
+            | Code::Internal
+            | Code::DataLoss
+            | Code::Unimplemented
+            | Code::Unavailable
+            | Code::DeadlineExceeded => {
+                self.span.record("otel.status_code", "ERROR");
+                tracing::warn!(method, code = code_name, duration_ms, "request ended");
+            }
+            _ => tracing::info!(method, code = code_name, duration_ms, "request ended"),
+        }
+    }
+}

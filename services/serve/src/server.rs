@@ -1,0 +1,349 @@
+//! A gRPC server as every service of the cluster runs it: health, reflection, the layer of `rpc` around each call,
+//! an admin port, and an end in order.
+//!
+//! ```ignore
+//! let server = Server::new("emu2-encoder", &config.server, listeners).service(encoder).registry(registry);
+//! server.run_after(load_and_warm_up, shutdown).await
+//! ```
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use prometheus_client::registry::Registry;
+use serde::{Deserialize, Serialize};
+use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    body::Body, codegen::http::Request, server::NamedService, service::Routes, transport::server::TcpIncoming,
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::Service;
+
+use crate::{
+    admin,
+    client::{CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAM_WINDOW_BYTES},
+    config::Validate,
+    metrics::RpcMetrics,
+    readiness::{Readiness, State},
+    rpc::{RpcLayer, Shared},
+    shutdown::Shutdown,
+};
+
+/// Streams of one connection beyond the permits: a caller over the limit must reach admission and be refused there,
+/// not wait unseen for a free stream; and health checks must always find one.
+const SPARE_STREAMS: usize = 256;
+/// After the grace: for the last trailers to leave, and for the admin port to close.
+const CLOSE_MS_MAX: u64 = 1_000;
+const ADMIN_PORT_OFFSET: u16 = 1_000;
+
+/// Part `server` of every configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// gRPC. Loopback unless configured: nothing here authenticates.
+    pub listen: SocketAddr,
+    /// HTTP with /metrics, /healthz and /readyz; none without it.
+    pub admin: Option<SocketAddr>,
+    /// Whether gRPC reflection tells the API to whoever asks.
+    pub reflection: bool,
+    /// Largest message, in or out: a request of many photographs fits; buffers are bounded by it.
+    pub max_message_bytes: usize,
+    /// Requests at a time; one more is refused at once.
+    pub max_requests: usize,
+    /// How long running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
+    pub shutdown_grace_ms: u64,
+}
+
+impl ServerConfig {
+    /// Defaults with gRPC on a loopback port and the admin port 1000 above it (0 stays 0: any free port).
+    pub fn on_port(port: u16) -> Self {
+        let admin_port = if port == 0 { 0 } else { port.saturating_add(ADMIN_PORT_OFFSET) };
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], port)),
+            admin: Some(SocketAddr::from(([127, 0, 0, 1], admin_port))),
+            reflection: true,
+            max_message_bytes: 64 << 20,
+            max_requests: 256,
+            shutdown_grace_ms: 30_000,
+        }
+    }
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self::on_port(0)
+    }
+}
+
+impl Validate for ServerConfig {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut range = |key, min: u64, max: u64, value: u64| {
+            if !(min..=max).contains(&value) {
+                problems.push(format!("server.{key} must be {min} to {max}, got {value}"));
+            }
+        };
+        range("max_message_bytes", 1 << 10, 1 << 30, self.max_message_bytes as u64);
+        range("max_requests", 1, 65_536, self.max_requests as u64);
+        range("shutdown_grace_ms", 0, 3_600_000, self.shutdown_grace_ms);
+        if self.admin == Some(self.listen) && self.listen.port() != 0 {
+            problems.push(format!("server.admin must not be server.listen, got {}", self.listen));
+        }
+        problems
+    }
+}
+
+/// The sockets of a service, bound before anything else starts, so that a taken port fails at once and a test can
+/// ask for port 0.
+#[derive(Debug)]
+pub struct Listeners {
+    pub grpc: TcpListener,
+    pub admin: Option<TcpListener>,
+}
+
+impl Listeners {
+    pub async fn bind(config: &ServerConfig) -> anyhow::Result<Self> {
+        let bind = async |address| {
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+        };
+        let grpc = bind(config.listen).await?;
+        let admin = match config.admin {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
+        Ok(Self { grpc, admin })
+    }
+
+    pub fn grpc_addr(&self) -> SocketAddr {
+        self.grpc.local_addr().expect("a bound listener has an address")
+    }
+
+    pub fn admin_addr(&self) -> Option<SocketAddr> {
+        self.admin.as_ref().map(|admin| admin.local_addr().expect("a bound listener has an address"))
+    }
+}
+
+/// A server under construction; see [`Server::run`].
+pub struct Server {
+    name: &'static str,
+    config: ServerConfig,
+    listeners: Listeners,
+    routes: Routes,
+    services: Vec<&'static str>,
+    registry: Registry,
+    readiness: Readiness,
+}
+
+impl Server {
+    /// `name` is the `service` field of spans and log lines.
+    pub fn new(name: &'static str, config: &ServerConfig, listeners: Listeners) -> Self {
+        Self {
+            name,
+            config: config.clone(),
+            listeners,
+            routes: Routes::default(),
+            services: Vec::new(),
+            registry: Registry::default(),
+            readiness: Readiness::new(),
+        }
+    }
+
+    /// Adds a tonic service. Its message limits are its own: give it
+    /// `.max_decoding_message_size(config.max_message_bytes)` and the same for encoding.
+    #[must_use]
+    pub fn service<S>(mut self, service: S) -> Self
+    where
+        S: Service<Request<Body>, Error = std::convert::Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+        self.services.push(S::NAME);
+        self.routes = self.routes.add_service(service);
+        self
+    }
+
+    /// The registry that holds the service's own metrics.
+    #[must_use]
+    pub fn registry(mut self, registry: Registry) -> Self {
+        self.registry = registry;
+        self
+    }
+
+    /// Starts not ready; until it is, RPCs (other than health and reflection) answer UNAVAILABLE.
+    pub fn readiness(&self) -> Readiness {
+        self.readiness.clone()
+    }
+
+    /// Serves while `load` runs, becomes ready when it succeeds, and ends with its error when it fails.
+    pub async fn run_after<L>(self, load: L, shutdown: Shutdown) -> anyhow::Result<()>
+    where
+        L: Future<Output = anyhow::Result<()>>,
+    {
+        self.readiness.not_ready("loading");
+        let readiness = self.readiness.clone();
+        let failed = CancellationToken::new();
+        let loading = async {
+            tokio::select! {
+                loaded = load => loaded.inspect(|()| readiness.ready()).inspect_err(|_| failed.cancel()),
+                // Nobody will be served by what is still loading.
+                () = shutdown.begun() => Ok(()),
+            }
+        };
+        let ended = Shutdown::new();
+        let either = async {
+            tokio::select! {
+                () = shutdown.begun() => {}
+                () = failed.cancelled() => {}
+            }
+            ended.begin();
+        };
+        let (loaded, served, ()) = tokio::join!(loading, Box::pin(self.run(ended.clone())), either);
+        loaded.and(served)
+    }
+
+    /// Serves until shutdown begins, then: not ready, no new connections, running requests finish within the grace,
+    /// what is left is cut with UNAVAILABLE.
+    pub async fn run(self, shutdown: Shutdown) -> anyhow::Result<()> {
+        let Self { name, config, listeners, routes, services, mut registry, readiness } = self;
+        let shared = Arc::new(Shared {
+            service: name,
+            metrics: RpcMetrics::register(&mut registry),
+            readiness: readiness.clone(),
+            draining: CancellationToken::new(),
+            cut: CancellationToken::new(),
+        });
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let health = Health { reporter: health, services: services.clone() };
+        health.tell(ServingStatus::NotServing).await;
+        let routes = with_reflection(routes.add_service(health_service), &config, services)?;
+
+        let address = listeners.grpc_addr();
+        tracing::info!(service = name, %address, admin = ?listeners.admin_addr(), "listening");
+        let admin_stopped = CancellationToken::new();
+        let admin = listeners.admin.map(|listener| {
+            tokio::spawn(admin::serve(listener, Arc::new(registry), readiness.clone(), admin_stopped.clone()))
+        });
+        let watching = tokio::spawn(health.clone().follow(readiness.clone()));
+
+        let draining = shared.draining.clone();
+        let begun = shutdown.clone();
+        let drain = async move {
+            begun.begun().await;
+            readiness.stop();
+            health.tell(ServingStatus::NotServing).await;
+            draining.cancel();
+        };
+        let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
+        let serving = transport(&config).layer(RpcLayer(Arc::clone(&shared))).add_routes(routes);
+        let serving = serving.serve_with_incoming_shutdown(incoming, drain);
+        let served = until_cut(Box::pin(serving), &config, &shutdown, &shared.cut).await;
+        watching.abort();
+        admin_stopped.cancel();
+        close(admin).await?;
+        tracing::info!(service = name, "stopped");
+        served
+    }
+}
+
+fn transport(config: &ServerConfig) -> tonic::transport::Server {
+    let streams =
+        u32::try_from(config.max_requests + SPARE_STREAMS).expect("max_requests has been validated");
+    tonic::transport::Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(streams)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
+fn with_reflection(
+    mut routes: Routes,
+    config: &ServerConfig,
+    services: Vec<&'static str>,
+) -> anyhow::Result<Routes> {
+    if !config.reflection {
+        return Ok(routes);
+    }
+    // Only what this server answers, though the descriptors hold every service of the cluster.
+    let builder = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(emu2_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("grpc.health.v1.Health");
+        services.iter().fold(builder, |builder, service| builder.with_service_name(*service))
+    };
+    routes = routes.add_service(builder().build_v1().context("reflection cannot be built")?);
+    // grpcurl and older clients still ask for the alpha version.
+    Ok(routes.add_service(builder().build_v1alpha().context("reflection cannot be built")?))
+}
+
+async fn until_cut<E>(
+    mut serving: std::pin::Pin<Box<impl Future<Output = Result<(), E>>>>,
+    config: &ServerConfig,
+    shutdown: &Shutdown,
+    cut: &CancellationToken,
+) -> anyhow::Result<()>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let grace_over = async {
+        shutdown.begun().await;
+        tokio::time::sleep(Duration::from_millis(config.shutdown_grace_ms)).await;
+    };
+    tokio::select! {
+        served = &mut serving => return served.context("gRPC server failed"),
+        () = grace_over => {}
+    }
+    tracing::warn!(grace_ms = config.shutdown_grace_ms, "cutting the requests that still run");
+    cut.cancel();
+    // A connection whose caller no longer reads stays open; it ends with the process.
+    let _ = timeout(Duration::from_millis(CLOSE_MS_MAX), serving).await;
+    Ok(())
+}
+
+async fn close(admin: Option<JoinHandle<std::io::Result<()>>>) -> anyhow::Result<()> {
+    let Some(mut admin) = admin else { return Ok(()) };
+    match timeout(Duration::from_millis(CLOSE_MS_MAX), &mut admin).await {
+        Ok(served) => served.context("admin server panicked")?.context("admin server failed"),
+        Err(_) => {
+            admin.abort();
+            Ok(())
+        }
+    }
+}
+
+/// grpc.health.v1: the server as a whole (the empty name) and each of its services say the same.
+#[derive(Clone)]
+struct Health {
+    reporter: HealthReporter,
+    services: Vec<&'static str>,
+}
+
+impl Health {
+    async fn tell(&self, status: ServingStatus) {
+        self.reporter.set_service_status("", status).await;
+        for service in &self.services {
+            self.reporter.set_service_status(service, status).await;
+        }
+    }
+
+    async fn follow(self, readiness: Readiness) {
+        let mut changes = readiness.changes();
+        loop {
+            let state = changes.borrow_and_update().clone();
+            match state {
+                State::Ready => self.tell(ServingStatus::Serving).await,
+                State::NotReady(_) => self.tell(ServingStatus::NotServing).await,
+                State::Stopping => return self.tell(ServingStatus::NotServing).await,
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The response stream of an RPC: a bounded queue between whoever computes (an engine thread, a task) and the
+//! connection. It ends at the caller's deadline, and its sender knows when nobody listens any more: engines ask
+//! [`Sender::is_closed`] once a step.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use futures::{Future, Stream};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::{admission::Permit, deadline::Deadline, status};
+
+/// A response stream of at most `capacity` waiting events. The permit is given back when the stream is dropped.
+pub fn channel<T>(capacity: usize, deadline: Deadline, permit: Permit) -> (Sender<T>, Events<T>) {
+    let (queue, events) = mpsc::channel(capacity);
+    let passed = Box::pin(deadline.passed());
+    (Sender { queue, deadline }, Events { events, passed, ended: false, _permit: permit })
+}
+
+/// The computing end; the stream ends when every clone of it is dropped.
+#[derive(Debug)]
+pub struct Sender<T> {
+    queue: mpsc::Sender<Result<T, Status>>,
+    deadline: Deadline,
+}
+
+/// Nobody listens: the caller left or its deadline passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the caller has left or its deadline has passed")]
+pub struct Closed;
+
+/// Why an event could not be queued at once.
+#[derive(Debug, thiserror::Error)]
+pub enum TrySendError<T> {
+    /// The caller reads more slowly than we compute; the event is handed back.
+    #[error("the stream's queue is full")]
+    Full(Result<T, Status>),
+    #[error(transparent)]
+    Closed(#[from] Closed),
+}
+
+impl<T> Sender<T> {
+    /// Waits for room.
+    pub async fn send(&self, event: Result<T, Status>) -> Result<(), Closed> {
+        tokio::select! {
+            biased;
+            () = self.deadline.passed() => Err(Closed),
+            sent = self.queue.send(event) => sent.map_err(|_| Closed),
+        }
+    }
+
+    /// Never waits, so that one caller who does not read cannot hold an engine up: give the stream room for all that
+    /// one request can produce, or treat `Full` as the caller's failure.
+    pub fn try_send(&self, event: Result<T, Status>) -> Result<(), TrySendError<T>> {
+        if self.is_closed() {
+            return Err(Closed.into());
+        }
+        self.queue.try_send(event).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(event) => TrySendError::Full(event),
+            mpsc::error::TrySendError::Closed(_) => Closed.into(),
+        })
+    }
+
+    /// Whether work for this stream is wasted. Cheap: once a step.
+    pub fn is_closed(&self) -> bool {
+        self.queue.is_closed() || self.deadline.is_passed()
+    }
+
+    /// Returns once nobody listens.
+    pub async fn closed(&self) {
+        tokio::select! {
+            () = self.queue.closed() => {}
+            () = self.deadline.passed() => {}
+        }
+    }
+
+    /// Why nobody listens, for whoever has to name it.
+    pub fn closed_status(&self) -> Status {
+        if self.deadline.is_passed() { status::deadline_exceeded() } else { status::cancelled() }
+    }
+
+    pub fn deadline(&self) -> Deadline {
+        self.deadline
+    }
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), deadline: self.deadline }
+    }
+}
+
+/// The connection's end: what a streaming RPC returns.
+pub struct Events<T> {
+    events: mpsc::Receiver<Result<T, Status>>,
+    passed: Pin<Box<dyn Future<Output = ()> + Send>>,
+    ended: bool,
+    _permit: Permit,
+}
+
+impl<T> Stream for Events<T> {
+    type Item = Result<T, Status>;
+
+    /// The deadline goes first: events that come faster than the caller reads must not outlive it.
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.passed.as_mut().poll(context).is_ready() {
+            self.ended = true;
+            self.events.close();
+            return Poll::Ready(Some(Err(status::deadline_exceeded())));
+        }
+        let event = std::task::ready!(self.events.poll_recv(context));
+        if !matches!(event, Some(Ok(_))) {
+            self.ended = true;
+            self.events.close();
+        }
+        Poll::Ready(event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::StreamExt;
+    use tonic::Code;
+
+    use super::*;
+    use crate::admission::Admission;
+
+    fn open(capacity: usize, deadline: Deadline) -> (Sender<u32>, Events<u32>, Admission) {
+        let admission = Admission::new(1);
+        let (sender, events) = channel(capacity, deadline, admission.try_enter().unwrap());
+        (sender, events, admission)
+    }
+
+    #[tokio::test]
+    async fn events_arrive_in_order_and_the_last_sender_ends_the_stream() {
+        let (sender, events, admission) = open(4, Deadline::none());
+        sender.send(Ok(1)).await.unwrap();
+        sender.clone().try_send(Ok(2)).unwrap();
+        drop(sender);
+        let got: Vec<_> = events.map(Result::unwrap).collect().await;
+        assert_eq!(got, [1, 2]);
+        assert_eq!(admission.in_flight(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_deadline_ends_the_stream_and_closes_the_sender() {
+        let (sender, mut events, admission) = open(4, Deadline::after(Duration::from_secs(5)));
+        sender.send(Ok(1)).await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap(), 1);
+        let error = events.next().await.unwrap().unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded);
+        assert!(events.next().await.is_none());
+        assert!(sender.is_closed());
+        sender.closed().await;
+        assert_eq!(sender.closed_status().code(), Code::DeadlineExceeded);
+        assert_eq!(sender.send(Ok(2)).await, Err(Closed));
+        assert_eq!(admission.in_flight(), 1, "the permit stays until the stream is dropped");
+        drop(events);
+        assert_eq!(admission.in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn dropping_the_stream_closes_the_sender() {
+        let (sender, events, _) = open(1, Deadline::none());
+        assert!(!sender.is_closed());
+        drop(events);
+        assert!(sender.is_closed());
+        sender.closed().await;
+        assert!(matches!(sender.try_send(Ok(1)), Err(TrySendError::Closed(Closed))));
+        assert_eq!(sender.closed_status().code(), Code::Cancelled);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_reader_is_waited_for_but_not_past_the_deadline() {
+        let (sender, _events, _) = open(1, Deadline::after(Duration::from_secs(5)));
+        sender.try_send(Ok(1)).unwrap();
+        assert!(matches!(sender.try_send(Ok(2)), Err(TrySendError::Full(Ok(2)))));
+        assert_eq!(sender.send(Ok(2)).await, Err(Closed));
+    }
+
+    #[tokio::test]
+    async fn an_error_is_the_last_event() {
+        let (sender, mut events, _) = open(4, Deadline::none());
+        sender.send(Err(status::internal("engine stopped"))).await.unwrap();
+        sender.send(Ok(1)).await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Internal);
+        assert!(events.next().await.is_none());
+        assert!(sender.is_closed());
+    }
+}

@@ -1,0 +1,177 @@
+//! Logs, spans and their export. Spans always exist, so that a trace id joins the log lines of all services and the
+//! caller's context is handed on; they leave the process only when an OTLP endpoint is configured.
+
+use std::{io::IsTerminal, sync::mpsc, time::Duration};
+
+use opentelemetry::trace::TracerProvider;
+use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
+use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
+use serde::{Deserialize, Serialize};
+use tracing::{Level, Subscriber};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{FilterExt, ParseError, Targets, filter_fn},
+    fmt::format::JsonFields,
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    util::SubscriberInitExt,
+};
+
+use crate::{config::Validate, logs::JsonLines};
+
+/// What is left of a batch of spans must leave within this; a collector that is gone must not hold up the end.
+const FLUSH_MS_MAX: u64 = 3_000;
+/// One export call.
+const EXPORT_MS_MAX: u64 = 2_000;
+/// Our own crates. Spans of the HTTP stack stay out of traces: the export itself makes such spans, without end.
+const OWN_CRATES: &str = "emu2";
+
+/// Part `telemetry` of every configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetryConfig {
+    /// What is logged, as tracing's filter directives: `info`, or `warn,emu2_router=debug`. Spans are not affected.
+    pub log: String,
+    /// JSON for log collectors, text for people.
+    pub log_format: LogFormat,
+    /// OTLP over gRPC, e.g. `http://collector:4317`. Without it no span leaves the process.
+    pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Json,
+    Text,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { log: "info".into(), log_format: LogFormat::Json, otlp_endpoint: None }
+    }
+}
+
+impl Validate for TelemetryConfig {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if let Err(error) = EnvFilter::try_new(&self.log) {
+            problems.push(format!("telemetry.log must be filter directives, got {:?}: {error}", self.log));
+        }
+        if let Some(endpoint) = &self.otlp_endpoint {
+            let uri = endpoint.parse::<http::Uri>();
+            if !uri.is_ok_and(|uri| uri.scheme().is_some() && uri.authority().is_some()) {
+                problems.push(format!("telemetry.otlp_endpoint must be http://host:port, got {endpoint:?}"));
+            }
+        }
+        problems
+    }
+}
+
+/// Why telemetry cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    #[error("log filter cannot be read")]
+    Filter(#[from] ParseError),
+    #[error("span exporter cannot be built")]
+    Exporter(#[from] ExporterBuildError),
+}
+
+/// Spans that wait for export leave when this is shut down or dropped.
+#[must_use = "dropping it ends the export of spans"]
+#[derive(Debug)]
+pub struct Telemetry {
+    provider: Option<SdkTracerProvider>,
+}
+
+/// Installs logging and tracing for the process, once: a later call (tests start several services in one process)
+/// changes nothing and returns an empty guard. With an OTLP endpoint it needs a tokio runtime.
+pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
+    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
+    // A filter that drops a span would drop its request id from the log lines inside it.
+    let spans_of_ours = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with(OWN_CRATES));
+    let log_filter = EnvFilter::try_new(&config.log)?.or(spans_of_ours);
+    if tracing::dispatcher::has_been_set() {
+        return Ok(Telemetry { provider: None });
+    }
+    let provider = provider(service, config)?;
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer(OWN_CRATES))
+        .with_filter(Targets::new().with_target(OWN_CRATES, Level::INFO));
+    let logs = log_lines(config.log_format).with_filter(log_filter);
+    match tracing_subscriber::registry().with(spans).with(logs).try_init() {
+        Ok(()) => Ok(Telemetry { provider: Some(provider) }),
+        // Another thread was first.
+        Err(_) => Ok(Telemetry { provider: None }),
+    }
+}
+
+fn provider(service: &'static str, config: &TelemetryConfig) -> Result<SdkTracerProvider, TelemetryError> {
+    let resource = Resource::builder().with_service_name(service).build();
+    let builder = SdkTracerProvider::builder().with_resource(resource);
+    let Some(endpoint) = &config.otlp_endpoint else {
+        return Ok(builder.build());
+    };
+    let exporter = SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint)
+        .with_timeout(Duration::from_millis(EXPORT_MS_MAX))
+        .build()?;
+    Ok(builder.with_batch_exporter(exporter).build())
+}
+
+fn log_lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+{
+    // Standard output belongs to a program's answers.
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    match format {
+        LogFormat::Json => lines.fmt_fields(JsonFields::new()).event_format(JsonLines).boxed(),
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+    }
+}
+
+impl Telemetry {
+    /// Sends what waits for export, now.
+    pub async fn flush(&self) {
+        if let Some(provider) = self.provider.clone() {
+            bounded(move || provider.force_flush().err()).await;
+        }
+    }
+
+    /// Sends what waits and ends the export. As dropping, but without blocking the runtime.
+    pub async fn shutdown(mut self) {
+        if let Some(provider) = self.provider.take() {
+            let limit = Duration::from_millis(FLUSH_MS_MAX);
+            bounded(move || provider.shutdown_with_timeout(limit).err()).await;
+        }
+    }
+}
+
+async fn bounded<E: std::fmt::Display + Send + 'static>(flush: impl FnOnce() -> Option<E> + Send + 'static) {
+    let flush = tokio::task::spawn_blocking(flush);
+    match tokio::time::timeout(Duration::from_millis(FLUSH_MS_MAX), flush).await {
+        Ok(Ok(None)) => {}
+        Ok(Ok(Some(error))) => tracing::warn!(%error, "spans were not all exported"),
+        Ok(Err(error)) => tracing::warn!(%error, "spans were not all exported"),
+        Err(_) => tracing::warn!(limit_ms = FLUSH_MS_MAX, "spans were not all exported in time"),
+    }
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        let Some(provider) = self.provider.take() else { return };
+        // On a thread of its own, because the export runs on a runtime that the current thread may be driving; and
+        // not waited for beyond the limit.
+        let (done, finished) = mpsc::channel();
+        let limit = Duration::from_millis(FLUSH_MS_MAX);
+        std::thread::spawn(move || {
+            let result = provider.shutdown_with_timeout(limit);
+            // Nobody waits any more: then nobody needs to know.
+            let _ = done.send(result);
+        });
+        if !matches!(finished.recv_timeout(limit), Ok(Ok(()))) {
+            tracing::warn!("spans were not all exported");
+        }
+    }
+}
