@@ -1,0 +1,318 @@
+//! Parts of an interleaved prompt to the positions the language model reads: token ids, and where among them the
+//! embeddings of images and frames go.
+//!
+//! The rules are upstream's (github.com/baaivision/Emu at 13c395e: Emu2/emu/chat.py `_prepare_inputs` and
+//! `_prepare_chat_inputs`, emu.py `generate` and `generate_image`, diffusion.py `_prepare_and_encode_inputs`, and for
+//! boxes the README and demo/frontend/libs/meta.py). One difference: upstream recognises its placeholder strings
+//! (`[<IMG_PLH>]`, a lone "[VIDEO]" or "[/VIDEO]" that turns what follows into frames or back) inside text; here
+//! images and videos are parts of their own, and text is text.
+
+#[cfg(test)]
+mod tests;
+
+use crate::tokenizer::{
+    ASSISTANT, EOS, GIMG, GROUNDING, IMAGE, IMG, IMG_END, OBJECT, OBJECT_END, PHRASE, PHRASE_END, Special,
+    Tokenizer, USER, VIDEO, is_space, patch_index,
+};
+
+/// Names the rules of this file in cache keys: to be raised whenever equal parts give other positions.
+pub const TEMPLATE_VERSION: u32 = 1;
+
+const SYSTEM_MESSAGE: &str =
+    "You are a helpful assistant, dedicated to delivering comprehensive and meticulous responses.";
+const GROUNDING_SYSTEM_MESSAGE: &str =
+    "You are a helpful assistant, dedicated to provide concise and efficient answers.";
+
+/// Coordinates in text reach from 0 to this (upstream's README), though there are 257 patch index tokens.
+const COORDINATE_MAX: f64 = 224.0;
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Part {
+    Text(String),
+    /// One slot of n_query embeddings.
+    Image,
+    /// One slot of v_query embeddings for each frame.
+    Video {
+        frames: u32,
+    },
+    /// A named region in fractions of the picture. Under regression it takes one slot of n_query embeddings, of the
+    /// region drawn as an image; under text output it is written as coordinates.
+    Box {
+        left: f32,
+        top: f32,
+        right: f32,
+        bottom: f32,
+        phrase: String,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// Parts in order, no template.
+    Prompt(Vec<Part>),
+    /// User and assistant in turn, first and last the user.
+    Chat { turns: Vec<Vec<Part>>, system_message: Option<String> },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// `grounding` (read with a chat only, as upstream): ask for boxes.
+    Text { grounding: bool, max_new_tokens: usize },
+    /// The embeddings of one image: the prompt ends in `[IMG]`.
+    Regression,
+}
+
+/// What the model takes per picture, and at most in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptConfig {
+    /// Embeddings of an image, and of a video frame; at least 1.
+    pub n_query: usize,
+    pub v_query: usize,
+    /// Positions of prompt and output together.
+    pub max_positions: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt {
+    /// One a position; inside slots the id of `<image>` or `[gIMG]`.
+    pub ids: Vec<u32>,
+    /// In order of appearance.
+    pub slots: Vec<Slot>,
+}
+
+/// The positions [start, start + len) that hold one picture's embeddings in place of token embeddings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    pub start: usize,
+    pub len: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PromptError {
+    /// `field` is a path from the request, e.g. `chat.turns[1].parts[0].text`.
+    #[error("{field}: {problem}")]
+    Invalid { field: String, problem: Problem },
+    /// `prompt` is exact for any text that could be meant; of one so huge, or so many frames, that they are not even
+    /// laid out, it is a lower bound.
+    #[error("the prompt takes {prompt} positions and the output {requested}, together more than {limit}")]
+    TooLong { prompt: usize, requested: usize, limit: usize },
+}
+
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Problem {
+    #[error("has no parts, needs at least 1")]
+    NoParts,
+    #[error("has {0} turns, needs an odd number: user and assistant in turn, first and last the user")]
+    EvenTurns(usize),
+    #[error("this model has no chat template, send a prompt")]
+    NoChat,
+    #[error("an image is painted from a prompt, not from a chat")]
+    ChatRegression,
+    #[error("contains {0}, which stands for embeddings and cannot be written")]
+    Reserved(&'static str),
+    #[error("has 0 frames, needs at least 1")]
+    NoFrames,
+    #[error("{low_edge} is {low} and {high_edge} is {high}, must be 0 <= {low_edge} < {high_edge} <= 1")]
+    Edges { low_edge: &'static str, low: f32, high_edge: &'static str, high: f32 },
+}
+
+/// Lays out a prompt, or says what is wrong with it. The work is bounded by `config.max_positions` and one pass over
+/// the text.
+pub fn build(
+    tokenizer: &Tokenizer,
+    config: &PromptConfig,
+    input: &Input,
+    output: &Output,
+) -> Result<Prompt, PromptError> {
+    let mut layout = Layout { config, output, text: String::new(), slots: Vec::new(), positions: 0 };
+    match input {
+        Input::Prompt(parts) => layout.prompt(parts)?,
+        Input::Chat { .. } if !tokenizer.instruct() => return Err(invalid("chat", Problem::NoChat)),
+        Input::Chat { turns, system_message } => layout.chat(turns, system_message.as_deref())?,
+    }
+    layout.check_length(layout.positions + tokenizer.min_positions(&layout.text))?;
+    layout.expand(tokenizer)
+}
+
+/// The prompt as text, each slot written as a single `<image>` or `[gIMG]`: special tokens are never merged with
+/// what is around them, so repeating their ids afterwards gives what upstream gets from writing them out.
+struct Layout<'a> {
+    config: &'a PromptConfig,
+    output: &'a Output,
+    text: String,
+    /// Lengths.
+    slots: Vec<usize>,
+    /// That the slots take beyond the ids of `text`.
+    positions: usize,
+}
+
+impl Layout<'_> {
+    fn prompt(&mut self, parts: &[Part]) -> Result<(), PromptError> {
+        let regression = *self.output == Output::Regression;
+        // No parts at all is the negative of image generation.
+        if parts.is_empty() && !regression {
+            return Err(invalid("prompt.parts", Problem::NoParts));
+        }
+        self.parts(parts, "prompt")?;
+        if regression {
+            // As upstream's demo does, and its README by hand.
+            let boxes = parts.iter().any(|part| matches!(part, Part::Box { .. }));
+            if boxes && !self.text.trim_start_matches(is_space).starts_with(GROUNDING) {
+                self.text.insert_str(0, GROUNDING);
+            }
+            self.text.push_str(IMG);
+        }
+        Ok(())
+    }
+
+    fn chat(&mut self, turns: &[Vec<Part>], system_message: Option<&str>) -> Result<(), PromptError> {
+        let Output::Text { grounding, .. } = *self.output else {
+            return Err(invalid("chat", Problem::ChatRegression));
+        };
+        if turns.len().is_multiple_of(2) {
+            return Err(invalid("chat.turns", Problem::EvenTurns(turns.len())));
+        }
+        let default = if grounding { GROUNDING_SYSTEM_MESSAGE } else { SYSTEM_MESSAGE };
+        self.written(system_message.unwrap_or(default), || "chat.system_message".to_owned())?;
+        for (index, parts) in turns.iter().enumerate() {
+            let turn = format!("chat.turns[{index}]");
+            if parts.is_empty() {
+                return Err(invalid(format!("{turn}.parts"), Problem::NoParts));
+            }
+            self.text.push_str(&match index {
+                0 => format!(" {USER}: "),
+                _ if index % 2 == 1 => format!(" {ASSISTANT}: "),
+                _ => format!("{EOS}{USER}: "),
+            });
+            self.parts(parts, &turn)?;
+        }
+        self.text.push_str(&format!(" {ASSISTANT}:"));
+        if grounding {
+            self.text.push_str(GROUNDING);
+        }
+        Ok(())
+    }
+
+    fn parts(&mut self, parts: &[Part], parent: &str) -> Result<(), PromptError> {
+        for (index, part) in parts.iter().enumerate() {
+            let field = |name: &str| format!("{parent}.parts[{index}].{name}");
+            match part {
+                Part::Text(text) => self.written(text, || field("text"))?,
+                Part::Image => self.place(1, IMAGE, self.config.n_query)?,
+                Part::Video { frames: 0 } => return Err(invalid(field("video.frames"), Problem::NoFrames)),
+                Part::Video { frames } => {
+                    self.text.push_str(VIDEO);
+                    self.place(*frames as usize, GIMG, self.config.v_query)?;
+                }
+                Part::Box { left, top, right, bottom, phrase } => {
+                    check_edges(("left", *left), ("right", *right))
+                        .map_err(|problem| invalid(field("box"), problem))?;
+                    check_edges(("top", *top), ("bottom", *bottom))
+                        .map_err(|problem| invalid(field("box"), problem))?;
+                    self.phrase(phrase, || field("box.phrase"))?;
+                    self.region([*left, *top, *right, *bottom])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Text from outside. It may write special tokens, as upstream, but not those that stand for embeddings, nor
+    /// complete one that the text part before it began.
+    fn written(&mut self, text: &str, field: impl Fn() -> String) -> Result<(), PromptError> {
+        let joint = self.text.floor_char_boundary((self.text.len() + 1).saturating_sub(IMAGE.len()));
+        self.text.push_str(text);
+        match [IMAGE, GIMG].into_iter().find(|token| self.text[joint..].contains(token)) {
+            Some(token) => Err(invalid(field(), Problem::Reserved(token))),
+            None => Ok(()),
+        }
+    }
+
+    /// An unnamed region has no phrase at all, as in upstream's demo.
+    fn phrase(&mut self, phrase: &str, field: impl Fn() -> String) -> Result<(), PromptError> {
+        if phrase.is_empty() {
+            return Ok(());
+        }
+        self.text.push_str(PHRASE);
+        self.written(phrase, field)?;
+        self.text.push_str(PHRASE_END);
+        Ok(())
+    }
+
+    /// `edges`: left, top, right, bottom, which is also the order of the coordinates in text.
+    fn region(&mut self, edges: [f32; 4]) -> Result<(), PromptError> {
+        self.text.push_str(OBJECT);
+        match self.output {
+            Output::Regression => self.place(1, IMAGE, self.config.n_query)?,
+            Output::Text { .. } => {
+                let coordinate = |edge: f32| (f64::from(edge) * COORDINATE_MAX).round() as usize;
+                self.text.extend(edges.map(|edge| patch_index(coordinate(edge))));
+            }
+        }
+        self.text.push_str(OBJECT_END);
+        Ok(())
+    }
+
+    fn place(&mut self, count: usize, token: &str, queries: usize) -> Result<(), PromptError> {
+        self.positions = self.positions.saturating_add(count.saturating_mul(queries - 1));
+        // More slots than positions are refused before they are written: a frame count is only a number.
+        if self.slots.len().saturating_add(count) > self.config.max_positions {
+            let ids = (self.slots.len().saturating_add(count)).saturating_mul(3);
+            self.check_length(self.positions.saturating_add(ids))?;
+        }
+        for _ in 0..count {
+            self.text.extend([IMG, token, IMG_END]);
+            self.slots.push(queries);
+        }
+        Ok(())
+    }
+
+    fn requested(&self) -> usize {
+        match *self.output {
+            Output::Text { max_new_tokens, .. } => max_new_tokens,
+            Output::Regression => self.config.n_query,
+        }
+    }
+
+    fn check_length(&self, prompt: usize) -> Result<(), PromptError> {
+        let (requested, limit) = (self.requested(), self.config.max_positions);
+        if prompt.saturating_add(requested) > limit {
+            return Err(PromptError::TooLong { prompt, requested, limit });
+        }
+        Ok(())
+    }
+
+    fn expand(self, tokenizer: &Tokenizer) -> Result<Prompt, PromptError> {
+        let written = tokenizer.encode(&self.text);
+        let positions = written.len() + self.positions;
+        self.check_length(positions)?;
+        let placeholders = [Special::Image, Special::Gimg].map(|special| tokenizer.special(special));
+        let mut lengths = self.slots.into_iter();
+        let mut prompt =
+            Prompt { ids: Vec::with_capacity(positions), slots: Vec::with_capacity(lengths.len()) };
+        for id in written {
+            let mut len = 1;
+            if placeholders.contains(&id) {
+                len = lengths.next().expect("text from outside holds no placeholder");
+                prompt.slots.push(Slot { start: prompt.ids.len(), len });
+            }
+            prompt.ids.extend(std::iter::repeat_n(id, len));
+        }
+        Ok(prompt)
+    }
+}
+
+fn check_edges(
+    (low_edge, low): (&'static str, f32),
+    (high_edge, high): (&'static str, f32),
+) -> Result<(), Problem> {
+    // A NaN fails every comparison.
+    if 0.0 <= low && low < high && high <= 1.0 {
+        return Ok(());
+    }
+    Err(Problem::Edges { low_edge, low, high_edge, high })
+}
+
+fn invalid(field: impl Into<String>, problem: Problem) -> PromptError {
+    PromptError::Invalid { field: field.into(), problem }
+}
