@@ -1,8 +1,8 @@
 //! A service's configuration: `T::default()`, then a TOML file, then `EMU2__SECTION__KEY` environment variables.
 //!
 //! Keys that `T` does not have are refused in the file (by `#[serde(deny_unknown_fields)]` on `T` and its parts) and
-//! in the environment (here). A variable whose default is a list is split at commas; one that starts with `[` or `{`
-//! is read as JSON, for lists of tables.
+//! in the environment (here). A variable whose default is a list is split at commas; a list of tables is written as
+//! JSON. An empty variable takes the value of an optional key away.
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,8 @@ pub trait Validate {
 pub enum ConfigError {
     #[error("configuration cannot be read: {0}")]
     Read(#[from] config::ConfigError),
+    #[error("defaults cannot be written as JSON: {0}")]
+    Defaults(#[source] serde_json::Error),
     #[error("configuration is invalid: {}", .0.join("; "))]
     Invalid(Vec<String>),
 }
@@ -61,9 +63,9 @@ fn load_from<T>(
 where
     T: Serialize + DeserializeOwned + Default + Validate,
 {
-    let defaults = Config::try_from(&T::default())?;
-    let known = defaults.cache.clone();
-    let mut builder = Config::builder().add_source(defaults);
+    // Through JSON, because config's own serializer leaves empty lists out.
+    let defaults = serde_json::to_value(T::default()).map_err(ConfigError::Defaults)?;
+    let mut builder = Config::builder().add_source(File::from_str(&defaults.to_string(), FileFormat::Json));
     if let Some(file) = file {
         builder = builder.add_source(File::from(file).format(FileFormat::Toml));
     }
@@ -71,7 +73,7 @@ where
     for (name, text) in environment {
         let Some(key) = name.strip_prefix(PREFIX) else { continue };
         let path = key.to_lowercase();
-        match override_of(&known, &path, &text) {
+        match override_of(&defaults, &path, &text) {
             Ok(value) => builder = builder.set_override(path.replace(SEPARATOR, "."), value)?,
             Err(problem) => problems.push(format!("{name}: {problem}")),
         }
@@ -87,21 +89,25 @@ where
 }
 
 /// A variable's text in the shape that its key's default has; serde turns text into numbers and booleans.
-fn override_of(defaults: &Value, path: &str, text: &str) -> Result<Value, String> {
+fn override_of(defaults: &serde_json::Value, path: &str, text: &str) -> Result<Value, String> {
     let mut default = defaults;
     for key in path.split(SEPARATOR) {
-        let ValueKind::Table(table) = &default.kind else { return Err("no such key".into()) };
-        default = table.get(key).ok_or("no such key")?;
-    }
-    if text.starts_with(['[', '{']) {
-        return serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"));
+        // Indexing a list by its items' keys finds nothing either.
+        default = default.get(key).ok_or("no such key")?;
     }
     let list = || {
         text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Value::from).collect::<Vec<_>>()
     };
-    match default.kind {
-        ValueKind::Array(_) => Ok(Value::from(list())),
-        ValueKind::Table(_) => Err("a section, not a key".into()),
+    match default {
+        serde_json::Value::Object(_) => Err("a section, not a key".into()),
+        serde_json::Value::Array(_) if text.starts_with('[') => {
+            serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))
+        }
+        serde_json::Value::Array(_) => Ok(Value::from(list())),
+        _ if text.is_empty() => Ok(Value::from(ValueKind::Nil)),
         _ => Ok(Value::from(text)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,3 +38,6 @@ pub mod trace;
 mod admin;
 mod logs;
 mod rpc;
+
+#[cfg(test)]
+mod loopback;

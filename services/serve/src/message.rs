@@ -1,15 +1,17 @@
 //! What tonic says of messages that it cannot read, put in the API's terms: a message over the limit is
-//! RESOURCE_EXHAUSTED (tonic: OUT_OF_RANGE), one that is not protobuf is INVALID_ARGUMENT (tonic: INTERNAL).
+//! RESOURCE_EXHAUSTED (tonic: OUT_OF_RANGE), one that is not protobuf is INVALID_ARGUMENT (tonic: INTERNAL), and a call
+//! that its `grpc-timeout` ended on our side of the wire is DEADLINE_EXCEEDED (tonic: CANCELLED).
 //!
 //! tonic has no types for these, so they are told by their text; the loopback tests fail if a new version words
 //! them differently.
 
 use tonic::{Code, Status, Streaming};
 
-use crate::status::ErrorCode;
+use crate::status::{self, ErrorCode};
 
 const TOO_LARGE: [&str; 2] =
     ["Error, decoded message length too large", "Error, encoded message length too large"];
+const TIMED_OUT: &str = "Timeout expired";
 const UNREADABLE: [&str; 5] = [
     "failed to decode Protobuf message",
     "protocol error: received message with",
@@ -23,7 +25,8 @@ pub async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
     stream.message().await.map_err(decode_status)
 }
 
-/// A status from reading a request stream, in the API's terms; any other status passes through.
+/// A status from reading a request stream or from calling another service, in the API's terms; any other status
+/// passes through.
 pub fn decode_status(status: Status) -> Status {
     let starts = |texts: &[&str]| texts.iter().any(|text| status.message().starts_with(text));
     match status.code() {
@@ -32,6 +35,7 @@ pub fn decode_status(status: Status) -> Status {
         }
         Code::Internal if starts(&UNREADABLE) => ErrorCode::InvalidArgument
             .status(format!("message must be protobuf of this RPC's request: {}", status.message())),
+        Code::Cancelled if status.message() == TIMED_OUT => status::deadline_exceeded(),
         _ => status,
     }
 }

@@ -279,3 +279,6 @@ impl Drop for Ending {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

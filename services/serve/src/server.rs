@@ -347,3 +347,6 @@ impl Health {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,11 @@
 //! Logs, spans and their export. Spans always exist, so that a trace id joins the log lines of all services and the
 //! caller's context is handed on; they leave the process only when an OTLP endpoint is configured.
 
-use std::{io::IsTerminal, sync::mpsc, time::Duration};
+use std::{
+    io::IsTerminal,
+    sync::{Mutex, PoisonError, mpsc},
+    time::Duration,
+};
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
@@ -25,6 +29,9 @@ const FLUSH_MS_MAX: u64 = 3_000;
 const EXPORT_MS_MAX: u64 = 2_000;
 /// Our own crates. Spans of the HTTP stack stay out of traces: the export itself makes such spans, without end.
 const OWN_CRATES: &str = "emu2";
+
+/// A process has one subscriber.
+static INSTALLED: Mutex<bool> = Mutex::new(false);
 
 /// Part `telemetry` of every configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,7 +97,8 @@ pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry
     // A filter that drops a span would drop its request id from the log lines inside it.
     let spans_of_ours = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with(OWN_CRATES));
     let log_filter = EnvFilter::try_new(&config.log)?.or(spans_of_ours);
-    if tracing::dispatcher::has_been_set() {
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    if *installed {
         return Ok(Telemetry { provider: None });
     }
     let provider = provider(service, config)?;
@@ -98,11 +106,10 @@ pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry
         .with_tracer(provider.tracer(OWN_CRATES))
         .with_filter(Targets::new().with_target(OWN_CRATES, Level::INFO));
     let logs = log_lines(config.log_format).with_filter(log_filter);
-    match tracing_subscriber::registry().with(spans).with(logs).try_init() {
-        Ok(()) => Ok(Telemetry { provider: Some(provider) }),
-        // Another thread was first.
-        Err(_) => Ok(Telemetry { provider: None }),
-    }
+    // Fails where the process has a subscriber of another making: then that one stays.
+    let won = tracing_subscriber::registry().with(spans).with(logs).try_init().is_ok();
+    *installed = true;
+    Ok(Telemetry { provider: won.then_some(provider) })
 }
 
 fn provider(service: &'static str, config: &TelemetryConfig) -> Result<SdkTracerProvider, TelemetryError> {
@@ -173,5 +180,38 @@ impl Drop for Telemetry {
         if !matches!(finished.recv_timeout(limit), Ok(Ok(()))) {
             tracing::warn!("spans were not all exported");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loopback::exported;
+
+    #[tokio::test]
+    async fn a_second_start_in_a_process_changes_nothing() {
+        exported();
+        let again = init("again", &TelemetryConfig::default()).unwrap();
+        assert!(again.provider.is_none());
+        again.shutdown().await;
+    }
+
+    /// One thread drives this runtime, and so the export: ending must neither deadlock nor wait for ever.
+    #[tokio::test]
+    async fn a_collector_that_is_gone_does_not_hold_up_the_end() {
+        use opentelemetry::trace::{Tracer, TracerProvider};
+        let config =
+            TelemetryConfig { otlp_endpoint: Some("http://127.0.0.1:1".into()), ..Default::default() };
+        let begun = std::time::Instant::now();
+        for by_drop in [true, false] {
+            let provider = provider("gone", &config).unwrap();
+            provider.tracer("test").in_span("lost", |_| {});
+            let telemetry = Telemetry { provider: Some(provider) };
+            match by_drop {
+                true => drop(telemetry),
+                false => telemetry.shutdown().await,
+            }
+        }
+        assert!(begun.elapsed() < Duration::from_millis(2 * FLUSH_MS_MAX + 1_000));
     }
 }

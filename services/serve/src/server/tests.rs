@@ -1,0 +1,156 @@
+use std::time::{Duration, Instant};
+
+use emu2_proto::v1;
+use tokio::{net::TcpStream, sync::oneshot};
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus as Told, health_client::HealthClient,
+};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+use super::*;
+use crate::loopback::{Loopback, PATIENCE};
+
+fn check(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest { service: service.into() }
+}
+
+#[tokio::test]
+async fn readiness_flips_health_the_admin_page_and_the_calls() {
+    let server = Loopback::start_not_ready(ServerConfig::default()).await;
+    let mut watch =
+        HealthClient::new(server.channel()).watch(check("emu2.v1.Emu2")).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), Told::NotServing);
+    assert_eq!(server.admin("/readyz").await, (503, "not ready: starting\n".into()));
+    let refused = server.client().list_models(v1::ListModelsRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+
+    server.readiness.ready();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), Told::Serving);
+    let whole = HealthClient::new(server.channel()).check(check("")).await.unwrap().into_inner();
+    assert_eq!(whole.status(), Told::Serving);
+    assert_eq!(server.admin("/readyz").await, (200, "ready\n".into()));
+    server.client().list_models(v1::ListModelsRequest {}).await.unwrap();
+
+    server.readiness.not_ready("device lost");
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), Told::NotServing);
+    assert_eq!(server.admin("/readyz").await, (503, "not ready: device lost\n".into()));
+    assert_eq!(server.admin("/healthz").await, (200, "alive\n".into()));
+    assert_eq!(server.admin("/nowhere").await.0, 404);
+}
+
+#[tokio::test]
+async fn shutdown_lets_a_running_stream_finish() {
+    let server = Loopback::start(ServerConfig::default()).await;
+    let mut watch = HealthClient::new(server.channel()).watch(check("")).await.unwrap().into_inner();
+    let mut events = server.generate(3).await;
+    server.probe.steps.add_permits(1);
+    assert!(events.message().await.unwrap().is_some());
+
+    let begun = Instant::now();
+    server.shutdown.begin();
+    while TcpStream::connect(server.address).await.is_ok() {
+        assert!(begun.elapsed() < PATIENCE, "the port is still open");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(server.admin("/readyz").await, (503, "not ready: shutting down\n".into()));
+    server.probe.steps.add_permits(2);
+    assert!(events.message().await.unwrap().is_some());
+    assert!(events.message().await.unwrap().is_some());
+    assert!(events.message().await.unwrap().is_none());
+    // A health watch has no end of its own; it must not hold the server up.
+    while let Ok(Some(_)) = watch.message().await {}
+    server.ended().await;
+    assert!(begun.elapsed() < PATIENCE);
+}
+
+#[tokio::test]
+async fn what_outlives_the_grace_is_cut() {
+    let server = Loopback::start(ServerConfig { shutdown_grace_ms: 100, ..ServerConfig::default() }).await;
+    let mut closed = server.probe.closed_streams.subscribe();
+    let mut events = server.generate(1).await;
+    server.shutdown.begin();
+    let error = events.message().await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+    tokio::time::timeout(PATIENCE, closed.wait_for(|&count| count == 1)).await.unwrap().unwrap();
+    server.ended().await;
+}
+
+async fn run_after(load: impl Future<Output = anyhow::Result<()>>, shutdown: Shutdown) -> anyhow::Result<()> {
+    let config = ServerConfig::default();
+    let listeners = Listeners::bind(&config).await.unwrap();
+    let run = Server::new("probe", &config, listeners).run_after(load, shutdown);
+    tokio::time::timeout(PATIENCE, run).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_failed_load_ends_the_server_with_its_error() {
+    let error =
+        run_after(async { anyhow::bail!("model folder is empty") }, Shutdown::new()).await.unwrap_err();
+    assert_eq!(error.to_string(), "model folder is empty");
+}
+
+#[tokio::test]
+async fn a_server_that_still_loads_can_be_shut_down() {
+    let shutdown = Shutdown::new();
+    shutdown.begin();
+    run_after(std::future::pending(), shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn loading_makes_ready() {
+    let config = ServerConfig::default();
+    let server = Server::new("probe", &config, Listeners::bind(&config).await.unwrap());
+    let (readiness, shutdown) = (server.readiness(), Shutdown::new());
+    let (loaded, load) = oneshot::channel();
+    let load = async { Ok(load.await?) };
+    let running = tokio::spawn(Box::pin(server.run_after(load, shutdown.clone())));
+    assert!(!readiness.is_ready());
+    loaded.send(()).unwrap();
+    tokio::time::timeout(PATIENCE, readiness.became_ready()).await.unwrap();
+    shutdown.begin();
+    tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap();
+}
+
+async fn reflected(server: &Loopback) -> Result<Vec<String>, tonic::Status> {
+    let list = MessageRequest::ListServices(String::new());
+    let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut client = ServerReflectionClient::new(server.channel());
+    let mut answers = client.server_reflection_info(tokio_stream::once(request)).await?.into_inner();
+    match answers.message().await?.unwrap().message_response {
+        Some(MessageResponse::ListServicesResponse(list)) => {
+            Ok(list.service.into_iter().map(|service| service.name).collect())
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn reflection_tells_what_is_served_unless_it_is_off() {
+    let server = Loopback::start(ServerConfig::default()).await;
+    let services = reflected(&server).await.unwrap();
+    for served in ["emu2.v1.Emu2", "emu2.stage.v1.VisualEncoder", "grpc.health.v1.Health"] {
+        assert!(services.iter().any(|name| name == served), "{services:?}");
+    }
+    assert!(!services.iter().any(|name| name.contains("LanguageModel")), "{services:?}");
+    let server = Loopback::start(ServerConfig { reflection: false, ..ServerConfig::default() }).await;
+    assert_eq!(reflected(&server).await.unwrap_err().code(), Code::Unimplemented);
+}
+
+#[test]
+fn every_mistake_in_a_configuration_is_told() {
+    assert!(ServerConfig::default().problems().is_empty());
+    let same = "127.0.0.1:50051".parse().unwrap();
+    let bad = ServerConfig {
+        listen: same,
+        admin: Some(same),
+        max_message_bytes: 0,
+        max_requests: 0,
+        shutdown_grace_ms: u64::MAX,
+        ..ServerConfig::default()
+    };
+    assert_eq!(bad.problems().len(), 4, "{:?}", bad.problems());
+}
