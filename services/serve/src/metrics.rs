@@ -1,7 +1,11 @@
 //! The metrics that every service has. The registry is the service's own: it registers its own metrics in it and
 //! gives it to the server, which adds these and exposes all of them at `/metrics`.
 
-use std::{sync::Arc, sync::atomic::AtomicI64, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::AtomicI64},
+    time::Duration,
+};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -13,6 +17,8 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
+use prost::{DecodeError, Message};
+use prost_types::FileDescriptorSet;
 use tonic::Code;
 
 use crate::status::code_name;
@@ -24,7 +30,7 @@ pub const RPC_REQUESTS: &str = "emu2_rpc_requests";
 pub const RPC_DURATION: &str = "emu2_rpc_duration";
 /// RPCs that have arrived and not ended.
 pub const RPC_IN_FLIGHT: &str = "emu2_rpc_in_flight_requests";
-/// The method label of calls that no service answers: callers choose paths, and labels must stay few.
+/// The method label of calls to anything else: callers choose paths, and labels must stay few.
 const UNKNOWN_METHOD: &str = "unknown";
 
 /// Buckets for durations in seconds, from a cache hit (1 ms) to an image on a CPU (17 minutes).
@@ -48,14 +54,17 @@ pub(crate) struct RpcMetrics {
     requests: Family<Rpc, Counter>,
     duration: Family<Rpc, Histogram, fn() -> Histogram>,
     in_flight: Gauge,
+    /// `package.Service/Method` of all that could be asked here.
+    methods: Arc<HashSet<String>>,
 }
 
 /// One RPC in flight; leaves the gauge when dropped.
 pub(crate) struct InFlight(Gauge<i64, AtomicI64>);
 
 impl RpcMetrics {
-    pub(crate) fn register(registry: &mut Registry) -> Self {
+    pub(crate) fn register(registry: &mut Registry) -> Result<Self, DecodeError> {
         let metrics = Self {
+            methods: Arc::new(methods()?),
             requests: Family::default(),
             duration: Family::new_with_constructor(duration_histogram),
             in_flight: Gauge::default(),
@@ -64,7 +73,7 @@ impl RpcMetrics {
         let help = "Time from an RPC's arrival to its end";
         registry.register_with_unit(RPC_DURATION, help, Unit::Seconds, metrics.duration.clone());
         registry.register(RPC_IN_FLIGHT, "RPCs that have arrived and not ended", metrics.in_flight.clone());
-        metrics
+        Ok(metrics)
     }
 
     pub(crate) fn arrived(&self) -> InFlight {
@@ -73,11 +82,22 @@ impl RpcMetrics {
     }
 
     pub(crate) fn ended(&self, method: &str, code: Code, duration: Duration) {
-        let method = if code == Code::Unimplemented { UNKNOWN_METHOD } else { method };
+        let method = if self.methods.contains(method) { method } else { UNKNOWN_METHOD };
         let labels = Rpc { method: method.to_owned(), code: code_name(code) };
         self.requests.get_or_create(&labels).inc();
         self.duration.get_or_create(&labels).observe(duration.as_secs_f64());
     }
+}
+
+fn methods() -> Result<HashSet<String>, DecodeError> {
+    let descriptors = FileDescriptorSet::decode(emu2_proto::DESCRIPTORS)?;
+    let names = descriptors.file.iter().flat_map(|file| {
+        file.service.iter().flat_map(move |service| {
+            let name = format!("{}.{}", file.package(), service.name());
+            service.method.iter().map(move |method| format!("{name}/{}", method.name()))
+        })
+    });
+    Ok(names.collect())
 }
 
 impl Drop for InFlight {

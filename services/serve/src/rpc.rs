@@ -5,6 +5,7 @@
 //! An RPC ends when its response *body* ends, so all of this lives as long as the body does.
 
 use std::{
+    any::Any,
     convert::Infallible,
     panic::AssertUnwindSafe,
     pin::Pin,
@@ -138,11 +139,18 @@ async fn answer(
         status = &mut stop => status.into_http(),
         answer = AssertUnwindSafe(response).catch_unwind() => match answer {
             Ok(Ok(response)) => response,
-            // The panic itself has been logged by the process's hook, inside this span.
-            Err(_) => status::internal("the handler failed").into_http(),
+            Err(panic) => {
+                tracing::error!(panic = panic_text(&*panic), "the handler panicked");
+                status::internal("the handler failed").into_http()
+            }
         },
     };
     answer.map(|body| (body, stop))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let owned = panic.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without text")
 }
 
 /// A response body that outlives neither the deadline nor the shutdown grace.

@@ -1,9 +1,9 @@
 //! A gRPC server as every service of the cluster runs it: health, reflection, the layer of `rpc` around each call,
 //! an admin port, and an end in order.
 //!
-//! ```ignore
+//! ```text
 //! let server = Server::new("emu2-encoder", &config.server, listeners).service(encoder).registry(registry);
-//! server.run_after(load_and_warm_up, shutdown).await
+//! server.run_engine(load_and_warm_up, engine_ended, shutdown).await
 //! ```
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -11,7 +11,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Context;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body, codegen::http::Request, server::NamedService, service::Routes, transport::server::TcpIncoming,
@@ -34,6 +34,8 @@ use crate::{
 const SPARE_STREAMS: usize = 256;
 /// After the grace: for the last trailers to leave, and for the admin port to close.
 const CLOSE_MS_MAX: u64 = 1_000;
+/// For an engine to end the step that it is in.
+const ENGINE_END_MS_MAX: u64 = 5_000;
 const ADMIN_PORT_OFFSET: u16 = 1_000;
 
 /// Part `server` of every configuration.
@@ -179,30 +181,67 @@ impl Server {
         self.readiness.clone()
     }
 
+    /// Serves a model on its engine thread: as [`Server::run_after`], and the end of a thread that served (`ended`)
+    /// before shutdown is an error, so that the process ends and is started anew. After the server, waits a little
+    /// for the thread.
+    pub async fn run_engine<L>(
+        self,
+        load: L,
+        mut ended: oneshot::Receiver<()>,
+        shutdown: Shutdown,
+    ) -> anyhow::Result<()>
+    where
+        L: Future<Output = anyhow::Result<()>>,
+    {
+        let (readiness, stop) = (self.readiness(), shutdown.child());
+        let mut serving = Box::pin(self.run_after(load, stop.clone()));
+        tokio::select! {
+            served = &mut serving => served?,
+            // A thread that never served drops the other end; then `load` has the reason.
+            Ok(()) = &mut ended => {
+                let lost = !shutdown.is_begun();
+                readiness.not_ready("the engine has stopped");
+                stop.begin();
+                serving.await?;
+                anyhow::ensure!(!lost, "the engine has stopped");
+                return Ok(());
+            }
+        }
+        // The server held the last handles of the engine. Torch does not like a process that ends under its threads.
+        drop(serving);
+        if timeout(Duration::from_millis(ENGINE_END_MS_MAX), ended).await.is_err() {
+            tracing::warn!("the engine is still in a step");
+        }
+        Ok(())
+    }
+
     /// Serves while `load` runs, becomes ready when it succeeds, and ends with its error when it fails.
     pub async fn run_after<L>(self, load: L, shutdown: Shutdown) -> anyhow::Result<()>
     where
         L: Future<Output = anyhow::Result<()>>,
     {
-        self.readiness.not_ready("loading");
-        let readiness = self.readiness.clone();
-        let failed = CancellationToken::new();
+        let (readiness, stop) = (self.readiness(), shutdown.child());
+        readiness.not_ready("loading");
         let loading = async {
             tokio::select! {
-                loaded = load => loaded.inspect(|()| readiness.ready()).inspect_err(|_| failed.cancel()),
+                loaded = load => match loaded {
+                    Ok(()) => readiness.ready(),
+                    Err(error) => {
+                        stop.begin();
+                        return Err(error);
+                    }
+                },
                 // Nobody will be served by what is still loading.
-                () = shutdown.begun() => Ok(()),
+                () = stop.begun() => {}
             }
+            Ok(())
         };
-        let ended = Shutdown::new();
-        let either = async {
-            tokio::select! {
-                () = shutdown.begun() => {}
-                () = failed.cancelled() => {}
-            }
-            ended.begin();
+        let serving = async {
+            let served = self.run(stop.clone()).await;
+            stop.begin();
+            served
         };
-        let (loaded, served, ()) = tokio::join!(loading, Box::pin(self.run(ended.clone())), either);
+        let (loaded, served) = tokio::join!(loading, Box::pin(serving));
         loaded.and(served)
     }
 
@@ -212,7 +251,7 @@ impl Server {
         let Self { name, config, listeners, routes, services, mut registry, readiness } = self;
         let shared = Arc::new(Shared {
             service: name,
-            metrics: RpcMetrics::register(&mut registry),
+            metrics: RpcMetrics::register(&mut registry)?,
             readiness: readiness.clone(),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),

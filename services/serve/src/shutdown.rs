@@ -35,6 +35,12 @@ impl Shutdown {
         shutdown
     }
 
+    /// Begins with this one, and may begin alone: the end of one service among several in a process.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self(self.0.child_token())
+    }
+
     pub fn begin(&self) {
         self.0.cancel();
     }
@@ -46,5 +52,29 @@ impl Shutdown {
     /// Returns once shutdown has begun; at once when it already has.
     pub async fn begun(&self) {
         self.0.cancelled().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn sigterm_begins_it() {
+        let shutdown = Shutdown::on_signals();
+        assert!(!shutdown.is_begun());
+        let own_process = std::process::id().to_string();
+        std::process::Command::new("kill").args(["-TERM", &own_process]).status().unwrap();
+        shutdown.begun().await;
+    }
+
+    #[test]
+    fn a_child_begins_alone_or_with_its_parent() {
+        let parent = Shutdown::new();
+        let (alone, with_parent) = (parent.child(), parent.child());
+        alone.begin();
+        assert!(!parent.is_begun() && !with_parent.is_begun());
+        parent.begin();
+        assert!(with_parent.is_begun());
     }
 }

@@ -77,6 +77,7 @@ async fn a_trace_goes_through_a_handler_and_its_tasks_and_is_exported() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
     assert_eq!(span.name, "emu2.v1.Emu2/ListModels");
+    assert_eq!(span.attributes["request_id"], r#"Some(AnyValue { value: Some(StringValue("job-8")) })"#);
     assert_eq!((span.span_id.as_str(), span.parent_span_id.as_str()), (span_id, CALLER_SPAN_ID));
 }
 
@@ -144,7 +145,7 @@ fn with_timeout<T>(message: T, timeout: &'static str) -> Request<T> {
 async fn a_deadline_ends_a_unary_call() {
     let shared = Shared {
         service: "probe",
-        metrics: RpcMetrics::register(&mut Registry::default()),
+        metrics: RpcMetrics::register(&mut Registry::default()).unwrap(),
         readiness: Readiness::new(),
         draining: CancellationToken::new(),
         cut: CancellationToken::new(),
@@ -199,6 +200,11 @@ async fn calls_are_counted_by_method_and_code() {
     server.client().embed(embed("emu3")).await.unwrap_err();
     let mut nowhere = stage::visual_decoder_client::VisualDecoderClient::new(server.channel());
     assert_eq!(nowhere.info(stage::DecoderInfoRequest {}).await.unwrap_err().code(), Code::Unimplemented);
+    let mut grpc = tonic::client::Grpc::new(server.channel());
+    grpc.ready().await.unwrap();
+    let codec = tonic_prost::ProstCodec::<v1::ListModelsRequest, v1::ListModelsResponse>::default();
+    let path = http::uri::PathAndQuery::from_static("/emu2.v1.Emu2/AnythingElse");
+    grpc.unary(Request::new(v1::ListModelsRequest {}), path, codec).await.unwrap_err();
     drop(server.generate(1).await);
     let begun = Instant::now();
     let expected = [

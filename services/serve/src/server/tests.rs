@@ -115,6 +115,36 @@ async fn loading_makes_ready() {
     tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap();
 }
 
+/// An engine that loads at once and serves until `ended` is told.
+async fn run_engine(ended: oneshot::Receiver<()>, shutdown: Shutdown) -> anyhow::Result<()> {
+    let config = ServerConfig::default();
+    let server = Server::new("probe", &config, Listeners::bind(&config).await.unwrap());
+    let run = Box::pin(server.run_engine(async { Ok(()) }, ended, shutdown));
+    tokio::time::timeout(PATIENCE, run).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_lost_engine_ends_the_server_with_an_error_and_only_that_server() {
+    let (report, ended) = oneshot::channel();
+    report.send(()).unwrap();
+    let shutdown = Shutdown::new();
+    run_engine(ended, shutdown.clone()).await.unwrap_err();
+    assert!(!shutdown.is_begun());
+}
+
+#[tokio::test]
+async fn an_engine_that_ends_with_its_server_is_no_error() {
+    let (report, ended) = oneshot::channel();
+    let shutdown = Shutdown::new();
+    shutdown.begin();
+    let engine = tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        report.send(()).unwrap();
+    });
+    run_engine(ended, shutdown).await.unwrap();
+    engine.await.unwrap();
+}
+
 async fn reflected(server: &Loopback) -> Result<Vec<String>, tonic::Status> {
     let list = MessageRequest::ListServices(String::new());
     let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
