@@ -1,0 +1,103 @@
+//! The decoder's configuration: every limit by name.
+
+use std::path::PathBuf;
+
+use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
+use serde::{Deserialize, Serialize};
+
+const PORT: u16 = 50_054;
+
+/// How long an image may take is the caller's `grpc-timeout`: steps × step plus the VAE, times the requests that
+/// share the device. At 1024² with 50 steps that is some seconds on a data centre's GPU, and hours on a CPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// A model folder with a UNet and a VAE.
+    pub model_dir: PathBuf,
+    /// One of `cpu`, `cuda:N`: the whole decoder fits on one device (5 GB in bfloat16).
+    pub devices: Vec<String>,
+    /// Threads of one torch operation; 0 means all.
+    pub cores: usize,
+    /// Pixels. The VAE's memory grows with the area: 2048² needs about 10 GB in bfloat16.
+    pub max_image_side: usize,
+    /// Five times upstream's 50; more make no better image.
+    pub max_steps: usize,
+    /// Far above useful values (3 by default), far below where float32 would overflow.
+    pub max_guidance_scale: f32,
+    /// Embeddings of one image: 64 in published models, 1024 before pooling.
+    pub max_queries: usize,
+    /// Pixels of the images that share a denoising step, twice for those under guidance: eight guided ones at 1024²,
+    /// beyond which a GPU gains no more from a larger batch. One that alone exceeds it goes alone.
+    pub max_batch_pixels: u64,
+    /// Longest wait for the next embeddings of a request: they are sent as the language model makes them.
+    pub input_wait_ms_max: u64,
+    pub server: ServerConfig,
+    pub telemetry: TelemetryConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            model_dir: PathBuf::new(),
+            devices: vec!["cpu".to_owned()],
+            cores: 0,
+            max_image_side: 2048,
+            max_steps: 250,
+            max_guidance_scale: 100.0,
+            max_queries: 1024,
+            max_batch_pixels: 16 * 1024 * 1024,
+            input_wait_ms_max: 600_000,
+            server: ServerConfig::on_port(PORT),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+impl Validate for Config {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.server.problems();
+        problems.extend(self.telemetry.problems());
+        if self.model_dir.as_os_str().is_empty() {
+            problems.push("model_dir must name a model folder".to_owned());
+        }
+        if self.devices.len() != 1 {
+            problems.push(format!("devices must name one device, got {:?}", self.devices));
+        }
+        let mut range = |key, min: u64, max: u64, value: u64| {
+            if !(min..=max).contains(&value) {
+                problems.push(format!("{key} must be {min} to {max}, got {value}"));
+            }
+        };
+        range("cores", 0, 1024, self.cores as u64);
+        range("max_image_side", 8, 8192, self.max_image_side as u64);
+        range("max_steps", 1, 1000, self.max_steps as u64);
+        range("max_queries", 1, 4096, self.max_queries as u64);
+        range("max_batch_pixels", 1, 1 << 32, self.max_batch_pixels);
+        range("input_wait_ms_max", 1, 86_400_000, self.input_wait_ms_max);
+        if !(1.0..=1000.0).contains(&self.max_guidance_scale) {
+            problems.push(format!("max_guidance_scale must be 1 to 1000, got {}", self.max_guidance_scale));
+        }
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_mistakes_are_told_at_once() {
+        let config = Config {
+            devices: Vec::new(),
+            max_steps: 0,
+            max_guidance_scale: f32::NAN,
+            max_image_side: 1 << 20,
+            ..Config::default()
+        };
+        let problems = config.problems().join("\n");
+        for key in ["model_dir", "devices", "max_steps", "max_guidance_scale", "max_image_side"] {
+            assert!(problems.contains(key), "{key} not in {problems}");
+        }
+        assert!(Config { model_dir: "model".into(), ..Config::default() }.problems().is_empty());
+    }
+}

@@ -1,0 +1,320 @@
+//! From noise to an image, one step at a time: what the UNet, the VAE and the schedule do together.
+//!
+//! Upstream is baaivision/Emu@13c395e `Emu2/emu/diffusion.py`, which runs all steps of one image. Here the unit is
+//! one step of a batch whose samples are each at a step, with a guidance and a schedule, of their own. Latents stay
+//! float32 between steps whatever the UNet computes in: steps add up, their rounding should not.
+
+use std::rc::Rc;
+
+use emu2_nn::{
+    array::to_tensor,
+    checkpoint::{ModelDir, Part},
+    weights::combined_digest,
+};
+use emu2_proto::array::{Array, Dtype};
+use tch::{Cuda, Device, Kind, Tensor};
+
+use crate::{
+    error::LoadError,
+    noise::standard_normal,
+    scheduler::{EulerDiscrete, Schedule, SchedulerConfig, Step},
+    unet::{TIME_IDS, Unet, UnetConfig},
+    vae::{self, VaeConfig},
+};
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+/// Side of the latents of the warm-up's image: small enough for a CPU.
+const WARM_UP_LATENTS: usize = 8;
+
+/// An image to paint: everything that decides its pixels.
+#[derive(Clone, Debug)]
+pub struct PaintRequest {
+    /// Pixels; multiples of [`ModelInfo::scale_factor`].
+    pub height: usize,
+    pub width: usize,
+    /// 1 to [`ModelInfo::train_steps`].
+    pub steps: usize,
+    /// Above 1 exactly when there is a negative.
+    pub guidance_scale: f32,
+    pub conditions: SizeConditions,
+    pub seed: u64,
+    /// [queries, width]
+    pub positive: Array,
+    /// [queries, width]
+    pub negative: Option<Array>,
+    /// [channels, height / scale_factor, width / scale_factor], standard normal, in place of the seed's noise.
+    pub initial_latents: Option<Array>,
+}
+
+/// What SDXL tells its UNet of the picture that it should pretend to have been trained on; pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SizeConditions {
+    pub original_height: u32,
+    pub original_width: u32,
+    pub crop_top: u32,
+    pub crop_left: u32,
+}
+
+/// What the edge has to know of the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelInfo {
+    pub weights_digest: String,
+    pub dtype: Dtype,
+    /// Of one embedding.
+    pub width: usize,
+    pub default_side: usize,
+    /// Pixels per latent.
+    pub scale_factor: usize,
+    pub latent_channels: usize,
+    /// Most steps that a schedule can have.
+    pub train_steps: usize,
+}
+
+/// A finished image: [height, width, 3], row-major.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    pub rgb: Vec<u8>,
+    pub height: usize,
+    pub width: usize,
+}
+
+/// What samples of one batch have in common: height and width of the latents, and embeddings of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BatchShape {
+    pub height: usize,
+    pub width: usize,
+    pub queries: usize,
+}
+
+/// One image on its way.
+#[derive(Debug)]
+pub struct Sample {
+    pub shape: BatchShape,
+    /// Of its image, once for each row that it takes in the UNet's batch: the negative is a second one.
+    pub pixels: u64,
+    /// [1, channels, height, width_px], float32
+    latents: Tensor,
+    /// [1, queries, width]
+    positive: Tensor,
+    negative: Option<Tensor>,
+    time_ids: [f32; TIME_IDS as usize],
+    guidance_scale: f32,
+    schedule: Schedule,
+    /// Steps done.
+    step: usize,
+}
+
+impl Sample {
+    /// In the UNet's batch.
+    pub fn rows(&self) -> usize {
+        1 + usize::from(self.negative.is_some())
+    }
+
+    pub fn steps_done(&self) -> usize {
+        self.step
+    }
+
+    pub fn steps_left(&self) -> usize {
+        self.schedule.steps() - self.step
+    }
+
+    fn next_step(&self) -> Step {
+        self.schedule.step(self.step)
+    }
+}
+
+/// The image decoder of Emu2 on its device.
+#[derive(Debug)]
+pub struct Painter {
+    pub unet: Unet,
+    pub vae: vae::Decoder,
+    scheduler: EulerDiscrete,
+    scale_factor: usize,
+    device: Device,
+    kind: Kind,
+}
+
+impl Painter {
+    pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, ModelInfo), LoadError> {
+        if !(dir.has(Part::Unet) && dir.has(Part::Vae)) {
+            return Err(dir.unsupported("the model has no `unet` and `vae`: it paints no images").into());
+        }
+        let scheduler_config: SchedulerConfig = dir.section("scheduler")?;
+        let unet_config: UnetConfig = dir.section("unet")?;
+        let vae_config: VaeConfig = dir.section("vae")?;
+        check_fit(&unet_config, &vae_config)?;
+        let scheduler = EulerDiscrete::new(&scheduler_config)?;
+
+        let w = dir.weights(Part::Unet, device, kind);
+        let unet = Unet::load(&w, unet_config)?;
+        let unet_digest = w.finish()?;
+
+        let w = dir.weights(Part::Vae, device, kind);
+        let vae = vae::Decoder::load(&w, &vae_config)?;
+        vae::Encoder::NAMES.iter().for_each(|name| w.skip(name));
+        let vae_digest = w.finish()?;
+
+        let scale_factor = vae_config.scale_factor();
+        let info = ModelInfo {
+            weights_digest: combined_digest(&[&unet_digest, &vae_digest]),
+            dtype: emu2_nn::array::dtype(kind),
+            width: unet.config.cross_attention_dim as usize,
+            default_side: unet.config.sample_size as usize * scale_factor,
+            scale_factor,
+            latent_channels: unet.config.in_channels as usize,
+            train_steps: scheduler.alphas_cumprod().len(),
+        };
+        Ok((Self { unet, vae, scheduler, scale_factor, device, kind }, info))
+    }
+
+    /// Paints one small image, so that the first request does not pay for what libraries set up on first use.
+    pub fn warm_up(&self) {
+        let width = self.unet.config.cross_attention_dim as usize;
+        let nothing =
+            Array::new(Dtype::F32, vec![1, width], vec![0; 4 * width].into()).expect("zeros are an array");
+        let side = WARM_UP_LATENTS * self.scale_factor;
+        let request = PaintRequest {
+            height: side,
+            width: side,
+            steps: 1,
+            guidance_scale: 2.0,
+            conditions: SizeConditions { original_height: 0, original_width: 0, crop_top: 0, crop_left: 0 },
+            seed: 0,
+            positive: nothing.clone(),
+            negative: Some(nothing),
+            initial_latents: None,
+        };
+        let mut sample = self.start(&request);
+        self.step(&mut [&mut sample]);
+        self.picture(&sample);
+    }
+
+    /// Puts what a request brings on the device; nothing is computed yet. The request has been checked.
+    pub fn start(&self, request: &PaintRequest) -> Sample {
+        let schedule = self.scheduler.schedule(request.steps);
+        let (height, width) = (request.height / self.scale_factor, request.width / self.scale_factor);
+        let channels = self.unet.config.in_channels as usize;
+        let noise: Vec<f32> = match &request.initial_latents {
+            Some(latents) => latents.values().collect(),
+            None => standard_normal(request.seed, channels * height * width),
+        };
+        let noise = Tensor::from_slice(&noise).view([1, channels as i64, height as i64, width as i64]);
+        let embeddings = |array: &Array| to_tensor(array, self.device, self.kind).unsqueeze(0);
+        let SizeConditions { original_height, original_width, crop_top, crop_left } = request.conditions;
+        let rows = 1 + usize::from(request.negative.is_some());
+        Sample {
+            shape: BatchShape { height, width, queries: request.positive.shape()[0] },
+            pixels: (request.height * request.width * rows) as u64,
+            latents: noise.to_device(self.device) * f64::from(schedule.init_noise_sigma()),
+            positive: embeddings(&request.positive),
+            negative: request.negative.as_ref().map(embeddings),
+            // Height before width, unlike most interfaces.
+            time_ids: [
+                original_height as f32,
+                original_width as f32,
+                crop_top as f32,
+                crop_left as f32,
+                request.height as f32,
+                request.width as f32,
+            ],
+            guidance_scale: request.guidance_scale,
+            schedule,
+            step: 0,
+        }
+    }
+
+    /// One denoising step of every sample; all are of one shape, and none is done.
+    pub fn step(&self, batch: &mut [&mut Sample]) {
+        let samples: Vec<&Sample> = batch.iter().map(|sample| &**sample).collect();
+        let latents = Tensor::cat(&samples.iter().map(|sample| &sample.latents).collect::<Vec<_>>(), 0);
+        let noise = self.predict(&samples, &latents);
+        let next = self.advance(&samples, &latents, &noise);
+        for (sample, latents) in batch.iter_mut().zip(next.split(1, 0)) {
+            sample.latents = latents;
+            sample.step += 1;
+        }
+        self.synchronize();
+    }
+
+    /// The image of a sample's latents; `None` when they are not finite, which only a defect of the weights or of
+    /// the device can cause.
+    pub fn picture(&self, sample: &Sample) -> Option<Picture> {
+        if !bool::try_from(sample.latents.isfinite().all()).expect("one truth value") {
+            return None;
+        }
+        let levels = vae::levels(&self.vae.image(&sample.latents));
+        let (_, height, width, _) = levels.size4().expect("images have four dimensions");
+        let rgb = Vec::try_from(levels.flatten(0, -1)).expect("levels are bytes");
+        Some(Picture { rgb, height: height as usize, width: width as usize })
+    }
+
+    /// The noise in the latents, after guidance: [batch, channels, height, width_px] -> the same
+    ///
+    /// Conditional rows first, then an unconditional one for each sample under guidance, all in one batch.
+    fn predict(&self, batch: &[&Sample], latents: &Tensor) -> Tensor {
+        let guided: Vec<usize> = (0..batch.len()).filter(|&i| batch[i].negative.is_some()).collect();
+        let rows: Vec<usize> = (0..batch.len()).chain(guided.iter().copied()).collect();
+        let each_row = |value: &dyn Fn(&Sample) -> f32| {
+            self.tensor(&rows.iter().map(|&row| value(batch[row])).collect::<Vec<_>>())
+        };
+        let scale = self.column(batch, |sample| sample.next_step().input_scale());
+        let input = (latents / scale).index_select(0, &self.indices(&rows)).to_kind(self.kind);
+        let timesteps = each_row(&|sample| sample.next_step().timestep);
+        let time_ids: Vec<f32> = rows.iter().flat_map(|&row| batch[row].time_ids).collect();
+        let positive = batch.iter().map(|sample| &sample.positive);
+        let negative = batch.iter().filter_map(|sample| sample.negative.as_ref());
+        let embeddings = Tensor::cat(&positive.chain(negative).collect::<Vec<_>>(), 0);
+        let time_ids = self.tensor(&time_ids).view([-1, TIME_IDS]);
+
+        let noise = self.unet.forward(&input, &timesteps, &embeddings, &time_ids).to_kind(Kind::Float);
+        let count = batch.len() as i64;
+        let conditional = noise.narrow(0, 0, count);
+        let unconditional = noise.narrow(0, count, guided.len() as i64);
+        // A sample without guidance is its own unconditional: the difference is zero.
+        let unconditional = conditional.index_copy(0, &self.indices(&guided), &unconditional);
+        let guidance = self.column(batch, |sample| sample.guidance_scale);
+        &unconditional + guidance * (conditional - &unconditional)
+    }
+
+    /// Euler's step along dx/dσ = (x − x₀) / σ: [batch, channels, height, width_px] -> the same
+    fn advance(&self, batch: &[&Sample], latents: &Tensor, noise: &Tensor) -> Tensor {
+        let sigma = self.column(batch, |sample| sample.next_step().sigma);
+        let distance = self.column(batch, |sample| sample.next_step().sigma_next - sample.next_step().sigma);
+        // The derivative is the noise itself, but upstream comes to it by way of the image, and rounds there.
+        let image = latents - &sigma * noise;
+        let derivative = (latents - image) / sigma;
+        latents + derivative * distance
+    }
+
+    /// A number of each sample: [batch, 1, 1, 1]
+    fn column(&self, batch: &[&Sample], value: impl Fn(&Sample) -> f32) -> Tensor {
+        self.tensor(&batch.iter().map(|sample| value(sample)).collect::<Vec<_>>()).view([-1, 1, 1, 1])
+    }
+
+    fn tensor(&self, values: &[f32]) -> Tensor {
+        Tensor::from_slice(values).to_device(self.device)
+    }
+
+    fn indices(&self, values: &[usize]) -> Tensor {
+        Tensor::from_slice(&values.iter().map(|&index| index as i64).collect::<Vec<_>>())
+            .to_device(self.device)
+    }
+
+    /// CUDA runs behind the thread that drives it. Waiting once a step costs one launch gap, and makes progress,
+    /// timings and "left within one step" mean what they say.
+    fn synchronize(&self) {
+        if let Device::Cuda(index) = self.device {
+            Cuda::synchronize(index as i64);
+        }
+    }
+}
+
+/// What the sections say of each other.
+fn check_fit(unet: &UnetConfig, vae: &VaeConfig) -> Result<(), LoadError> {
+    vae.check()?;
+    let (painted, read) = (unet.in_channels, vae.latent_channels);
+    let problem = format!("`latent_channels` must be the UNet's {painted} `in_channels`, got {read}");
+    LoadError::check("vae", if painted == read { Vec::new() } else { vec![problem] })
+}

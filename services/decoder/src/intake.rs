@@ -1,0 +1,229 @@
+//! From the messages of a `Decode` stream to a request that the engine need not check again.
+
+use bytes::BytesMut;
+use emu2_proto::{
+    array::{Array, ArrayError},
+    stage::{DecodeRequest, DecodeStart, RegressedEmbeddings, decode_request::Message},
+    v1::Tensor,
+};
+use emu2_serve::status::Violation;
+
+use crate::{
+    config::Config,
+    denoise::{ModelInfo, PaintRequest, SizeConditions},
+};
+
+#[cfg(test)]
+mod tests;
+
+/// What requests are checked against: the service's limits and the model's dimensions.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub(crate) model: ModelInfo,
+    pub(crate) max_image_side: usize,
+    pub(crate) max_steps: usize,
+    max_guidance_scale: f32,
+    max_queries: usize,
+}
+
+impl Limits {
+    pub(crate) fn new(config: &Config, model: ModelInfo) -> Self {
+        Self {
+            // A schedule has at most the training's timesteps.
+            max_steps: config.max_steps.min(model.train_steps),
+            max_image_side: config.max_image_side,
+            max_guidance_scale: config.max_guidance_scale,
+            max_queries: config.max_queries,
+            model,
+        }
+    }
+}
+
+/// A request that is still coming in.
+#[derive(Debug)]
+pub(crate) struct Intake {
+    start: DecodeStart,
+    initial_latents: Option<Array>,
+    positive: Rows,
+    /// Under guidance only.
+    negative: Option<Rows>,
+}
+
+impl Intake {
+    /// From the first message; every mistake in it at once.
+    pub(crate) fn open(message: Option<DecodeRequest>, limits: &Limits) -> Result<Self, Vec<Violation>> {
+        let mut start = match message.and_then(|message| message.message) {
+            Some(Message::Start(start)) => start,
+            Some(other) => {
+                return Err(vec![Violation::new(
+                    "start",
+                    format!("must be the first message, got {}", name(&other)),
+                )]);
+            }
+            None => return Err(vec![Violation::new("start", "must be the first message, got none")]),
+        };
+        let mut violations = start_violations(&start, limits);
+        let initial_latents = start.initial_latents.take();
+        let initial_latents = initial_latents.map(|tensor| latents(tensor, &start, limits)).transpose();
+        let initial_latents = initial_latents.unwrap_or_else(|violation| {
+            violations.push(violation);
+            None
+        });
+        if !violations.is_empty() {
+            return Err(violations);
+        }
+        let rows = |field| Rows::new(field, start.queries as usize, limits);
+        let negative = (start.guidance_scale > 1.0).then(|| rows("negative"));
+        Ok(Self { initial_latents, positive: rows("positive"), negative, start })
+    }
+
+    /// Takes one more message.
+    pub(crate) fn push(&mut self, message: DecodeRequest) -> Result<(), Violation> {
+        match (message.message, &mut self.negative) {
+            (Some(Message::Positive(chunk)), _) => self.positive.push(chunk),
+            (Some(Message::Negative(chunk)), Some(negative)) => negative.push(chunk),
+            (Some(Message::Negative(_)), None) => {
+                let description = "must not be sent when guidance_scale is 1 or below, got";
+                Err(Violation::new("negative", format!("{description} {}", self.start.guidance_scale)))
+            }
+            (Some(Message::Start(_)), _) => Err(Violation::new("start", "must come once, got another")),
+            (None, _) => Err(Violation::new("message", "must be start, positive or negative, got none")),
+        }
+    }
+
+    /// Whether everything has come.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.all_rows().all(Rows::is_complete)
+    }
+
+    /// The request, once the stream has ended or everything has come.
+    pub(crate) fn finish(self) -> Result<PaintRequest, Vec<Violation>> {
+        let missing: Vec<_> = self.all_rows().filter_map(Rows::missing).collect();
+        if !missing.is_empty() {
+            return Err(missing);
+        }
+        let start = self.start;
+        Ok(PaintRequest {
+            height: start.height as usize,
+            width: start.width as usize,
+            steps: start.steps as usize,
+            guidance_scale: start.guidance_scale,
+            conditions: SizeConditions {
+                original_height: start.original_height,
+                original_width: start.original_width,
+                crop_top: start.crop_top,
+                crop_left: start.crop_left,
+            },
+            seed: start.seed,
+            positive: self.positive.into_array(),
+            negative: self.negative.map(Rows::into_array),
+            initial_latents: self.initial_latents,
+        })
+    }
+
+    fn all_rows(&self) -> impl Iterator<Item = &Rows> {
+        [&self.positive].into_iter().chain(&self.negative)
+    }
+}
+
+fn start_violations(start: &DecodeStart, limits: &Limits) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let factor = limits.model.scale_factor;
+    for (field, side) in [("start.height", start.height), ("start.width", start.width)] {
+        let max = limits.max_image_side;
+        if !(factor..=max).contains(&(side as usize)) || !(side as usize).is_multiple_of(factor) {
+            let description = format!("must be a multiple of {factor} from {factor} to {max}, got {side}");
+            violations.push(Violation::new(field, description));
+        }
+    }
+    for (field, max, value) in
+        [("start.steps", limits.max_steps, start.steps), ("start.queries", limits.max_queries, start.queries)]
+    {
+        if !(1..=max).contains(&(value as usize)) {
+            violations.push(Violation::out_of_range(field, 1, max, value));
+        }
+    }
+    // NaN is in no range.
+    let (max, guidance) = (limits.max_guidance_scale, start.guidance_scale);
+    if !(0.0..=max).contains(&guidance) {
+        violations.push(Violation::out_of_range("start.guidance_scale", 0, max, guidance));
+    }
+    violations
+}
+
+fn latents(tensor: Tensor, start: &DecodeStart, limits: &Limits) -> Result<Array, Violation> {
+    let factor = limits.model.scale_factor;
+    let shape = [limits.model.latent_channels, start.height as usize / factor, start.width as usize / factor];
+    // Both dtypes hold standard normal noise well enough; it becomes float32 here.
+    let checked = Array::try_from(tensor).and_then(|array| {
+        let dtype = array.dtype();
+        array.expect(dtype, &shape)
+    });
+    checked.map_err(|error| violation("start.initial_latents", error))
+}
+
+/// An array's error reads on from its name; as a violation it reads on from the field's.
+fn violation(field: &str, error: ArrayError) -> Violation {
+    Violation::new(field, format!("must be a valid tensor: {error}"))
+}
+
+fn name(message: &Message) -> &'static str {
+    match message {
+        Message::Start(_) => "start",
+        Message::Positive(_) => "positive",
+        Message::Negative(_) => "negative",
+    }
+}
+
+/// Embeddings that come row by row, in order.
+#[derive(Debug)]
+struct Rows {
+    field: &'static str,
+    model: ModelInfo,
+    expected: usize,
+    got: usize,
+    data: BytesMut,
+}
+
+impl Rows {
+    fn new(field: &'static str, expected: usize, limits: &Limits) -> Self {
+        let bytes = expected * limits.model.width * limits.model.dtype.size();
+        Self { field, model: limits.model.clone(), expected, got: 0, data: BytesMut::with_capacity(bytes) }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.got == self.expected
+    }
+
+    fn missing(&self) -> Option<Violation> {
+        let Self { field, expected, got, .. } = self;
+        let description = format!("must have {expected} rows (start.queries), the stream ended after {got}");
+        (!self.is_complete()).then(|| Violation::new(*field, description))
+    }
+
+    fn push(&mut self, chunk: RegressedEmbeddings) -> Result<(), Violation> {
+        let field = self.field;
+        if chunk.start as usize != self.got {
+            let description = format!("must be {}, the next row to come, got {}", self.got, chunk.start);
+            return Err(Violation::new(format!("{field}.start"), description));
+        }
+        let embeddings = format!("{field}.embeddings");
+        let array = Array::try_from(chunk.embeddings).map_err(|error| violation(&embeddings, error))?;
+        let rows = array.shape()[0];
+        let shape = [rows, self.model.width];
+        let array = array.expect(self.model.dtype, &shape).map_err(|error| violation(&embeddings, error))?;
+        if rows > self.expected - self.got {
+            let left = self.expected - self.got;
+            let description = format!("must have at most {left} more rows (start.queries), got {rows}");
+            return Err(Violation::new(embeddings, description));
+        }
+        self.data.extend_from_slice(array.data());
+        self.got += rows;
+        Ok(())
+    }
+
+    fn into_array(self) -> Array {
+        let shape = vec![self.got, self.model.width];
+        Array::new(self.model.dtype, shape, self.data.freeze()).expect("rows of checked arrays are an array")
+    }
+}

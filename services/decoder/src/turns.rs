@@ -1,0 +1,115 @@
+//! Who takes the next denoising step: a batch of one shape, at most so many pixels, shapes in turn.
+//!
+//! Pure, so that fairness is tested without a model. Shapes go round robin, so a crowd at one size does not keep
+//! another size waiting for more than the shapes before it. Within a shape the oldest go first and stay until they
+//! are done: an image half painted is of no use to anybody, and every image ends after a bounded number of steps.
+
+use std::{collections::VecDeque, hash::Hash};
+
+/// What a request asks of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand<S> {
+    /// Only equal shapes share a batch.
+    pub shape: S,
+    /// Of its image, once for each row that it takes in the batch.
+    pub pixels: u64,
+}
+
+/// Round robin over the shapes.
+#[derive(Debug)]
+pub struct Turns<S> {
+    /// The next one first; shapes that nobody asked for last time are forgotten.
+    order: VecDeque<S>,
+    max_batch_pixels: u64,
+}
+
+impl<S: Copy + Eq + Hash> Turns<S> {
+    pub fn new(max_batch_pixels: u64) -> Self {
+        Self { order: VecDeque::new(), max_batch_pixels }
+    }
+
+    /// Positions in `demands` (oldest first) of those that step together now; empty when there are none. One that
+    /// alone exceeds the bound goes alone.
+    pub fn next(&mut self, demands: &[Demand<S>]) -> Vec<usize> {
+        self.order.retain(|shape| demands.iter().any(|demand| demand.shape == *shape));
+        for demand in demands {
+            if !self.order.contains(&demand.shape) {
+                self.order.push_back(demand.shape);
+            }
+        }
+        let Some(shape) = self.order.pop_front() else { return Vec::new() };
+        self.order.push_back(shape);
+
+        let mut pixels = 0;
+        let mut batch = Vec::new();
+        for (position, demand) in demands.iter().enumerate().filter(|(_, demand)| demand.shape == shape) {
+            if batch.is_empty() || pixels + demand.pixels <= self.max_batch_pixels {
+                pixels += demand.pixels;
+                batch.push(position);
+            }
+        }
+        batch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn demands(list: &[(char, u64)]) -> Vec<Demand<char>> {
+        list.iter().map(|&(shape, pixels)| Demand { shape, pixels }).collect()
+    }
+
+    #[test]
+    fn a_batch_is_of_one_shape_and_shapes_take_turns() {
+        let mut turns = Turns::new(100);
+        let waiting = demands(&[('a', 1), ('b', 1), ('a', 1), ('c', 1), ('b', 1)]);
+        let batches: Vec<_> = (0..4).map(|_| turns.next(&waiting)).collect();
+        assert_eq!(batches, [vec![0, 2], vec![1, 4], vec![3], vec![0, 2]]);
+        assert!(turns.next(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_batch_is_bounded_and_the_oldest_go_first() {
+        let mut turns = Turns::new(4);
+        assert_eq!(turns.next(&demands(&[('a', 2), ('a', 1), ('a', 2), ('a', 1)])), [0, 1, 3]);
+        assert_eq!(turns.next(&demands(&[('a', 9), ('a', 1)])), [0], "alone, but not never");
+    }
+
+    #[test]
+    fn a_crowd_keeps_nobody_of_another_shape_waiting() {
+        let mut turns = Turns::new(2);
+        let mut waiting = demands(&[('a', 1); 50]);
+        waiting.push(Demand { shape: 'b', pixels: 1 });
+        assert_eq!(turns.next(&waiting), [0, 1]);
+        assert_eq!(turns.next(&waiting), [50]);
+        // New arrivals queue behind shapes that already wait.
+        waiting.insert(0, Demand { shape: 'c', pixels: 1 });
+        assert_eq!(turns.next(&waiting), [1, 2]);
+        assert_eq!(turns.next(&waiting), [51]);
+        assert_eq!(turns.next(&waiting), [0]);
+    }
+
+    #[test]
+    fn every_request_is_done_after_its_steps_and_those_before_it() {
+        // Requests as (shape, pixels, steps left); one step of each batch at a time.
+        let mut left: Vec<(char, u64, usize)> = (0..60_usize)
+            .map(|i| (['a', 'b', 'c'][i * i % 3], 1 + (i as u64 * 7) % 5, 1 + i * 11 % 13))
+            .collect();
+        let (mut turns, mut served) = (Turns::new(8), 0);
+        let bound: usize = left.iter().map(|(_, _, steps)| steps).sum();
+        while !left.is_empty() {
+            let waiting: Vec<_> = left.iter().map(|&(shape, pixels, _)| Demand { shape, pixels }).collect();
+            let batch = turns.next(&waiting);
+            assert!(!batch.is_empty());
+            assert!(batch.iter().all(|&i| waiting[i].shape == waiting[batch[0]].shape));
+            let pixels: u64 = batch.iter().map(|&i| waiting[i].pixels).sum();
+            assert!(batch.len() == 1 || pixels <= 8);
+            batch.iter().for_each(|&i| left[i].2 -= 1);
+            left.retain(|&(_, _, steps)| steps > 0);
+            served += 1;
+            assert!(served <= bound);
+        }
+        assert!(served < bound, "requests have shared steps");
+    }
+}
