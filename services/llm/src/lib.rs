@@ -1,1 +1,92 @@
+//! The language model service: LLaMA over text and embeddings, behind `emu2.stage.v1.LanguageModel`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `service` | the gRPC edge: requests checked, events put on the wire |
+//! | [`prompt`] | parts → positions: templates, placeholders, slots for embeddings |
+//! | [`tokenizer`] | text ↔ ids, as upstream's pinned tokenizer |
+//! | [`engine`] | the thread that owns the model: commands in, events out |
+//! | [`scheduler`] | who runs and what a step computes; no torch |
+//! | `sequence` | one request in the engine: what it feeds and what it makes of the answer |
+//! | [`step`] | one forward over the rows of all sequences |
+//! | [`search`] | greedy, sampling, beam search; no torch |
+//! | [`llama`] | the model |
+//! | [`kv`] | keys and values of one sequence, a tree |
+//! | [`load`] | from a model folder to a warm model |
+//! | [`config`], [`error`], [`metrics`] | what their names say |
+//!
+//! A request's way: `service` → `prompt` → `engine` → (`scheduler` → `sequence` → `step` → `llama` → `search`)* →
+//! `service`.
 
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod kv;
+pub mod llama;
+pub mod load;
+pub mod metrics;
+pub mod prompt;
+pub mod scheduler;
+pub mod search;
+mod sequence;
+mod service;
+pub mod step;
+pub mod tokenizer;
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use emu2_proto::stage::language_model_server::LanguageModelServer;
+use emu2_serve::{
+    server::{Listeners, Server},
+    shutdown::Shutdown,
+};
+use prometheus_client::registry::Registry;
+
+pub use config::Config;
+use engine::{Engine, Started};
+use error::LoadError;
+use metrics::Metrics;
+use service::Service;
+
+/// Name in logs, spans and health.
+pub const NAME: &str = "emu2-llm";
+/// The engine finishes the step that it is in; a full model's takes less.
+const ENGINE_END_MAX: Duration = Duration::from_secs(5);
+
+/// Serves until shutdown begins, or until the engine can no longer be trusted, which is an error: the process ends
+/// and Kubernetes starts it anew.
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let Started { engine, loaded: loading, mut ended } =
+        Engine::start(config.model(), Metrics::register(&mut registry));
+    let loaded = Arc::new(OnceLock::new());
+    let max_bytes = config.server.max_message_bytes;
+    let service = LanguageModelServer::new(Service::new(&config, engine, Arc::clone(&loaded)))
+        .max_decoding_message_size(max_bytes)
+        .max_encoding_message_size(max_bytes);
+    let server = Server::new(NAME, &config.server, listeners).registry(registry).service(service);
+
+    let load = async move {
+        let model = loading.await.map_err(|_| LoadError::Ended)?.context("the model cannot be served")?;
+        // Set once, here.
+        let _ = loaded.set(model);
+        Ok(())
+    };
+    let mut serving = Box::pin(server.run_after(load, shutdown.clone()));
+    tokio::select! {
+        served = &mut serving => served?,
+        Ok(()) = &mut ended => {
+            shutdown.begin();
+            serving.await?;
+            bail!("the engine has stopped: its device failed");
+        }
+    }
+    drop(serving);
+    // Torch does not like a process that ends under it.
+    let _ = tokio::time::timeout(ENGINE_END_MAX, ended).await;
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! What can go wrong in this service, and the one match from that to the API's terms.
+
+use std::time::Duration;
+
+use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
+use emu2_proto::array::ArrayError;
+use emu2_serve::status::{self, Violation};
+use tonic::Status;
+
+use crate::{prompt::PromptError, scheduler::Refusal, tokenizer::TokenizerError};
+
+/// Long enough for a text to finish and make room.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Why the model cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error("kv_budget_bytes must hold one context of {positions} positions, {needed} bytes, is {budget}")]
+    KvBudget { positions: usize, needed: usize, budget: u64 },
+    #[error("the warm-up failed")]
+    WarmUp(#[source] EngineFault),
+    #[error("the engine thread ended while loading")]
+    Ended,
+}
+
+/// Why a request that was well formed got no answer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EngineError {
+    #[error("{0}")]
+    Refused(Refusal),
+    #[error("the engine's queue is full")]
+    Busy,
+    #[error("the engine has stopped")]
+    Stopped,
+    #[error("the device is out of memory")]
+    OutOfMemory,
+    /// Said in the log; the caller learns only that it was not their fault.
+    #[error("the step failed")]
+    StepFailed,
+    #[error("the model computed a value that is not finite")]
+    NotFinite,
+}
+
+impl From<&EngineFault> for EngineError {
+    fn from(fault: &EngineFault) -> Self {
+        match fault {
+            EngineFault::OutOfMemory(_) => Self::OutOfMemory,
+            EngineFault::Device(_) => Self::Stopped,
+            EngineFault::Panic(_) => Self::StepFailed,
+        }
+    }
+}
+
+impl From<ArrayError> for EngineError {
+    /// Of what the model computed: shape and dtype are its own.
+    fn from(_: ArrayError) -> Self {
+        Self::NotFinite
+    }
+}
+
+impl From<EngineError> for Status {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Refused(Refusal::QueueFull { max_waiting }) => status::exhausted(
+                format!("all {max_waiting} places to wait are taken (max_waiting)"),
+                RETRY_AFTER,
+            ),
+            EngineError::Refused(Refusal::TooLarge { needed, budget }) => Violation::new(
+                "text.num_beams",
+                format!(
+                    "must let the prompt and every beam's new tokens fit {budget} cache entries \
+                     (kv_budget_bytes), got {needed}"
+                ),
+            )
+            .into(),
+            EngineError::Busy | EngineError::OutOfMemory => status::exhausted(error.to_string(), RETRY_AFTER),
+            EngineError::Stopped => status::unavailable(error.to_string()),
+            EngineError::StepFailed | EngineError::NotFinite => status::internal(error.to_string()),
+        }
+    }
+}
+
+/// A prompt that breaks a rule, as INVALID_ARGUMENT.
+pub fn prompt_status(error: PromptError) -> Status {
+    let violation = match error {
+        PromptError::Invalid { field, problem } => Violation::new(field, problem.to_string()),
+        PromptError::TooLong { prompt, requested, limit } => Violation::new(
+            "prompt",
+            format!(
+                "must leave room for the output within {limit} positions, got {prompt} positions of prompt \
+                 and {requested} requested"
+            ),
+        ),
+    };
+    violation.into()
+}

@@ -1,0 +1,396 @@
+//! LLaMA (Touvron et al., arXiv 2302.13971) as Emu2's language model, over text and embeddings alike
+//! (arXiv 2312.13286, section 2.1), with the projections between it and the visual encoder's space.
+//!
+//! Upstream: baaivision/Emu at 13c395e, Emu2/emu/{lm,emu}.py, over `LlamaForCausalLM` of transformers 4.31.0.
+//! What differs: there is no batch dimension and no padding. A forward takes the rows of all sequences of a step,
+//! one after the other, [tokens, width]: prompts' chunks, single tokens, beams and embeddings alike. Linear layers
+//! see all rows at once; attention goes sequence by sequence over that sequence's own cache (`kv.rs`). With an empty
+//! cache and a whole prompt the same function is the uncached forward.
+
+#[cfg(test)]
+mod tests;
+
+use std::rc::Rc;
+
+use emu2_nn::{
+    attention::{attend, attend_masked},
+    checkpoint::{CheckpointError, ModelDir, Part},
+    layers::{Embedding, Linear, RmsNorm},
+    weights::Weights,
+};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::kv::{Append, Appended, KvCache, LayerKv, Sight};
+
+/// Section `llama` of config.json, with the full model's values as defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct LlamaConfig {
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: i64,
+    pub num_attention_heads: i64,
+    /// Rows of the vocabulary with all special tokens: 32,272, and two more in the chat model.
+    pub vocab_size: i64,
+    pub rms_norm_eps: f64,
+    pub max_position_embeddings: i64,
+}
+
+impl Default for LlamaConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 6656,
+            intermediate_size: 17920,
+            num_hidden_layers: 60,
+            num_attention_heads: 52,
+            vocab_size: 32272,
+            rms_norm_eps: 1e-6,
+            max_position_embeddings: 2048,
+        }
+    }
+}
+
+impl LlamaConfig {
+    pub fn head_width(&self) -> i64 {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    /// Keys and values of one entry in all layers.
+    pub fn kv_bytes(&self, kind: Kind) -> usize {
+        (2 * self.num_hidden_layers * self.hidden_size) as usize * kind.elt_size_in_bytes()
+    }
+
+    fn layer_parameters(&self) -> i64 {
+        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+        4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden
+    }
+
+    fn problem(&self) -> Option<String> {
+        let sizes = [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ];
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size < 1) {
+            return Some(format!("llama.{name} must be at least 1, is {size}"));
+        }
+        let even_heads = self.hidden_size % (2 * self.num_attention_heads) == 0;
+        let text =
+            "llama.hidden_size must be a multiple of twice num_attention_heads (rotations take pairs), is";
+        (!even_heads).then(|| format!("{text} {} for {}", self.hidden_size, self.num_attention_heads))
+    }
+}
+
+/// Rows that a sequence adds to a step, and the cache that they go to.
+#[derive(Debug)]
+pub struct Rows<'a> {
+    pub kv: &'a mut KvCache,
+    pub append: Append<'a>,
+}
+
+/// The language model with both projections.
+#[derive(Debug)]
+pub struct Llama {
+    config: LlamaConfig,
+    kind: Kind,
+    places: Vec<Place>,
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    project_up: Linear,
+    project_down: Linear,
+}
+
+/// A device that holds layers, with its rotation tables, each [max_positions, 1, head_width].
+#[derive(Debug)]
+struct Place {
+    device: Device,
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Llama {
+    /// The model and the digest of its weights. Embeddings, head and projections go to the first device, layers
+    /// to all. `embedding_width`: of the visual encoder.
+    pub fn load(
+        dir: &Rc<ModelDir>,
+        config: LlamaConfig,
+        embedding_width: i64,
+        devices: &[Device],
+        kind: Kind,
+    ) -> Result<(Self, String), CheckpointError> {
+        if let Some(problem) = config.problem() {
+            return Err(dir.unsupported(problem));
+        }
+        let root = dir.weights(Part::Llm, devices[0], kind);
+        let lm = root.at("decoder").at("lm");
+        let model = lm.at("model");
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let outside_layers = 2 * hidden * vocab + hidden + 2 * hidden * embedding_width;
+        let spread = spread_layers(&config, outside_layers, devices.len());
+        let layer = |(index, &place): (usize, &usize)| {
+            Layer::load(&model.at("layers").at(index).on(devices[place]), &config, place)
+        };
+        let llama = Self {
+            kind,
+            places: devices.iter().map(|&device| Place::new(&config, kind, device)).collect(),
+            embed_tokens: Embedding::load(&model.at("embed_tokens"), vocab, hidden),
+            layers: spread.iter().enumerate().map(layer).collect(),
+            norm: RmsNorm::load(&model.at("norm"), hidden, config.rms_norm_eps),
+            lm_head: Linear::load_no_bias(&lm.at("lm_head"), hidden, vocab),
+            project_up: Linear::load_no_bias(&root.at("project_up"), embedding_width, hidden),
+            project_down: Linear::load_no_bias(&root.at("project_down"), hidden, embedding_width),
+            config,
+        };
+        drop((lm, model));
+        Ok((llama, root.finish()?))
+    }
+
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Where rows come in and go out.
+    pub fn device(&self) -> Device {
+        self.places[0].device
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Room for `capacity` entries in every layer.
+    pub fn kv_cache(&self, capacity: i64) -> KvCache {
+        let (heads, head_width) = (self.config.num_attention_heads, self.config.head_width());
+        let layer = |layer: &Layer| {
+            LayerKv::new(heads, capacity, head_width, self.kind, self.places[layer.place].device)
+        };
+        KvCache::new(self.layers.iter().map(layer).collect(), capacity)
+    }
+
+    /// ids [tokens] -> [tokens, width]
+    pub fn embed(&self, ids: &Tensor) -> Tensor {
+        self.embed_tokens.forward(&ids.to_device(self.device()))
+    }
+
+    /// Embeddings of an image into the language model's space: [rows, embedding_width] -> [rows, width]
+    pub fn project_up(&self, embeddings: &Tensor) -> Tensor {
+        self.project_up.forward(embeddings)
+    }
+
+    /// Regresses: the state at [IMG] is the first embedding of an image, and so on.
+    /// [rows, width] -> [rows, embedding_width]
+    pub fn project_down(&self, hidden: &Tensor) -> Tensor {
+        self.project_down.forward(hidden)
+    }
+
+    /// [rows, width] -> [rows, vocabulary], float32
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        self.lm_head.forward(hidden).to_kind(Kind::Float)
+    }
+
+    /// `x`: rows of all sequences in `batch`'s order, [tokens, width] -> states after the last norm, [tokens, width]
+    pub fn forward(&self, x: &Tensor, batch: &mut [Rows<'_>]) -> Tensor {
+        let appended: Vec<Appended> =
+            batch.iter_mut().map(|rows| rows.kv.append(rows.append, self.kind, self.device())).collect();
+        let steps: Vec<Step> = self.places.iter().map(|place| place.step(&appended)).collect();
+        let mut x = x.shallow_clone();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let caches: Vec<&LayerKv> = batch.iter().map(|rows| &rows.kv.layers[index]).collect();
+            x = layer.forward(&x.to_device(self.places[layer.place].device), &steps[layer.place], &caches);
+        }
+        self.norm.forward(&x.to_device(self.device()))
+    }
+}
+
+/// What all layers of a device need to know of a step.
+#[derive(Debug)]
+struct Step {
+    /// Rotation of each row, [tokens, 1, head_width].
+    cos: Tensor,
+    sin: Tensor,
+    spans: Vec<Span>,
+}
+
+/// The rows of one sequence, in a row.
+#[derive(Debug)]
+struct Span {
+    rows: i64,
+    /// Entries before them.
+    start: i64,
+    sight: Sight,
+}
+
+impl Place {
+    fn new(config: &LlamaConfig, kind: Kind, device: Device) -> Self {
+        let angles = rotary_angles(config.max_position_embeddings, config.head_width()).unsqueeze(1);
+        // Computed in float32 and only then rounded: the buffers in bfloat16 checkpoints have lost precision.
+        let table = |table: Tensor| table.to_kind(kind).to_device(device);
+        Self { device, cos: table(angles.cos()), sin: table(angles.sin()) }
+    }
+
+    fn step(&self, appended: &[Appended]) -> Step {
+        let positions: Vec<i64> = appended.iter().flat_map(|rows| rows.positions.iter().copied()).collect();
+        let positions = Tensor::from_slice(&positions).to_device(self.device);
+        let span = |new: &Appended| Span {
+            rows: new.rows,
+            start: new.start,
+            sight: new.sight.to_device(self.device),
+        };
+        Step {
+            cos: self.cos.index_select(0, &positions),
+            sin: self.sin.index_select(0, &positions),
+            spans: appended.iter().map(span).collect(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Layer {
+    /// Index of the device that holds it.
+    place: usize,
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Layer {
+    fn load(w: &Weights, config: &LlamaConfig, place: usize) -> Self {
+        let norm = |name| RmsNorm::load(&w.at(name), config.hidden_size, config.rms_norm_eps);
+        Self {
+            place,
+            input_layernorm: norm("input_layernorm"),
+            self_attn: Attention::load(&w.at("self_attn"), config),
+            post_attention_layernorm: norm("post_attention_layernorm"),
+            mlp: Mlp::load(&w.at("mlp"), config),
+        }
+    }
+
+    /// [tokens, width] -> [tokens, width]
+    fn forward(&self, x: &Tensor, step: &Step, caches: &[&LayerKv]) -> Tensor {
+        let x = x + self.self_attn.forward(&self.input_layernorm.forward(x), step, caches);
+        &x + self.mlp.forward(&self.post_attention_layernorm.forward(&x))
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    heads: i64,
+    head_width: i64,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+}
+
+impl Attention {
+    fn load(w: &Weights, config: &LlamaConfig) -> Self {
+        let width = config.hidden_size;
+        let linear = |name| Linear::load_no_bias(&w.at(name), width, width);
+        Self {
+            heads: config.num_attention_heads,
+            head_width: config.head_width(),
+            q_proj: linear("q_proj"),
+            k_proj: linear("k_proj"),
+            v_proj: linear("v_proj"),
+            o_proj: linear("o_proj"),
+        }
+    }
+
+    /// [tokens, width] -> [tokens, width]
+    fn forward(&self, x: &Tensor, step: &Step, caches: &[&LayerKv]) -> Tensor {
+        // [tokens, (heads head_width)] -> [tokens, heads, head_width]
+        let split = |x: Tensor| x.view([-1, self.heads, self.head_width]);
+        // [tokens, heads, head_width] -> [heads, tokens, head_width]
+        let q = rotate(&split(self.q_proj.forward(x)), step).transpose(0, 1);
+        let k = rotate(&split(self.k_proj.forward(x)), step).transpose(0, 1);
+        let v = split(self.v_proj.forward(x)).transpose(0, 1);
+        let mut outputs = Vec::with_capacity(caches.len());
+        let mut first = 0;
+        for (span, cache) in step.spans.iter().zip(caches) {
+            let of_span = |rows: &Tensor| rows.narrow(1, first, span.rows);
+            outputs.push(attend_span(&of_span(&q), &of_span(&k), &of_span(&v), span, cache));
+            first += span.rows;
+        }
+        // [tokens, heads, head_width] -> [tokens, (heads head_width)]
+        self.o_proj.forward(&Tensor::cat(&outputs, 0).flatten(1, 2))
+    }
+}
+
+/// New rows of one sequence against its whole cache, themselves included.
+/// q, k and v: [heads, rows, head_width] -> [rows, heads, head_width]
+fn attend_span(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, cache: &LayerKv) -> Tensor {
+    let (keys, values) = cache.append(span.start, k, v);
+    let q = q.unsqueeze(0);
+    let output = match &span.sight {
+        Sight::Causal => attend(&q, &keys, &values, true),
+        Sight::All => attend(&q, &keys, &values, false),
+        Sight::Mask(mask) => attend_masked(&q, &keys, &values, mask),
+    };
+    output.squeeze_dim(0).transpose(0, 1)
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    fn load(w: &Weights, config: &LlamaConfig) -> Self {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        Self {
+            gate_proj: Linear::load_no_bias(&w.at("gate_proj"), width, inner),
+            up_proj: Linear::load_no_bias(&w.at("up_proj"), width, inner),
+            down_proj: Linear::load_no_bias(&w.at("down_proj"), inner, width),
+        }
+    }
+
+    /// [tokens, width] -> [tokens, width]
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.down_proj.forward(&(self.gate_proj.forward(x).silu() * self.up_proj.forward(x)))
+    }
+}
+
+/// Rotary position embedding (arXiv 2104.09864): dimension i turns with dimension i + head_width / 2.
+/// [tokens, heads, head_width] -> [tokens, heads, head_width]
+fn rotate(x: &Tensor, step: &Step) -> Tensor {
+    let halves = x.chunk(2, -1);
+    let turned = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+    x * &step.cos + turned * &step.sin
+}
+
+/// position × 10000^(-2i / head_width), both halves alike: [positions, head_width]
+fn rotary_angles(positions: i64, head_width: i64) -> Tensor {
+    let options = (Kind::Float, Device::Cpu);
+    let exponents = Tensor::arange_start_step(0, head_width, 2, options) / head_width as f64;
+    let frequencies = Tensor::from(10_000.0_f32).pow(&exponents).reciprocal();
+    let angles = Tensor::arange(positions, options).outer(&frequencies);
+    Tensor::cat(&[&angles, &angles], -1)
+}
+
+/// The device of each layer, as upstream's `multicuda`: every device gets an equal share of all parameters, the
+/// first one's share reduced by what it holds besides layers.
+fn spread_layers(config: &LlamaConfig, outside_layers: i64, devices: usize) -> Vec<usize> {
+    let per_layer = config.layer_parameters() as f64;
+    let total = outside_layers as f64 + per_layer * config.num_hidden_layers as f64;
+    let share = total / devices as f64;
+    let (mut place, mut held) = (0, outside_layers as f64);
+    let mut spread = Vec::with_capacity(config.num_hidden_layers as usize);
+    for _ in 0..config.num_hidden_layers {
+        if held + per_layer > share && place + 1 < devices {
+            place += 1;
+            held = 0.0;
+        }
+        spread.push(place);
+        held += per_layer;
+    }
+    spread
+}

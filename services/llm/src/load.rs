@@ -1,0 +1,131 @@
+//! From a model folder to a warm model.
+
+use std::{path::PathBuf, sync::Arc};
+
+use emu2_nn::{array, checkpoint::ModelDir, device, engine::guarded};
+use emu2_proto::array::Dtype;
+use serde::Deserialize;
+use tch::Tensor;
+
+use crate::{
+    error::LoadError,
+    kv::Append,
+    llama::{Llama, LlamaConfig, Rows},
+    search::TextIds,
+    tokenizer::{Special, Tokenizer},
+};
+
+/// What the engine needs of the service's configuration; see [`crate::config::Config`].
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    pub model_dir: PathBuf,
+    pub devices: Vec<String>,
+    pub cores: usize,
+    pub kv_budget_bytes: u64,
+    pub prefill_chunk: usize,
+    pub max_waiting: usize,
+}
+
+/// What everyone else needs to know of the model.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub tokenizer: Arc<Tokenizer>,
+    pub text_ids: TextIds,
+    pub weights_digest: String,
+    pub dtype: Dtype,
+    /// Width of one embedding outside the projections.
+    pub embedding_width: usize,
+    /// Embeddings of an image, and of a video frame.
+    pub n_query: usize,
+    pub v_query: usize,
+    /// Positions of prompt and output together.
+    pub max_positions: usize,
+    /// Entries that the budget for keys and values holds.
+    pub kv_entries: usize,
+}
+
+/// What the language model needs to know of section `vision`.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+struct Vision {
+    width: i64,
+    n_query: usize,
+    v_query: usize,
+}
+
+impl Default for Vision {
+    fn default() -> Self {
+        Self { width: 1792, n_query: 64, v_query: 64 }
+    }
+}
+
+/// Loads and warms the model; runs on the engine's thread.
+pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
+    let devices = device::open(&config.devices)?;
+    let kind = device::compute_kind(devices[0]);
+    let dir = ModelDir::open(&config.model_dir)?;
+    let llama: LlamaConfig = dir.section("llama")?;
+    let vision: Vision = dir.section("vision")?;
+    let instruct = dir.value("instruct")?.unwrap_or(false);
+    let tokenizer = Tokenizer::load(&dir.path().join("tokenizer.model"), instruct)?;
+    check(&dir, &llama, &vision, &tokenizer)?;
+    let (model, weights_digest) = Llama::load(&dir, llama, vision.width, &devices, kind)?;
+
+    let llama = model.config();
+    let (max_positions, entry_bytes) = (llama.max_position_embeddings as usize, llama.kv_bytes(kind));
+    let kv_entries = config.kv_budget_bytes as usize / entry_bytes;
+    if kv_entries < max_positions {
+        let (needed, budget) = (max_positions * entry_bytes, config.kv_budget_bytes);
+        return Err(LoadError::KvBudget { positions: max_positions, needed, budget });
+    }
+    let text_ids = TextIds { begin: tokenizer.special(Special::Bos), end: tokenizer.special(Special::Eos) };
+    guarded(|| warm_up(&model, text_ids)).map_err(LoadError::WarmUp)?;
+    let loaded = Loaded {
+        tokenizer: Arc::new(tokenizer),
+        text_ids,
+        weights_digest,
+        dtype: array::dtype(kind),
+        embedding_width: vision.width as usize,
+        n_query: vision.n_query,
+        v_query: vision.v_query,
+        max_positions,
+        kv_entries,
+    };
+    Ok((model, loaded))
+}
+
+/// What config.json's sections and the tokenizer say must agree.
+fn check(
+    dir: &ModelDir,
+    llama: &LlamaConfig,
+    vision: &Vision,
+    tokenizer: &Tokenizer,
+) -> Result<(), LoadError> {
+    let problem = |text: String| Err(dir.unsupported(text).into());
+    if tokenizer.vocab_size() as i64 != llama.vocab_size {
+        let (config, tokenizer) = (llama.vocab_size, tokenizer.vocab_size());
+        return problem(format!("llama.vocab_size is {config}, but the tokenizer has {tokenizer} ids"));
+    }
+    if vision.width < 1 {
+        return problem(format!("vision.width must be at least 1, is {}", vision.width));
+    }
+    for (name, queries) in [("n_query", vision.n_query), ("v_query", vision.v_query)] {
+        let most = llama.max_position_embeddings;
+        if queries < 1 || queries as i64 >= most {
+            return problem(format!("vision.{name} must be 1 to {}, is {queries}", most - 1));
+        }
+    }
+    Ok(())
+}
+
+/// A prompt and one more token: what is allocated or compiled at first use is, before anyone waits for it.
+fn warm_up(model: &Llama, ids: TextIds) {
+    let prompt = Tensor::from_slice(&[i64::from(ids.begin); 8]);
+    let mut kv = model.kv_cache(9);
+    for (x, rows) in [(model.embed(&prompt), 8), (model.embed(&prompt.narrow(0, 0, 1)), 1)] {
+        let hidden = model.forward(&x, &mut [Rows { kv: &mut kv, append: Append::Line(rows) }]);
+        let embedding = model.project_down(&hidden);
+        let _ =
+            (model.logits(&hidden).double_value(&[0, 0]), model.project_up(&embedding).double_value(&[0, 0]));
+    }
+}

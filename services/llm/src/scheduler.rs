@@ -1,0 +1,165 @@
+//! Who runs, and what each running sequence adds to the next step. No torch, no clock, no channels.
+//!
+//! Continuous batching: sequences join and leave between any two steps. A step is one forward over
+//! - one row (or one per beam) of every sequence whose prompt is in the cache, and
+//! - up to `prefill_chunk` positions of prompts, oldest first, as far as their embeddings have arrived: a long prompt
+//!   never stands in the way of the running sequences for longer than one chunk.
+//!
+//! Keys and values are the scarce thing. A sequence is admitted once all the entries that it may ever need fit what
+//! the budget has left, and keeps them to its end; so a running sequence never waits for memory. Admission is first
+//! come, first served: a large sequence is not overtaken for ever by small ones.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
+
+/// Names a sequence; later ones are greater.
+pub type Ticket = u64;
+
+/// What bounds a scheduler; every value at least 1.
+#[derive(Clone, Copy, Debug)]
+pub struct SchedulerLimits {
+    /// Entries of keys and values, over all running sequences.
+    pub kv_entries: usize,
+    /// Positions of prompts in one step.
+    pub prefill_chunk: usize,
+    /// Sequences that wait for admission.
+    pub max_waiting: usize,
+}
+
+/// What a sequence needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand {
+    /// Positions of its prompt.
+    pub prompt: usize,
+    /// Leading positions of the prompt whose embeddings are here.
+    pub ready: usize,
+    /// Entries that it may ever put into its cache.
+    pub kv_entries: usize,
+}
+
+/// Why a sequence was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("{max_waiting} sequences are waiting already")]
+    QueueFull { max_waiting: usize },
+    /// It would not fit an empty cache.
+    #[error("it needs {needed} cache entries of {budget}")]
+    TooLarge { needed: usize, budget: usize },
+}
+
+/// What a sequence adds to a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// These positions of its prompt.
+    Prefill(Range<usize>),
+    /// What it chose in the step before.
+    Decode,
+}
+
+/// The next step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Sequences that start to run with this step: they need a cache.
+    pub admitted: Vec<Ticket>,
+    pub work: BTreeMap<Ticket, Work>,
+}
+
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    /// Entries promised to the running sequences.
+    reserved: usize,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    ticket: Ticket,
+    demand: Demand,
+    prefilled: usize,
+}
+
+impl Scheduler {
+    pub fn new(limits: SchedulerLimits) -> Self {
+        Self { limits, waiting: VecDeque::new(), running: Vec::new(), reserved: 0 }
+    }
+
+    pub fn submit(&mut self, ticket: Ticket, demand: Demand) -> Result<(), Refusal> {
+        let SchedulerLimits { kv_entries: budget, max_waiting, .. } = self.limits;
+        if demand.kv_entries > budget {
+            return Err(Refusal::TooLarge { needed: demand.kv_entries, budget });
+        }
+        if self.waiting.len() >= max_waiting {
+            return Err(Refusal::QueueFull { max_waiting });
+        }
+        self.waiting.push_back(Sequence { ticket, demand, prefilled: 0 });
+        Ok(())
+    }
+
+    /// More of a prompt's embeddings are here: all before position `ready`.
+    pub fn set_ready(&mut self, ticket: Ticket, ready: usize) {
+        let mut all = self.waiting.iter_mut().chain(&mut self.running);
+        if let Some(sequence) = all.find(|sequence| sequence.ticket == ticket) {
+            sequence.demand.ready = ready;
+        }
+    }
+
+    /// It has finished or failed, or its caller left.
+    pub fn remove(&mut self, ticket: Ticket) {
+        self.waiting.retain(|sequence| sequence.ticket != ticket);
+        if let Some(index) = self.running.iter().position(|sequence| sequence.ticket == ticket) {
+            self.reserved -= self.running.remove(index).demand.kv_entries;
+        }
+    }
+
+    /// The next step, taken as done: whatever fails in it has to be removed.
+    pub fn plan(&mut self) -> Plan {
+        let mut plan = Plan { admitted: self.admit(), work: BTreeMap::new() };
+        let mut chunk = self.limits.prefill_chunk;
+        for sequence in &mut self.running {
+            if sequence.prefilled == sequence.demand.prompt {
+                plan.work.insert(sequence.ticket, Work::Decode);
+                continue;
+            }
+            let end = sequence.demand.ready.min(sequence.prefilled + chunk);
+            if end > sequence.prefilled {
+                let positions = sequence.prefilled..end;
+                chunk -= positions.len();
+                sequence.prefilled = end;
+                plan.work.insert(sequence.ticket, Work::Prefill(positions));
+            }
+        }
+        plan
+    }
+
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Entries promised to the running sequences; at most the budget.
+    pub fn reserved(&self) -> usize {
+        self.reserved
+    }
+
+    fn admit(&mut self) -> Vec<Ticket> {
+        let mut admitted = Vec::new();
+        let fits =
+            |reserved: usize, next: &Sequence| reserved + next.demand.kv_entries <= self.limits.kv_entries;
+        while let Some(next) = self.waiting.pop_front_if(|next| fits(self.reserved, next)) {
+            self.reserved += next.demand.kv_entries;
+            admitted.push(next.ticket);
+            self.running.push(next);
+        }
+        admitted
+    }
+}

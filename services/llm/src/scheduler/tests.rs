@@ -1,0 +1,182 @@
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha12Rng;
+
+use super::*;
+
+const LIMITS: SchedulerLimits = SchedulerLimits { kv_entries: 100, prefill_chunk: 16, max_waiting: 3 };
+
+fn demand(prompt: usize, kv_entries: usize) -> Demand {
+    Demand { prompt, ready: prompt, kv_entries }
+}
+
+fn work(plan: &Plan) -> Vec<(Ticket, Work)> {
+    plan.work.iter().map(|(&ticket, work)| (ticket, work.clone())).collect()
+}
+
+#[test]
+fn prompts_share_the_chunk_oldest_first_beside_all_decoding() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(1, demand(4, 8)).unwrap();
+    scheduler.submit(2, demand(20, 30)).unwrap();
+    let plan = scheduler.plan();
+    assert_eq!(plan.admitted, [1, 2]);
+    assert_eq!(work(&plan), [(1, Work::Prefill(0..4)), (2, Work::Prefill(0..12))]);
+    scheduler.submit(3, demand(10, 10)).unwrap();
+    let plan = scheduler.plan();
+    assert_eq!(work(&plan), [(1, Work::Decode), (2, Work::Prefill(12..20)), (3, Work::Prefill(0..8))]);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Decode), (2, Work::Decode), (3, Work::Prefill(8..10))]);
+}
+
+#[test]
+fn a_prompt_is_prefilled_as_far_as_its_embeddings_have_come() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(1, Demand { ready: 3, ..demand(20, 20) }).unwrap();
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(0..3))]);
+    assert_eq!(work(&scheduler.plan()), []);
+    scheduler.set_ready(1, 12);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(3..12))]);
+    scheduler.set_ready(1, 20);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(12..20))]);
+}
+
+#[test]
+fn embeddings_that_arrive_while_waiting_count() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(1, demand(1, 100)).unwrap();
+    scheduler.submit(2, Demand { ready: 1, ..demand(5, 5) }).unwrap();
+    scheduler.plan();
+    scheduler.set_ready(2, 5);
+    scheduler.remove(1);
+    assert_eq!(work(&scheduler.plan()), [(2, Work::Prefill(0..5))]);
+}
+
+#[test]
+fn a_large_sequence_is_not_overtaken() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(1, demand(1, 60)).unwrap();
+    scheduler.submit(2, demand(1, 50)).unwrap();
+    scheduler.submit(3, demand(1, 10)).unwrap();
+    assert_eq!(scheduler.plan().admitted, [1]);
+    assert!(scheduler.plan().admitted.is_empty());
+    scheduler.remove(1);
+    assert_eq!(scheduler.plan().admitted, [2, 3]);
+    assert_eq!(scheduler.reserved(), 60);
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    let refusal = scheduler.submit(1, demand(1, 101)).unwrap_err();
+    assert_eq!(refusal, Refusal::TooLarge { needed: 101, budget: 100 });
+    for ticket in 0..3 {
+        scheduler.submit(ticket, demand(1, 40)).unwrap();
+    }
+    assert_eq!(scheduler.submit(4, demand(1, 1)), Err(Refusal::QueueFull { max_waiting: 3 }));
+    scheduler.remove(1);
+    scheduler.submit(5, demand(1, 1)).unwrap();
+}
+
+/// A sequence as its caller would count it.
+struct Life {
+    prompt: usize,
+    prefilled: usize,
+    /// Steps left to decode.
+    steps: usize,
+    kv_entries: usize,
+}
+
+/// Random callers: some come, some leave, embeddings arrive when they like.
+struct World {
+    random: ChaCha12Rng,
+    limits: SchedulerLimits,
+    scheduler: Scheduler,
+    alive: BTreeMap<Ticket, Life>,
+    admitted: Vec<Ticket>,
+    next: Ticket,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = ChaCha12Rng::seed_from_u64(seed);
+        let limits = SchedulerLimits {
+            kv_entries: random.random_range(40..400),
+            prefill_chunk: random.random_range(1..40),
+            max_waiting: random.random_range(1..12),
+        };
+        let (scheduler, alive, admitted) = (Scheduler::new(limits), BTreeMap::new(), Vec::new());
+        Self { random, limits, scheduler, alive, admitted, next: 0 }
+    }
+
+    fn someone_comes(&mut self) {
+        let (prompt, steps) = (self.random.random_range(1..60), self.random.random_range(1..20));
+        let kv_entries = prompt + steps * self.random.random_range(1..4);
+        let demand = Demand { prompt, ready: self.random.random_range(0..=prompt), kv_entries };
+        if self.scheduler.submit(self.next, demand).is_ok() {
+            self.alive.insert(self.next, Life { prompt, prefilled: 0, steps, kv_entries });
+        }
+        self.next += 1;
+    }
+
+    fn things_happen(&mut self) {
+        for ticket in self.alive.keys().copied().collect::<Vec<_>>() {
+            if self.random.random_ratio(1, 60) {
+                self.scheduler.remove(ticket);
+                self.alive.remove(&ticket);
+            } else if self.random.random_ratio(1, 3) {
+                self.scheduler.set_ready(ticket, self.alive[&ticket].prompt);
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let plan = self.scheduler.plan();
+        self.admitted.extend(&plan.admitted);
+        assert!(self.scheduler.reserved() <= self.limits.kv_entries, "the budget holds");
+        let running = self.admitted.iter().filter_map(|ticket| self.alive.get(ticket));
+        assert_eq!(self.scheduler.reserved(), running.map(|life| life.kv_entries).sum::<usize>());
+        let mut chunk = 0;
+        for (ticket, work) in plan.work {
+            let life = self.alive.get_mut(&ticket).expect("only the living work");
+            match work {
+                Work::Prefill(positions) => {
+                    assert_eq!(positions.start, life.prefilled, "no position twice, none left out");
+                    life.prefilled = positions.end;
+                    chunk += positions.len();
+                }
+                Work::Decode => {
+                    assert_eq!(life.prompt, life.prefilled);
+                    life.steps -= 1;
+                    if life.steps == 0 {
+                        self.alive.remove(&ticket);
+                        self.scheduler.remove(ticket);
+                    }
+                }
+            }
+        }
+        assert!(chunk <= self.limits.prefill_chunk);
+    }
+}
+
+#[test]
+fn under_any_schedule_the_budget_holds_and_everyone_is_served() {
+    for seed in 0..30 {
+        let mut world = World::new(seed);
+        for _ in 0..200 {
+            for _ in 0..world.random.random_range(0..3) {
+                world.someone_comes();
+            }
+            world.things_happen();
+            world.step();
+        }
+        let mut rounds = 0;
+        while !world.alive.is_empty() {
+            world.things_happen();
+            world.step();
+            rounds += 1;
+            assert!(rounds < 5000, "everyone is served in the end");
+        }
+        assert!(world.admitted.is_sorted(), "first come, first served");
+        let Scheduler { reserved, running, waiting, .. } = world.scheduler;
+        assert!(reserved == 0 && running.is_empty() && waiting.is_empty());
+    }
+}

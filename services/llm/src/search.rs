@@ -1,0 +1,185 @@
+//! Which token comes next: greedy, sampling and beam search over rows of logits. No torch.
+//!
+//! Exactly what transformers 4.31.0, which upstream pins, does when a prompt is given as embeddings only: the ids
+//! start with one beginning-of-text that the model never sees, but that counts as length (for `min_length` and
+//! `length_penalty`) and as seen (for `repetition_penalty`); the prompt's own ids count as neither.
+//!
+//! A [`Search`] is fed the logits of the rows that it asked for, and answers with the rows to compute next: each a
+//! token that continues one of the rows before. Greedy and sampling keep one row; a beam search keeps `num_beams`
+//! and its rows form a tree (see `kv.rs`).
+
+mod beam;
+mod processors;
+#[cfg(test)]
+mod tests;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha12Rng;
+
+use beam::BeamSearch;
+pub use processors::{Processors, Warpers};
+
+/// How a text is generated; [`crate::service`] keeps every value within its limits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextParameters {
+    pub max_new_tokens: usize,
+    /// No end of text before this many ids, the unseen first one included.
+    pub min_length: usize,
+    pub repetition_penalty: f32,
+    pub strategy: Strategy,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Strategy {
+    Greedy,
+    Sample { warpers: Warpers, seed: u64 },
+    Beam { num_beams: usize, length_penalty: f64 },
+}
+
+impl TextParameters {
+    /// Rows of a decode step.
+    pub fn rows(&self) -> usize {
+        match self.strategy {
+            Strategy::Beam { num_beams, .. } => num_beams,
+            Strategy::Greedy | Strategy::Sample { .. } => 1,
+        }
+    }
+}
+
+/// The two ids that a search must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TextIds {
+    pub begin: u32,
+    pub end: u32,
+}
+
+/// A row to compute next: `token` continues row `parent` of the step before (of the prompt, at first).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub parent: usize,
+    pub token: u32,
+}
+
+/// What a step of a search came to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Ids that are certain now, an end of text included: one each step, or a beam search's whole answer at its end.
+    pub ids: Vec<u32>,
+    pub next: Next,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    Rows(Vec<Row>),
+    /// `complete`: the text ended by itself rather than at `max_new_tokens`. `score` is a beam search's.
+    End {
+        complete: bool,
+        score: Option<f64>,
+    },
+}
+
+/// The state of one text that is being generated.
+#[derive(Debug)]
+pub enum Search {
+    Line(Line),
+    Beam(BeamSearch),
+}
+
+impl Search {
+    pub fn new(parameters: &TextParameters, ids: TextIds) -> Self {
+        let processors = Processors {
+            repetition_penalty: parameters.repetition_penalty,
+            min_length: parameters.min_length,
+            end: ids.end,
+        };
+        let line = |draw| {
+            let ids = vec![ids.begin];
+            Self::Line(Line { ids, max_new_tokens: parameters.max_new_tokens, processors, draw })
+        };
+        match &parameters.strategy {
+            Strategy::Greedy => line(None),
+            Strategy::Sample { warpers, seed } => line(Some((*warpers, *seed))),
+            &Strategy::Beam { num_beams, length_penalty } => {
+                let max_length = parameters.max_new_tokens + 1;
+                Self::Beam(BeamSearch::new(num_beams, length_penalty, max_length, processors, ids.begin))
+            }
+        }
+    }
+
+    /// `logits`: [rows, vocabulary], finite, of the rows asked for in the step before (one row after the prompt).
+    /// Worked on in place.
+    pub fn step(&mut self, logits: &mut [f32]) -> Step {
+        match self {
+            Self::Line(line) => line.step(logits),
+            Self::Beam(beam) => beam.step(logits),
+        }
+    }
+}
+
+/// One line of tokens: greedy or sampled.
+#[derive(Debug)]
+pub struct Line {
+    ids: Vec<u32>,
+    max_new_tokens: usize,
+    processors: Processors,
+    draw: Option<(Warpers, u64)>,
+}
+
+impl Line {
+    fn step(&mut self, logits: &mut [f32]) -> Step {
+        self.processors.apply(&self.ids, logits);
+        let generated = self.ids.len() - 1;
+        let token = match &self.draw {
+            None => argmax(logits),
+            Some((warpers, seed)) => {
+                warpers.apply(logits);
+                draw(logits, uniform(*seed, generated as u64))
+            }
+        };
+        self.ids.push(token);
+        let complete = token == self.processors.end;
+        let next = if complete || generated + 1 == self.max_new_tokens {
+            Next::End { complete, score: None }
+        } else {
+            Next::Rows(vec![Row { parent: 0, token }])
+        };
+        Step { ids: vec![token], next }
+    }
+}
+
+/// The first of the largest.
+fn argmax(scores: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, score) in scores.iter().enumerate() {
+        if *score > scores[best] {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+/// The number in [0, 1) that decides the token at `position`. Counted, not drawn in sequence: a replica that takes
+/// a request over after n tokens continues with the same choices.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let mut generator = ChaCha12Rng::seed_from_u64(seed);
+    // A double takes two 32-bit words.
+    generator.set_word_pos(2 * u128::from(position));
+    generator.random()
+}
+
+/// The token at which the cumulated softmax of `scores` passes `uniform`.
+fn draw(scores: &[f32], uniform: f64) -> u32 {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |score: f32| f64::from((score - max).exp());
+    let total: f64 = scores.iter().copied().map(weight).sum();
+    let mut left = uniform * total;
+    let mut last = 0;
+    for (index, &score) in scores.iter().enumerate().filter(|(_, score)| **score > f32::NEG_INFINITY) {
+        last = index;
+        left -= weight(score);
+        if left < 0.0 {
+            break;
+        }
+    }
+    last as u32
+}

@@ -1,0 +1,93 @@
+//! What is done to scores before a token is chosen, in transformers' order: repetition penalty, minimal length, and
+//! for sampling temperature, top-k, top-p.
+
+/// On raw logits, or on a beam search's log-probabilities (which are not normalised again).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Processors {
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// No `end` while there are fewer ids.
+    pub min_length: usize,
+    pub end: u32,
+}
+
+impl Processors {
+    /// `ids`: everything chosen so far, after the unseen beginning of text.
+    pub fn apply(&self, ids: &[u32], scores: &mut [f32]) {
+        if self.repetition_penalty != 1.0 {
+            self.penalise(ids, scores);
+        }
+        if ids.len() < self.min_length {
+            scores[self.end as usize] = f32::NEG_INFINITY;
+        }
+    }
+
+    /// Once for each distinct id.
+    fn penalise(&self, ids: &[u32], scores: &mut [f32]) {
+        let mut seen = ids.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            let score = &mut scores[id as usize];
+            *score = if *score < 0.0 {
+                *score * self.repetition_penalty
+            } else {
+                *score / self.repetition_penalty
+            };
+        }
+    }
+}
+
+/// What narrows a distribution before a token is drawn; what is cut off becomes -inf.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Warpers {
+    /// Above 0; 1 is off.
+    pub temperature: f32,
+    /// Keep the k best, and whatever equals the k-th.
+    pub top_k: Option<usize>,
+    /// Keep the best that together pass this probability, with the one that crosses it.
+    pub top_p: Option<f32>,
+    /// Never keep fewer.
+    pub min_tokens_to_keep: usize,
+}
+
+impl Warpers {
+    pub fn apply(&self, scores: &mut [f32]) {
+        if self.temperature != 1.0 {
+            scores.iter_mut().for_each(|score| *score /= self.temperature);
+        }
+        if let Some(k) = self.top_k {
+            keep_top_k(scores, k.max(self.min_tokens_to_keep));
+        }
+        if let Some(p) = self.top_p.filter(|&p| p < 1.0) {
+            keep_top_p(scores, p, self.min_tokens_to_keep);
+        }
+    }
+}
+
+fn keep_top_k(scores: &mut [f32], k: usize) {
+    if k >= scores.len() {
+        return;
+    }
+    let mut sorted = scores.to_vec();
+    let (_, &mut kth, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    scores.iter_mut().filter(|score| **score < kth).for_each(|score| *score = f32::NEG_INFINITY);
+}
+
+/// Cut from the unlikely end while what is cut stays within 1 - p.
+fn keep_top_p(scores: &mut [f32], p: f32, keep: usize) {
+    let mut rising: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
+    rising.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    let Some(&best) = rising.last() else { return };
+    let max = scores[best];
+    let total: f64 = rising.iter().map(|&i| f64::from((scores[i] - max).exp())).sum();
+    let mut cut = 0.0_f64;
+    for &index in &rising[..rising.len().saturating_sub(keep)] {
+        let probability = (f64::from((scores[index] - max).exp()) / total) as f32;
+        cut += f64::from(probability);
+        if cut as f32 > 1.0 - p {
+            break;
+        }
+        scores[index] = f32::NEG_INFINITY;
+    }
+}

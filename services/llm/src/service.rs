@@ -1,0 +1,261 @@
+//! The gRPC edge: emu2.stage.v1.LanguageModel. Requests are checked here; the engine gets only what it can serve.
+
+mod parameters;
+mod placement;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, OnceLock};
+
+use emu2_proto::{
+    stage::{
+        self as stage, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmStart,
+        language_model_server::LanguageModel, llm_event::Event as Reply, llm_request::Message, llm_start,
+    },
+    v1,
+};
+use emu2_serve::{
+    admission::Admission,
+    deadline::Deadline,
+    message, status,
+    status::Violation,
+    stream::{self, Events, Sender},
+};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{Instrument, Span};
+
+use crate::{
+    config::Config,
+    engine::{self, Engine, Event, Generation},
+    error::prompt_status,
+    load::Loaded,
+    prompt::{self, Prompt, PromptConfig, TEMPLATE_VERSION},
+    tokenizer::Detokenizer,
+};
+use parameters::{Limits, input};
+use placement::Placement;
+
+/// Replies that wait for a slow reader; beyond, its own task waits, never the engine.
+const REPLIES: usize = 64;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    engine: Engine,
+    /// Set before the service is ready.
+    loaded: Arc<OnceLock<Loaded>>,
+    admission: Admission,
+    limits: Limits,
+}
+
+impl Service {
+    pub(crate) fn new(config: &Config, engine: Engine, loaded: Arc<OnceLock<Loaded>>) -> Self {
+        let limits = Limits { max_new_tokens: config.max_new_tokens, max_beams: config.max_beams };
+        Self { engine, loaded, admission: Admission::new(config.server.max_requests), limits }
+    }
+
+    fn loaded(&self) -> Result<&Loaded, Status> {
+        self.loaded.get().ok_or_else(|| status::unavailable("the model is still loading"))
+    }
+}
+
+#[tonic::async_trait]
+impl LanguageModel for Service {
+    async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
+        let loaded = self.loaded()?;
+        Ok(Response::new(LlmInfo {
+            weights_digest: loaded.weights_digest.clone(),
+            tokenizer_digest: loaded.tokenizer.digest().to_owned(),
+            template_version: TEMPLATE_VERSION,
+            dtype: v1::Dtype::from(loaded.dtype).into(),
+            embedding_width: loaded.embedding_width as u32,
+            n_query: loaded.n_query as u32,
+            v_query: loaded.v_query as u32,
+            max_positions: loaded.max_positions as u32,
+            instruct: loaded.tokenizer.instruct(),
+            max_new_tokens: self.limits.max_new_tokens,
+            max_beams: self.limits.max_beams,
+        }))
+    }
+
+    type GenerateStream = Events<LlmEvent>;
+
+    async fn generate(
+        &self,
+        request: Request<Streaming<LlmRequest>>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        self.loaded()?;
+        let permit = self.admission.try_enter()?;
+        let (sender, events) = stream::channel(REPLIES, Deadline::of(&request), permit);
+        // The stream is answered at once: a caller may wait for that before it says anything.
+        let conversation = Conversation { service: self.clone(), sender };
+        tokio::spawn(conversation.hold(request.into_inner()).instrument(Span::current()));
+        Ok(Response::new(events))
+    }
+}
+
+/// One Generate call.
+struct Conversation {
+    service: Service,
+    sender: Sender<LlmEvent>,
+}
+
+impl Conversation {
+    /// Until its end, or until nobody listens: then everything is dropped, and the engine with it lets go.
+    async fn hold(self, messages: Streaming<LlmRequest>) {
+        let ended = tokio::select! {
+            biased;
+            () = self.sender.closed() => return,
+            ended = self.converse(messages) => ended,
+        };
+        if let Err(status) = ended {
+            // Nobody left to tell is as good an end.
+            let _ = self.sender.send(Err(status)).await;
+        }
+    }
+
+    async fn converse(&self, mut messages: Streaming<LlmRequest>) -> Result<(), Status> {
+        let loaded = self.service.loaded()?;
+        let start = first(&mut messages).await?;
+        let (prompt, output, mut text) = self.read(start, loaded)?;
+        let prompt_positions = prompt.ids.len() as u32;
+        let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
+        let request = engine::Request { prompt, output, span: Span::current() };
+        let mut generation = self.service.engine.submit(request)?;
+        let weights_digest = loaded.weights_digest.clone();
+        self.reply(Reply::Accepted(stage::LlmAccepted { prompt_positions, weights_digest })).await?;
+        let mut listening = true;
+        loop {
+            tokio::select! {
+                message = message::next(&mut messages), if listening => {
+                    listening = self.hear(message?, &mut placement, &generation).await?;
+                }
+                event = generation.next() => {
+                    let Some(event) = event else { return Err(engine_gone()) };
+                    if self.tell(event, &mut text).await? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// The start as the engine's request, and how its text is to be written.
+    fn read(&self, start: LlmStart, loaded: &Loaded) -> Result<(Prompt, engine::Output, Text), Status> {
+        let config = PromptConfig {
+            n_query: loaded.n_query,
+            v_query: loaded.v_query,
+            max_positions: loaded.max_positions,
+        };
+        let (output, keep_special, layout) = match start.output {
+            Some(llm_start::Output::Text(text)) => {
+                let (grounding, keep) = (text.grounding, text.keep_special_tokens);
+                let parameters = self.service.limits.check(&text)?;
+                let layout = prompt::Output::Text { grounding, max_new_tokens: parameters.max_new_tokens };
+                (engine::Output::Text(parameters), keep, layout)
+            }
+            Some(llm_start::Output::Regression(_)) => {
+                (engine::Output::Image { queries: loaded.n_query }, false, prompt::Output::Regression)
+            }
+            None => return Err(Violation::new("output", "must be text or regression, got nothing").into()),
+        };
+        let input = input(start.input)?;
+        let prompt = prompt::build(&loaded.tokenizer, &config, &input, &layout).map_err(prompt_status)?;
+        let detokenizer = Detokenizer::new(Arc::clone(&loaded.tokenizer), !keep_special);
+        Ok((prompt, output, Text { detokenizer: Some(detokenizer), end: loaded.text_ids.end }))
+    }
+
+    /// A message after the first; whether more may come.
+    async fn hear(
+        &self,
+        message: Option<LlmRequest>,
+        placement: &mut Placement,
+        generation: &Generation,
+    ) -> Result<bool, Status> {
+        let Some(message) = message else {
+            placement.finish()?;
+            return Ok(false);
+        };
+        match message.message {
+            Some(Message::Embeddings(slot)) => {
+                let (slot, embeddings) = placement.take(slot)?;
+                generation.place(slot, embeddings).await?;
+                Ok(true)
+            }
+            Some(Message::Start(_)) => {
+                Err(Violation::new("message", "must be embeddings after the first, got start").into())
+            }
+            None => Err(Violation::new("message", "must be embeddings after the first, got nothing").into()),
+        }
+    }
+
+    /// Whether that was the end.
+    async fn tell(&self, event: Event, text: &mut Text) -> Result<bool, Status> {
+        match event {
+            Event::Tokens(ids) => {
+                self.reply(Reply::Text(text.push(ids))).await?;
+                Ok(false)
+            }
+            Event::Embeddings { start, rows } => {
+                let embeddings = Some(rows.into());
+                self.reply(Reply::Embeddings(stage::RegressedEmbeddings { start: start as u32, embeddings }))
+                    .await?;
+                Ok(false)
+            }
+            Event::Finished { complete, generated_tokens, timings } => {
+                let rest = text.finish();
+                if !rest.is_empty() {
+                    self.reply(Reply::Text(stage::LlmText { token_ids: Vec::new(), text: rest })).await?;
+                }
+                let engine::Timings { queue_ms, prefill_ms, generate_ms } = timings;
+                let generated_tokens = generated_tokens as u32;
+                let finished =
+                    stage::LlmFinished { complete, generated_tokens, queue_ms, prefill_ms, generate_ms };
+                self.reply(Reply::Finished(finished)).await?;
+                Ok(true)
+            }
+            Event::Failed(error) => Err(error.into()),
+        }
+    }
+
+    async fn reply(&self, event: Reply) -> Result<(), Status> {
+        let sent = self.sender.send(Ok(LlmEvent { event: Some(event) })).await;
+        sent.map_err(|_| self.sender.closed_status())
+    }
+}
+
+async fn first(messages: &mut Streaming<LlmRequest>) -> Result<LlmStart, Status> {
+    let message = message::next(messages).await?.and_then(|request| request.message);
+    match message {
+        Some(Message::Start(start)) => Ok(start),
+        Some(Message::Embeddings(_)) => {
+            Err(Violation::new("message", "must be start first, got embeddings").into())
+        }
+        None => Err(Violation::new("message", "must be start first, got nothing").into()),
+    }
+}
+
+fn engine_gone() -> Status {
+    crate::error::EngineError::Stopped.into()
+}
+
+/// Ids to text as they come. The end of text is an id like any other, but no text.
+struct Text {
+    /// Until `finish`.
+    detokenizer: Option<Detokenizer>,
+    end: u32,
+}
+
+impl Text {
+    fn push(&mut self, token_ids: Vec<u32>) -> stage::LlmText {
+        let mut text = String::new();
+        if let Some(detokenizer) = &mut self.detokenizer {
+            let written = token_ids.iter().filter(|&&id| id != self.end);
+            written.for_each(|&id| text.push_str(&detokenizer.push(id)));
+        }
+        stage::LlmText { token_ids, text }
+    }
+
+    fn finish(&mut self) -> String {
+        self.detokenizer.take().map(Detokenizer::finish).unwrap_or_default()
+    }
+}

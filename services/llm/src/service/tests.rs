@@ -1,0 +1,284 @@
+//! The service over loopback gRPC, on the tiny models.
+
+use std::time::Duration;
+
+use emu2_nn::golden;
+use emu2_proto::stage::{
+    LlmChat, LlmFinished, LlmPart, LlmPrompt, RegressionParameters, SlotEmbeddings, TextParameters,
+    language_model_client::LanguageModelClient, llm_part::Kind,
+};
+use emu2_serve::{
+    server::{Listeners, ServerConfig},
+    shutdown::Shutdown,
+};
+use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, transport::Channel};
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Running {
+    client: LanguageModelClient<Channel>,
+    shutdown: Shutdown,
+    served: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Running {
+    async fn start(model: &str) -> Self {
+        Self::with(Config { model_dir: golden::model_dir(model), ..config() }).await
+    }
+
+    async fn with(config: Config) -> Self {
+        let listeners = Listeners::bind(&config.server).await.unwrap();
+        let address = format!("http://{}", listeners.grpc_addr());
+        let shutdown = Shutdown::new();
+        let served = tokio::spawn(crate::run(config, listeners, shutdown.clone()));
+        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+        let mut client = LanguageModelClient::new(channel);
+        let ready = async {
+            while client.info(LlmInfoRequest {}).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, ready).await.expect("the service becomes ready");
+        Self { client, shutdown, served }
+    }
+
+    /// Opens a stream and sends these messages; the sender keeps it open.
+    async fn open(&self, messages: Vec<LlmRequest>) -> (mpsc::Sender<LlmRequest>, Streaming<LlmEvent>) {
+        let (sender, receiver) = mpsc::channel(64);
+        for message in messages {
+            sender.send(message).await.unwrap();
+        }
+        let response = self.client.clone().generate(ReceiverStream::new(receiver)).await.unwrap();
+        (sender, response.into_inner())
+    }
+
+    async fn answer(&self, messages: Vec<LlmRequest>) -> Result<Answer, Status> {
+        let (_, events) = self.open(messages).await;
+        timeout(PATIENCE, collect(events)).await.expect("the service hangs")
+    }
+
+    async fn end(self) {
+        self.shutdown.begin();
+        timeout(PATIENCE, self.served).await.expect("it drains").unwrap().unwrap();
+    }
+}
+
+fn config() -> Config {
+    let server = ServerConfig { admin: None, ..ServerConfig::on_port(0) };
+    Config { cores: 1, kv_budget_bytes: 32 << 20, prefill_chunk: 16, server, ..Config::default() }
+}
+
+#[derive(Debug, Default)]
+struct Answer {
+    prompt_positions: u32,
+    ids: Vec<u32>,
+    texts: Vec<String>,
+    embeddings: Vec<v1::Tensor>,
+    finished: LlmFinished,
+}
+
+async fn collect(mut events: Streaming<LlmEvent>) -> Result<Answer, Status> {
+    let mut answer = Answer::default();
+    while let Some(event) = events.message().await? {
+        match event.event.unwrap() {
+            Reply::Accepted(accepted) => answer.prompt_positions = accepted.prompt_positions,
+            Reply::Text(text) => {
+                answer.ids.extend(text.token_ids);
+                answer.texts.push(text.text);
+            }
+            Reply::Embeddings(embeddings) => {
+                assert_eq!(embeddings.start as usize, answer.embeddings.len());
+                answer.embeddings.push(embeddings.embeddings.unwrap());
+            }
+            Reply::Finished(finished) => answer.finished = finished,
+        }
+    }
+    Ok(answer)
+}
+
+fn part(kind: Kind) -> LlmPart {
+    LlmPart { kind: Some(kind) }
+}
+
+fn written(text: &str) -> LlmPart {
+    part(Kind::Text(text.to_owned()))
+}
+
+fn image() -> LlmPart {
+    part(Kind::Image(stage::ImageSlot {}))
+}
+
+fn greedy(max_new_tokens: u32) -> TextParameters {
+    TextParameters {
+        max_new_tokens,
+        min_length: 1,
+        num_beams: 1,
+        length_penalty: -1.0,
+        repetition_penalty: 1.0,
+        ..TextParameters::default()
+    }
+}
+
+fn start(input: llm_start::Input, output: llm_start::Output) -> LlmRequest {
+    let start = LlmStart { input: Some(input), output: Some(output) };
+    LlmRequest { message: Some(Message::Start(start)) }
+}
+
+fn ask(parts: &[LlmPart], text: TextParameters) -> LlmRequest {
+    start(llm_start::Input::Prompt(LlmPrompt { parts: parts.to_vec() }), llm_start::Output::Text(text))
+}
+
+fn paint(parts: &[LlmPart]) -> LlmRequest {
+    let output = llm_start::Output::Regression(RegressionParameters {});
+    start(llm_start::Input::Prompt(LlmPrompt { parts: parts.to_vec() }), output)
+}
+
+fn chat(turns: &[&[LlmPart]]) -> LlmRequest {
+    let turns = turns.iter().map(|parts| LlmPrompt { parts: parts.to_vec() }).collect();
+    let chat = LlmChat { turns, system_message: None };
+    start(llm_start::Input::Chat(chat), llm_start::Output::Text(greedy(4)))
+}
+
+fn place(slot: u32, shape: &[u32], value: f32) -> LlmRequest {
+    let count = shape.iter().product::<u32>() as usize;
+    let data: Vec<u8> = std::iter::repeat_n(value.to_le_bytes(), count).flatten().collect();
+    let tensor = v1::Tensor { dtype: v1::Dtype::F32.into(), shape: shape.to_vec(), data: data.into() };
+    LlmRequest { message: Some(Message::Embeddings(SlotEmbeddings { slot, embeddings: Some(tensor) })) }
+}
+
+#[tokio::test]
+async fn info_says_what_is_served() {
+    let running = Running::start("emu2-chat").await;
+    let info = running.client.clone().info(LlmInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!((info.n_query, info.v_query, info.embedding_width, info.max_positions), (16, 4, 64, 2048));
+    assert!(info.instruct && info.weights_digest.len() == 64 && info.tokenizer_digest.len() == 64);
+    assert_eq!((info.dtype(), info.max_beams, info.max_new_tokens), (v1::Dtype::F32, 8, 1024));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn greedy_text_streams_and_beam_text_comes_at_once() {
+    let running = Running::start("emu2-base").await;
+    let prompt = [image(), written("Describe the image in details:")];
+    let slot = place(0, &[4, 64], 0.25);
+    let greedy = running.answer(vec![ask(&prompt, greedy(12)), slot.clone()]).await.unwrap();
+    assert_eq!(greedy.prompt_positions, 21);
+    assert_eq!(greedy.ids.len(), greedy.finished.generated_tokens as usize);
+    assert!(greedy.texts.len() >= greedy.ids.len(), "one event a token: {greedy:?}");
+    let tokenizer =
+        crate::tokenizer::Tokenizer::load(&golden::model_dir("emu2-base").join("tokenizer.model"), false)
+            .unwrap();
+    assert_eq!(greedy.texts.concat(), tokenizer.decode(&greedy.ids, true));
+
+    let beams = TextParameters { num_beams: 5, length_penalty: 2.0, ..self::greedy(12) };
+    let beams = running.answer(vec![ask(&prompt, beams), slot]).await.unwrap();
+    let with_text = beams.texts.iter().filter(|text| !text.is_empty()).count();
+    assert!(with_text <= 2 && beams.ids.len() > 2, "whole, and what was held back: {beams:?}");
+    assert_eq!(beams.texts.concat(), tokenizer.decode(&beams.ids, true));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn an_image_comes_embedding_by_embedding() {
+    let running = Running::start("emu2-gen").await;
+    let text =
+        running.answer(vec![paint(&[written("An image of a dog wearing sunglasses.")])]).await.unwrap();
+    assert_eq!(text.embeddings.len(), 16);
+    assert!(text.embeddings.iter().all(|rows| rows.shape == [1, 64] && rows.dtype() == v1::Dtype::F32));
+    assert!(text.finished.complete && text.finished.generated_tokens == 0);
+    let empty = running.answer(vec![paint(&[])]).await.unwrap();
+    assert_eq!((empty.prompt_positions, empty.embeddings.len()), (2, 16));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn bad_requests_are_named_and_the_service_goes_on() {
+    let running = Running::start("emu2-base").await;
+    let asked = || ask(&[image(), written("What?")], greedy(4));
+    let long = ask(&[written(&"word ".repeat(3000))], greedy(4));
+    let nothing = LlmRequest { message: None };
+    let cases = [
+        (vec![place(0, &[4, 64], 0.0)], "message must be start first, got embeddings"),
+        (vec![nothing], "message must be start first, got nothing"),
+        (vec![asked(), asked()], "message must be embeddings after the first, got start"),
+        (vec![ask(&[written("a")], greedy(0))], "text.max_new_tokens must be 1 to 1024, got 0"),
+        (vec![ask(&[written("a <image>")], greedy(1))], "prompt.parts[0].text contains <image>"),
+        (vec![ask(&[], greedy(1))], "prompt.parts has no parts"),
+        (vec![long], "positions of prompt and 4 requested"),
+        (vec![chat(&[&[written("hi")]])], "chat this model has no chat template"),
+        (vec![asked(), place(1, &[4, 64], 0.0)], "embeddings.slot must be below 1"),
+        (vec![asked(), place(0, &[4, 63], 0.0)], "embeddings[slot 0] shape must be [4, 64], got [4, 63]"),
+        (vec![asked(), place(0, &[3, 64], 0.0)], "embeddings[slot 0] shape must be [4, 64], got [3, 64]"),
+        (vec![asked(), place(0, &[4, 64], f32::NAN)], "embeddings[slot 0] values must be finite, got NaN"),
+        (
+            vec![ask(&[image(), image()], greedy(400)), place(0, &[4, 64], 0.0), place(0, &[4, 64], 0.0)],
+            "embeddings.slot must come once, got 0 twice",
+        ),
+        (vec![asked()], "embeddings must come for all 1 slots, the stream ended after 0"),
+        (vec![], "message must be start first, got nothing"),
+    ];
+    for (messages, expected) in cases {
+        let (sender, events) = running.open(messages).await;
+        drop(sender);
+        let status = timeout(PATIENCE, collect(events)).await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{expected}: {status:?}");
+        assert!(status.message().contains(expected), "{:?} is not {expected:?}", status.message());
+    }
+    let dtype = v1::Tensor { dtype: v1::Dtype::Bf16.into(), shape: vec![4, 64], data: vec![0; 512].into() };
+    let wrong = SlotEmbeddings { slot: 0, embeddings: Some(dtype) };
+    let wrong = LlmRequest { message: Some(Message::Embeddings(wrong)) };
+    let status = running.answer(vec![asked(), wrong]).await.unwrap_err();
+    assert_eq!(status.message(), "embeddings[slot 0] dtype must be float32, got bfloat16");
+    assert!(running.answer(vec![ask(&[written("hi")], greedy(4))]).await.is_ok());
+    running.end().await;
+}
+
+#[tokio::test]
+async fn chats_are_answered_by_a_chat_model() {
+    let running = Running::start("emu2-chat").await;
+    let answer =
+        running.answer(vec![chat(&[&[written("hi")], &[written("ho")], &[written("hu")]])]).await.unwrap();
+    assert!(answer.prompt_positions > 10 && !answer.ids.is_empty());
+    let status = running.answer(vec![chat(&[&[written("hi")], &[written("ho")]])]).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_deadline_ends_a_stream_and_frees_its_permit() {
+    let server = ServerConfig { max_requests: 1, ..config().server };
+    let running =
+        Running::with(Config { server, model_dir: golden::model_dir("emu2-base"), ..config() }).await;
+    // Waits for embeddings that never come, and keeps its half of the stream open.
+    let (sender, receiver) = mpsc::channel(4);
+    sender.send(ask(&[image()], greedy(4))).await.unwrap();
+    let mut request = Request::new(ReceiverStream::new(receiver));
+    request.set_timeout(Duration::from_millis(300));
+    let events = running.client.clone().generate(request).await.unwrap().into_inner();
+    let full = running.client.clone().generate(tokio_stream::empty()).await.map(drop).unwrap_err();
+    assert_eq!(full.code(), Code::ResourceExhausted);
+    let status = timeout(PATIENCE, collect(events)).await.unwrap().unwrap_err();
+    // The client keeps the same deadline, and may be the first to notice.
+    assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
+    let answered = async {
+        while running.answer(vec![ask(&[written("hi")], greedy(4))]).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, answered).await.expect("the permit comes back");
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_be_loaded_ends_the_service() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config { model_dir: folder.path().to_owned(), ..config() };
+    let listeners = Listeners::bind(&config.server).await.unwrap();
+    let ended = timeout(PATIENCE, crate::run(config, listeners, Shutdown::new())).await.expect("it ends");
+    let error = format!("{:#}", ended.unwrap_err());
+    assert!(error.contains("config.json"), "{error}");
+}
