@@ -46,7 +46,7 @@ pub struct Array {
 }
 
 /// Why bytes are not an array.
-#[derive(Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ArrayError {
     #[error("tensor is missing")]
     Missing,
