@@ -54,7 +54,7 @@ clippy: libtorch
 
 # The advisory database is not consulted: it cannot be reached from every place this runs.
 deny: $(CARGO_DENY)
-	$(CARGO_DENY) --offline check --config .cargo/deny.toml bans licenses sources
+	$(CARGO_DENY) --config .cargo/deny.toml check bans licenses sources
 
 buf: $(BUF)
 	$(BUF) lint proto

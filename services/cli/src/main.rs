@@ -1,1 +1,19 @@
-fn main() {}
+use anyhow::Result;
+use clap::Parser;
+use emu2_cli::{
+    args::{Cli, Command},
+    ask, demo, draw, inspect, up,
+};
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Up(args) => up::up(args).await,
+        Command::Ask(args) => ask::ask(args).await,
+        Command::Chat(args) => ask::chat(args).await,
+        Command::Draw(args) => draw::draw(args).await,
+        Command::Embed(args) => inspect::embed(args).await,
+        Command::Models(server) => inspect::models(server).await,
+        Command::Demo(args) => demo::demo(args).await,
+    }
+}

@@ -1,0 +1,189 @@
+//! The command line of `emu2`.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::parts::BoxArg;
+
+/// Serve Emu2, and ask it.
+#[derive(Debug, Parser)]
+#[command(name = "emu2", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the whole cluster in this process.
+    Up(Up),
+    /// Ask about pictures; words and pictures in any order: emu2 ask dog.png "What is this?"
+    Ask(Ask),
+    /// Talk to a chat model; `/image FILE` attaches a picture to the next line.
+    Chat(Chat),
+    /// Paint a picture: emu2 draw "a dog" -o dog.png; a picture alone is autoencoded.
+    Draw(Draw),
+    /// A picture's embeddings.
+    Embed(Embed),
+    /// The models that a cluster serves, and its limits.
+    Models(Server),
+    /// Start a cluster, and try everything on it.
+    Demo(Demo),
+}
+
+/// Which cluster.
+#[derive(Clone, Debug, Args)]
+pub struct Server {
+    /// Address of a router.
+    #[arg(long, env = "EMU2_ADDR", default_value = "http://127.0.0.1:50051")]
+    pub addr: String,
+    /// Give up after this many seconds; every stage of the cluster stops then.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+}
+
+/// Which cluster and which of its models.
+#[derive(Clone, Debug, Args)]
+pub struct Target {
+    #[command(flatten)]
+    pub server: Server,
+    /// A name from `emu2 models`; default: the first that can do what is asked.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Makes sampling and painting repeatable; drawn and printed when absent.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Up {
+    /// A model folder: config.json, *.safetensors, tokenizer.model. Repeat for several models.
+    #[arg(long = "model-dir", required = true, value_name = "DIR")]
+    pub model_dirs: Vec<PathBuf>,
+    /// Where the router listens.
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    /// Where /metrics, /healthz and /readyz of the router listen.
+    #[arg(long, default_value = "127.0.0.1:51051")]
+    pub admin: SocketAddr,
+    /// Devices of every model, in order: cpu, or cuda:0,cuda:1.
+    #[arg(long, default_value = "cpu", value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Share encoded pictures with other routers through Redis (redis://…); in this process alone otherwise.
+    #[arg(long, env = "EMU2_REDIS_URL", hide_env_values = true)]
+    pub redis_url: Option<String>,
+    /// Send traces here (OTLP over gRPC, http://…).
+    #[arg(long, env = "EMU2_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<String>,
+    /// Log filter, e.g. info or emu2_router=debug.
+    #[arg(long, env = "EMU2_LOG", default_value = "info")]
+    pub log: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Ask {
+    #[command(flatten)]
+    pub target: Target,
+    #[command(flatten)]
+    pub text: TextArgs,
+    /// Files are pictures, anything else is text, in this order.
+    #[arg(required = true, value_name = "IMAGE|TEXT")]
+    pub parts: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Chat {
+    #[command(flatten)]
+    pub target: Target,
+    #[command(flatten)]
+    pub text: TextArgs,
+    /// Replaces the model's own system message.
+    #[arg(long)]
+    pub system: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct TextArgs {
+    /// Tokens to generate at most [default: 64]
+    #[arg(long)]
+    pub max_new_tokens: Option<u32>,
+    /// Beams; 1 streams as it comes [default: 5, or 1 in chat]
+    #[arg(long)]
+    pub beams: Option<u32>,
+    /// Draw tokens at this temperature instead of taking the likeliest.
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// With --temperature: among tokens that together reach this probability.
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Ask for boxes.
+    #[arg(long)]
+    pub grounding: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Draw {
+    #[command(flatten)]
+    pub target: Target,
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// Files are pictures, anything else is text, in this order.
+    #[arg(value_name = "IMAGE|TEXT")]
+    pub parts: Vec<String>,
+    /// A picture to start from; with --box, the picture of the box at the same place in the order.
+    #[arg(long = "image", value_name = "FILE")]
+    pub images: Vec<PathBuf>,
+    /// Put a phrase somewhere: LEFT,TOP,RIGHT,BOTTOM:PHRASE in fractions of the picture.
+    #[arg(long = "box", value_name = "L,T,R,B:PHRASE")]
+    pub boxes: Vec<BoxArg>,
+    /// Where the PNG goes.
+    #[arg(short, long, default_value = "out.png")]
+    pub output: PathBuf,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct ImageArgs {
+    /// Pixels [default: the model's]
+    #[arg(long)]
+    pub height: Option<u32>,
+    /// Pixels [default: the model's]
+    #[arg(long)]
+    pub width: Option<u32>,
+    /// Denoising steps [default: 50]
+    #[arg(long)]
+    pub steps: Option<u32>,
+    /// Guidance scale [default: 3]
+    #[arg(long)]
+    pub guidance: Option<f32>,
+}
+
+#[derive(Debug, Args)]
+pub struct Embed {
+    #[command(flatten)]
+    pub server: Server,
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Embeddings wanted [default: the model's]
+    #[arg(long)]
+    pub n_query: Option<u32>,
+    /// Write them here (safetensors, one tensor `embeddings`).
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    pub image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// A model folder with every part.
+    #[arg(long)]
+    pub model_dir: PathBuf,
+    /// Folder with chelsea.png and coffee.png.
+    #[arg(long)]
+    pub photos: PathBuf,
+    /// Where the pictures go.
+    #[arg(long, default_value = "out/demo")]
+    pub out: PathBuf,
+    #[arg(long, default_value = "cpu", value_delimiter = ',')]
+    pub devices: Vec<String>,
+}

@@ -1,0 +1,112 @@
+//! `emu2 ask` and `emu2 chat`: answers in text.
+
+use std::{
+    io::{IsTerminal, Write},
+    path::Path,
+};
+
+use anyhow::{Context, Result};
+use emu2_proto::v1::{
+    self, Capability, Role,
+    generate_request::{Input, Output},
+};
+
+use crate::{
+    args::{Ask, Chat, TextArgs},
+    client::Client,
+    parts,
+    show::{follow, timings},
+};
+
+pub async fn ask(args: Ask) -> Result<()> {
+    let prompt = v1::Prompt { parts: parts::from_words(&args.parts)? };
+    let mut client = Client::connect(&args.target.server).await?;
+    let model = client.pick(args.target.model.as_deref(), Capability::Text).await?;
+    let request = v1::GenerateRequest {
+        model,
+        input: Some(Input::Prompt(prompt)),
+        output: Some(Output::Text(text_output(&args.text))),
+        seed: args.target.seed,
+    };
+    let answer = follow(client.generate(request).await?, true).await?;
+    println!();
+    eprintln!("{}", timings(&answer.finished));
+    Ok(())
+}
+
+/// A dialogue on standard input. Greedy unless told, so that answers stream.
+pub async fn chat(args: Chat) -> Result<()> {
+    let mut client = Client::connect(&args.target.server).await?;
+    let model = client.pick(args.target.model.as_deref(), Capability::Chat).await?;
+    let text = v1::TextOutput { num_beams: Some(args.text.beams.unwrap_or(1)), ..text_output(&args.text) };
+    let mut turns: Vec<v1::Turn> = Vec::new();
+    let mut attached = Vec::new();
+    while let Some(line) = read_line(&model).await? {
+        if let Some(path) = line.strip_prefix("/image ") {
+            match parts::image(Path::new(path.trim())) {
+                Ok(image) => attached.push(image),
+                Err(error) => eprintln!("{error:#}"),
+            }
+            continue;
+        }
+        let mut said = std::mem::take(&mut attached);
+        said.push(parts::text(line));
+        turns.push(v1::Turn { role: Role::User.into(), parts: said });
+        let request = v1::GenerateRequest {
+            model: model.clone(),
+            input: Some(Input::Chat(v1::Chat { turns: turns.clone(), system_message: args.system.clone() })),
+            output: Some(Output::Text(text.clone())),
+            seed: args.target.seed,
+        };
+        match answer(&mut client, request).await {
+            Ok(text) => {
+                turns.push(v1::Turn { role: Role::Assistant.into(), parts: vec![parts::text(text)] });
+            }
+            // The dialogue goes on without the turn that failed.
+            Err(error) => {
+                turns.pop();
+                eprintln!("{error:#}");
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn answer(client: &mut Client, request: v1::GenerateRequest) -> Result<String> {
+    let answer = follow(client.generate(request).await?, true).await?;
+    println!();
+    Ok(answer.text)
+}
+
+/// The next line that is not empty; none at the end of input.
+async fn read_line(model: &str) -> Result<Option<String>> {
+    let prompt = format!("{model}> ");
+    let read = move || -> std::io::Result<Option<String>> {
+        loop {
+            if std::io::stdin().is_terminal() {
+                print!("{prompt}");
+                std::io::stdout().flush()?;
+            }
+            let mut line = String::new();
+            if std::io::stdin().read_line(&mut line)? == 0 {
+                return Ok(None);
+            }
+            if !line.trim().is_empty() {
+                return Ok(Some(line.trim().to_owned()));
+            }
+        }
+    };
+    tokio::task::spawn_blocking(read).await?.context("standard input")
+}
+
+fn text_output(args: &TextArgs) -> v1::TextOutput {
+    v1::TextOutput {
+        max_new_tokens: args.max_new_tokens,
+        num_beams: args.beams,
+        do_sample: args.temperature.is_some(),
+        temperature: args.temperature,
+        top_p: args.top_p,
+        grounding: args.grounding,
+        ..Default::default()
+    }
+}

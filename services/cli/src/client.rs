@@ -1,0 +1,84 @@
+//! A connection to any cluster's public API.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use emu2_proto::v1::{self, emu2_client::Emu2Client};
+use emu2_serve::client::endpoint;
+use tonic::{Request, Status, Streaming, transport::Channel};
+use tonic_types::StatusExt;
+
+use crate::args::Server;
+
+/// Frames of answers that this client accepts; a router's own limit may be lower.
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
+
+/// A connected client with the caller's deadline.
+#[derive(Clone, Debug)]
+pub struct Client {
+    api: Emu2Client<Channel>,
+    timeout: Option<Duration>,
+}
+
+impl Client {
+    pub async fn connect(server: &Server) -> Result<Self> {
+        let timeout = server.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
+        let endpoint = endpoint(&server.addr).with_context(|| format!("--addr {}", server.addr))?;
+        let channel = endpoint.connect().await;
+        let channel = channel
+            .with_context(|| format!("no cluster answers at {}; start one with `emu2 up`", server.addr))?;
+        let api = Emu2Client::new(channel);
+        let api =
+            api.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { api, timeout })
+    }
+
+    pub async fn generate(&mut self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateEvent>> {
+        let request = self.request(request);
+        Ok(self.api.generate(request).await.map_err(explain)?.into_inner())
+    }
+
+    pub async fn embed(&mut self, request: v1::EmbedRequest) -> Result<v1::EmbedResponse> {
+        let request = self.request(request);
+        Ok(self.api.embed(request).await.map_err(explain)?.into_inner())
+    }
+
+    pub async fn models(&mut self) -> Result<Vec<v1::Model>> {
+        let request = self.request(v1::ListModelsRequest {});
+        Ok(self.api.list_models(request).await.map_err(explain)?.into_inner().models)
+    }
+
+    /// The model asked for, or the first that can do what is needed.
+    pub async fn pick(&mut self, name: Option<&str>, capability: v1::Capability) -> Result<String> {
+        if let Some(name) = name {
+            return Ok(name.to_owned());
+        }
+        let models = self.models().await?;
+        let able = models.into_iter().find(|model| model.capabilities().any(|can| can == capability));
+        match able {
+            Some(model) => Ok(model.name),
+            None => bail!("no model of this cluster can do this ({})", capability.as_str_name()),
+        }
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(timeout) = self.timeout {
+            request.set_timeout(timeout);
+        }
+        request
+    }
+}
+
+/// A status as a person reads it: the code, what is wrong, and the id to quote.
+pub fn explain(status: Status) -> anyhow::Error {
+    let details = status.get_error_details();
+    let mut text = format!("{:?}: {}", status.code(), status.message());
+    if let Some(retry) = details.retry_info().and_then(|info| info.retry_delay) {
+        text += &format!(" (try again in {:.1} s)", retry.as_secs_f64());
+    }
+    if let Some(request) = details.request_info() {
+        text += &format!(" [request {}]", request.request_id);
+    }
+    anyhow!(text)
+}

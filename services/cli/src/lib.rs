@@ -1,0 +1,21 @@
+//! The command `emu2`: the whole cluster in one process, and the client a person uses.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`args`] | the command line |
+//! | [`cluster`] | `emu2 up`: every service in one process; tests start clusters with it too |
+//! | [`client`] | a connection to any cluster's public API |
+//! | [`parts`] | command-line words → parts of a prompt |
+//! | [`show`] | events of a running request → a terminal |
+//! | [`up`], [`ask`], [`draw`], [`inspect`], [`demo`] | the commands |
+
+pub mod args;
+pub mod ask;
+pub mod client;
+pub mod cluster;
+pub mod demo;
+pub mod draw;
+pub mod inspect;
+pub mod parts;
+pub mod show;
+pub mod up;

@@ -1,0 +1,117 @@
+//! A client that leaves, or whose time is up, frees every stage within a step: read from the stages' own metrics.
+
+use std::{net::SocketAddr, time::Duration};
+
+use emu2_cli::cluster::{Cluster, ClusterConfig};
+use emu2_nn::golden;
+use emu2_proto::v1::{self, generate_event::Event};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, sleep},
+};
+use tonic::{Code, Request};
+
+use crate::support::{ask, client, draw, fresh_png, greedy, image, start, text};
+
+/// Far longer than a step of a tiny model, far shorter than the work that is cancelled.
+const FREED_WITHIN: Duration = Duration::from_secs(2);
+
+async fn cluster() -> Cluster {
+    start(ClusterConfig::local(vec![golden::model_dir("emu2-gen")])).await
+}
+
+/// A request that would paint for minutes.
+fn long_painting() -> v1::GenerateRequest {
+    let output = v1::ImageOutput { steps: Some(250), height: Some(512), width: Some(512), ..Default::default() };
+    draw(vec![image(fresh_png(100)), text("on the beach")], output)
+}
+
+async fn metrics(admin: SocketAddr) -> String {
+    let mut stream = TcpStream::connect(admin).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    text
+}
+
+fn value(metrics: &str, name: &str) -> f64 {
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no metric {name} in {metrics}")).parse().unwrap()
+}
+
+/// What each stage holds now, by its own count.
+async fn held(cluster: &Cluster) -> Vec<(&'static str, f64)> {
+    let mut held = Vec::new();
+    for member in &cluster.stages {
+        let metrics = metrics(member.admin.unwrap()).await;
+        let gauges: &[&'static str] = match member.stage {
+            "encoder" => &["emu2_rpc_in_flight_requests"],
+            "llm" => &["emu2_llm_running_sequences", "emu2_llm_waiting_sequences"],
+            _ => &["emu2_decoder_active_requests"],
+        };
+        held.extend(gauges.iter().map(|gauge| (*gauge, value(&metrics, gauge))));
+    }
+    held
+}
+
+async fn assert_freed(cluster: &Cluster) {
+    let deadline = Instant::now() + FREED_WITHIN;
+    loop {
+        let held = held(cluster).await;
+        if held.iter().all(|(_, count)| *count == 0.0) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "still held after {FREED_WITHIN:?}: {held:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_the_decoder() {
+    let cluster = cluster().await;
+    let mut events = client(cluster.addr).await.generate(long_painting()).await.unwrap().into_inner();
+    while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::DenoiseProgress(_))) {}
+    assert!(held(&cluster).await.contains(&("emu2_decoder_active_requests", 1.0)));
+    drop(events);
+    assert_freed(&cluster).await;
+    cluster.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_the_llm() {
+    let cluster = cluster().await;
+    let output = v1::TextOutput { min_length: Some(2_000), ..greedy(2_000) };
+    let mut events =
+        client(cluster.addr).await.generate(ask("emu2-gen", vec![text("a")], output)).await.unwrap().into_inner();
+    while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::TextDelta(_))) {}
+    assert!(held(&cluster).await.contains(&("emu2_llm_running_sequences", 1.0)));
+    drop(events);
+    assert_freed(&cluster).await;
+    cluster.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_frees_every_stage() {
+    let cluster = cluster().await;
+    let mut request = Request::new(long_painting());
+    request.set_timeout(Duration::from_millis(1_500));
+    let asked = Instant::now();
+    let status = match client(cluster.addr).await.generate(request).await {
+        Err(status) => status,
+        Ok(response) => {
+            let mut events = response.into_inner();
+            loop {
+                match events.message().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("the painting ended before its deadline"),
+                    Err(status) => break status,
+                }
+            }
+        }
+    };
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    assert_freed(&cluster).await;
+    cluster.stop().await.unwrap();
+}

@@ -1,0 +1,23 @@
+//! Whole clusters on tiny models, through their gRPC: one file a behaviour.
+//!
+//! | file | behaviour |
+//! |---|---|
+//! | `api.rs` | what a client finds: models, limits, events in order, reflection, health |
+//! | `bad_input.rs` | every bad request has its code and a message with field, limit and value |
+//! | `cache.rs` | an image is encoded once, whoever asks |
+//! | `cancel.rs` | a client that leaves, or whose time is up, frees every stage |
+//! | `invariants.rs` | the architecture's rules, read from the sources |
+//! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
+//! | `parity.rs` | the official model's numbers, through the wire |
+//! | `trace.rs` | one request is one trace |
+
+mod api;
+mod bad_input;
+mod cache;
+mod cancel;
+mod invariants;
+mod lifecycle;
+mod parity;
+mod processes;
+mod support;
+mod trace;

@@ -1,0 +1,108 @@
+//! A cluster of real processes: the four service binaries with their configuration files on loopback ports.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::{Child, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use emu2_nn::golden;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use crate::support::binary;
+
+/// One running service; killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) addr: SocketAddr,
+    pub(crate) admin: SocketAddr,
+}
+
+/// Router, encoder, llm and decoder of the tiny Emu2-Gen.
+pub(crate) struct Processes {
+    pub(crate) router: Process,
+    pub(crate) stages: Vec<Process>,
+    _dir: tempfile::TempDir,
+}
+
+impl Processes {
+    /// `extra` is added to every service's TOML.
+    pub(crate) async fn start(extra: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model_dir = golden::model_dir("emu2-gen");
+        let stage = |name: &str| {
+            let config = format!("model_dir = {model_dir:?}\ncores = 1\n{extra}");
+            Process::start(dir.path(), name, &config)
+        };
+        let stages: Vec<_> = ["emu2-encoder", "emu2-llm", "emu2-decoder"].map(stage).into_iter().collect();
+        let endpoints: Vec<_> = stages.iter().map(|stage| format!("[\"http://{}\"]", stage.addr)).collect();
+        let models = format!(
+            "\n[[models]]\nname = \"emu2-gen\"\nencoder = {}\nllm = {}\ndecoder = {}\n",
+            endpoints[0], endpoints[1], endpoints[2]
+        );
+        let router = Process::start(dir.path(), "emu2-router", &format!("{extra}{models}"));
+        let processes = Self { router, stages, _dir: dir };
+        processes.router.serving().await;
+        processes
+    }
+}
+
+impl Process {
+    pub(crate) fn start(dir: &Path, name: &str, config: &str) -> Self {
+        // Released before the service binds them; another process is unlikely to take them in between.
+        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (addr, admin) = (free(), free());
+        let file = dir.join(format!("{name}.toml"));
+        // Tables come last in TOML.
+        let (keys, tables) = config.split_once("\n[").map_or((config, String::new()), |(k, t)| (k, format!("\n[{t}")));
+        let server = format!("\n[server]\nlisten = \"{addr}\"\nadmin = \"{admin}\"\n");
+        fs::write(&file, format!("{keys}{server}{tables}")).unwrap();
+        let mut command = binary(name);
+        let child = command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        Self { child, addr, admin }
+    }
+
+    /// Waits until its health says SERVING.
+    pub(crate) async fn serving(&self) {
+        for _ in 0..600 {
+            if self.health().await == Some(ServingStatus::Serving) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("the service at {} is not ready after a minute", self.addr);
+    }
+
+    /// None while it does not listen.
+    pub(crate) async fn health(&self) -> Option<ServingStatus> {
+        let mut health = HealthClient::connect(format!("http://{}", self.addr)).await.ok()?;
+        let health = health.check(HealthCheckRequest::default()).await.ok()?.into_inner();
+        Some(health.status())
+    }
+
+    pub(crate) fn terminate(&self) {
+        let sent = std::process::Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Waits for the process to end by itself.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        for _ in 0..600 {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("the service at {} did not end", self.addr);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Only fails when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
