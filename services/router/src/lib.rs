@@ -1,1 +1,64 @@
+//! The router: the public API in front of the stages. Clients see one service; the router finds or computes the
+//! embeddings of a request's pictures, asks the llm, hands what it regresses to the decoder, and streams what comes.
+//! It holds no model and no tensors' values: embeddings pass through as shared bytes.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`config`] | models and their replicas, limits, cache, pools |
+//! | `service` | the public service `emu2.v1.Emu2`: admit, check, hand to the pipeline |
+//! | `request` | what a client asks, checked and with every default filled in; pure |
+//! | `pipeline` | one request through its stages, top to bottom |
+//! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
+//! | `cache` | memory, Redis, and one flight per key |
+//! | `model`, `pool`, `stages` | a model's stages, their replicas, and the calls to them |
+//! | `drawing` | a box as the picture that upstream draws of it |
+//! | `report` | the last event of an answer |
+//! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
+//!
+//! It builds without libtorch.
 
+pub mod config;
+
+mod cache;
+mod drawing;
+mod embeddings;
+mod error;
+mod metrics;
+mod model;
+mod pipeline;
+mod pool;
+mod report;
+mod request;
+mod service;
+mod stages;
+#[cfg(test)]
+mod tests;
+
+use emu2_proto::v1::emu2_server::Emu2Server;
+use emu2_serve::{
+    server::{Listeners, Server},
+    shutdown::Shutdown,
+};
+use prometheus_client::registry::Registry;
+
+use crate::{config::Config, metrics::Metrics, service::Router};
+
+/// Serves until shutdown. Ready once every stage of every model has answered; they may start later than the router.
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
+    let server_config = config.server.clone();
+    let max_message_bytes = server_config.max_message_bytes;
+    let mut registry = Registry::default();
+    let router = Router::start(config, Metrics::register(&mut registry))?;
+    let service = Emu2Server::new(router.clone())
+        .max_decoding_message_size(max_message_bytes)
+        .max_encoding_message_size(max_message_bytes);
+    let stages_answer = async {
+        router.answered().await;
+        Ok(())
+    };
+    Server::new("emu2-router", &server_config, listeners)
+        .service(service)
+        .registry(registry)
+        .run_after(stages_answer, shutdown)
+        .await
+}

@@ -1,0 +1,132 @@
+//! The name of a cached value: everything that decides it, hashed. Two values under one key would be a wrong answer,
+//! so every field is length-prefixed and the first one is the format's version.
+
+use std::fmt;
+
+use emu2_proto::v1;
+
+/// Grows whenever the fields below or the bytes of a value change their meaning.
+const FORMAT_VERSION: u32 = 1;
+/// Tenants are told apart by key. There is one until callers have names.
+const TENANT: &str = "default";
+
+/// What kind of thing is cached; also a label of metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// A picture's embeddings.
+    Image,
+    /// The all-zero picture's embeddings: the negative of autoencoding.
+    MeanColour,
+    /// The regression of the empty prompt: the negative of image generation.
+    Negative,
+}
+
+impl Kind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::MeanColour => "mean_colour",
+            Self::Negative => "negative",
+        }
+    }
+}
+
+/// What a value depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recipe<'a> {
+    pub(crate) kind: Kind,
+    /// Of the weights that computed the value.
+    pub(crate) weights_digest: &'a str,
+    /// Of the encoder's preprocessing, or of the llm's templates.
+    pub(crate) preprocessing_version: u32,
+    pub(crate) n_query: u32,
+    pub(crate) dtype: v1::Dtype,
+    /// The picture's bytes; for a negative, the tokenizer's digest.
+    pub(crate) content: &'a [u8],
+}
+
+impl Recipe<'_> {
+    pub(crate) fn key(&self) -> Key {
+        let mut hasher = blake3::Hasher::new();
+        let mut field = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        field(&FORMAT_VERSION.to_le_bytes());
+        field(self.kind.name().as_bytes());
+        field(self.weights_digest.as_bytes());
+        field(&self.preprocessing_version.to_le_bytes());
+        field(&self.n_query.to_le_bytes());
+        field(self.dtype.as_str_name().as_bytes());
+        field(TENANT.as_bytes());
+        field(self.content);
+        Key(hasher.finalize().into())
+    }
+}
+
+/// blake3-256 of a [`Recipe`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Key([u8; blake3::OUT_LEN]);
+
+impl Key {
+    pub(crate) fn bytes(&self) -> &[u8; blake3::OUT_LEN] {
+        &self.0
+    }
+}
+
+/// Hexadecimal.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&blake3::Hash::from_bytes(self.0).to_hex())
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const RECIPE: Recipe<'static> = Recipe {
+        kind: Kind::Image,
+        weights_digest: "d1",
+        preprocessing_version: 1,
+        n_query: 64,
+        dtype: v1::Dtype::F32,
+        content: b"picture",
+    };
+
+    /// Routers of different builds share one Redis: a changed key needs a changed `FORMAT_VERSION`.
+    #[test]
+    fn a_key_is_the_same_in_every_build() {
+        assert_eq!(
+            RECIPE.key().to_string(),
+            "82e5772d3a57f36559a22b3810a39528e05eb9e5d2b6c5858b4ff63fdd411aea"
+        );
+    }
+
+    #[test]
+    fn every_field_changes_the_key() {
+        let changed = [
+            RECIPE,
+            Recipe { kind: Kind::MeanColour, ..RECIPE },
+            Recipe { kind: Kind::Negative, ..RECIPE },
+            Recipe { weights_digest: "d2", ..RECIPE },
+            Recipe { preprocessing_version: 2, ..RECIPE },
+            Recipe { n_query: 256, ..RECIPE },
+            Recipe { dtype: v1::Dtype::Bf16, ..RECIPE },
+            Recipe { content: b"picturf", ..RECIPE },
+            Recipe { content: b"", ..RECIPE },
+            // Bytes that wander over a field's border.
+            Recipe { weights_digest: "d", ..RECIPE },
+        ];
+        let keys: HashSet<Key> = changed.iter().map(Recipe::key).collect();
+        assert_eq!(keys.len(), changed.len());
+    }
+}

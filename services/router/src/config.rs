@@ -1,0 +1,239 @@
+//! The router's configuration. Every limit has a name, its unit in its documentation, and the reason for its default.
+
+use std::{collections::HashSet, fmt};
+
+use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
+use serde::{Deserialize, Serialize};
+
+/// What runs here and how far it goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Models by name, each with the replicas of its stages. Default: `emu2` on the services' default ports.
+    pub models: Vec<ModelConfig>,
+    pub limits: LimitsConfig,
+    pub cache: CacheConfig,
+    pub pool: PoolConfig,
+    pub server: ServerConfig,
+    pub telemetry: TelemetryConfig,
+}
+
+/// One model that clients may name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    pub name: String,
+    /// Replicas as `http://host:port`; at least one.
+    pub encoder: Vec<String>,
+    /// Replicas as `http://host:port`; at least one.
+    pub llm: Vec<String>,
+    /// Replicas as `http://host:port`; none for a model that only writes.
+    #[serde(default)]
+    pub decoder: Vec<String>,
+}
+
+/// Bounds on one request that are the router's own; those of a model come from its stages.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// Parts of one prompt, all turns together. 1,024: no prompt with more fits 2,048 positions.
+    pub max_parts: u32,
+    /// Images, frames and boxes of one request. 256: eight times what fits 2,048 positions at 64 queries an image;
+    /// the llm refuses by positions, this refuses before anything is looked at.
+    pub max_images: u32,
+    /// Images of one request that are looked up or encoded at a time. 16: fills an encoder's batches without one
+    /// request filling its queue.
+    pub images_in_flight: usize,
+    /// Milliseconds that computing one cached value may take, queue included. Such work is shared by requests, so
+    /// it cannot have the deadline of one. 300,000: regressing a negative on CPUs takes minutes.
+    pub shared_work_ms: u64,
+    /// Events of one request that wait for a slow client before its stages are held back. 32: one image's worth
+    /// of progress.
+    pub waiting_events: usize,
+}
+
+/// Where embeddings are kept. The embedded default is this process's memory alone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Bytes of embeddings kept in memory; 0 keeps none. 256 MiB: about 1,000 images at 64 queries in bf16.
+    pub memory_bytes: u64,
+    /// `redis://…` of a Redis that all routers share; absent: memory alone. A secret: it may hold a password.
+    pub redis_url: Option<RedisUrl>,
+    /// Seconds that a value is kept. One day: the same pictures come back within a session's or a job's length.
+    pub ttl_seconds: u64,
+    /// Milliseconds that one lookup waits for Redis, connecting included. 20: far above a healthy answer (1 ms),
+    /// far below encoding.
+    pub deadline_ms: u64,
+}
+
+/// How replicas are watched.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolConfig {
+    /// Milliseconds between two looks at a replica that answers. 2,000: a roll to new weights is noticed before a
+    /// person notices, at next to no cost.
+    pub refresh_ms: u64,
+    /// Milliseconds before a replica that does not answer is asked again; doubles up to `refresh_ms`.
+    pub retry_ms: u64,
+    /// Milliseconds that a replica may take to answer `Info`, which costs it nothing, connecting included.
+    pub info_timeout_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let replica = |port: u16| vec![format!("http://127.0.0.1:{port}")];
+        let model = ModelConfig {
+            name: "emu2".into(),
+            encoder: replica(50052),
+            llm: replica(50053),
+            decoder: replica(50054),
+        };
+        Self {
+            models: vec![model],
+            limits: LimitsConfig::default(),
+            cache: CacheConfig::default(),
+            pool: PoolConfig::default(),
+            server: ServerConfig::on_port(50051),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            max_parts: 1024,
+            max_images: 256,
+            images_in_flight: 16,
+            shared_work_ms: 300_000,
+            waiting_events: 32,
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { memory_bytes: 256 << 20, redis_url: None, ttl_seconds: 24 * 3600, deadline_ms: 20 }
+    }
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { refresh_ms: 2_000, retry_ms: 100, info_timeout_ms: 2_000 }
+    }
+}
+
+impl Validate for Config {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.server.problems();
+        problems.extend(self.telemetry.problems());
+        if self.models.is_empty() {
+            problems.push("models must name at least one model".into());
+        }
+        let mut names = HashSet::new();
+        for model in &self.models {
+            problems.extend(model.problems());
+            if !names.insert(&model.name) {
+                problems.push(format!("models: the name {:?} is given twice", model.name));
+            }
+        }
+        let limits = &self.limits;
+        let positive = [
+            ("limits.max_parts", u64::from(limits.max_parts)),
+            ("limits.max_images", u64::from(limits.max_images)),
+            ("limits.images_in_flight", limits.images_in_flight as u64),
+            ("limits.shared_work_ms", limits.shared_work_ms),
+            ("limits.waiting_events", limits.waiting_events as u64),
+            ("cache.ttl_seconds", self.cache.ttl_seconds),
+            ("cache.deadline_ms", self.cache.deadline_ms),
+            ("pool.refresh_ms", self.pool.refresh_ms),
+            ("pool.retry_ms", self.pool.retry_ms),
+            ("pool.info_timeout_ms", self.pool.info_timeout_ms),
+        ];
+        let zero = positive.into_iter().filter(|(_, value)| *value == 0);
+        problems.extend(zero.map(|(key, _)| format!("{key} must be at least 1, got 0")));
+        if self.cache.redis_url.as_ref().is_some_and(|url| redis::parse_redis_url(url.reveal()).is_none()) {
+            problems.push("cache.redis_url cannot be read as a Redis URL".into());
+        }
+        problems
+    }
+}
+
+impl ModelConfig {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.name.is_empty() {
+            problems.push("models: a name is empty".into());
+        }
+        for (stage, endpoints) in [("encoder", &self.encoder), ("llm", &self.llm)] {
+            if endpoints.is_empty() {
+                problems.push(format!("models: {:?} needs at least one {stage} replica", self.name));
+            }
+        }
+        for endpoint in self.encoder.iter().chain(&self.llm).chain(&self.decoder) {
+            if let Err(error) = emu2_serve::client::endpoint(endpoint.as_str()) {
+                problems.push(format!("models: {:?} names a replica {endpoint:?}: {error}", self.name));
+            }
+        }
+        problems
+    }
+}
+
+/// A Redis URL, which may hold a password: never printed.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    pub fn new(url: impl Into<String>) -> Self {
+        Self(url.into())
+    }
+
+    /// The secret itself.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid() {
+        assert_eq!(Config::default().problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn all_mistakes_are_told_at_once_and_no_secret_is() {
+        let model = ModelConfig {
+            name: "emu2".into(),
+            encoder: vec!["not a uri".into()],
+            llm: vec![],
+            decoder: vec![],
+        };
+        let config = Config {
+            models: vec![model.clone(), model],
+            cache: CacheConfig {
+                redis_url: Some(RedisUrl::new("nonsense:hunter2")),
+                ttl_seconds: 0,
+                ..Default::default()
+            },
+            ..Config::default()
+        };
+        let problems = config.problems().join("\n");
+        for part in
+            ["\"not a uri\"", "at least one llm", "given twice", "cache.ttl_seconds", "cache.redis_url"]
+        {
+            assert!(problems.contains(part), "{part} is missing from {problems}");
+        }
+        assert!(!format!("{config:?}{problems}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,200 @@
+//! Embeddings that a request needs and that another may have needed before: of pictures, of the mean colour, and of
+//! the empty prompt. From the cache, else from a stage, whose work is shared by all requests that wait for it.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use emu2_proto::{
+    stage::{
+        EncodeRequest, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings, RegressionParameters,
+        encode_request::Source, llm_event::Event, llm_start,
+    },
+    v1,
+};
+use emu2_serve::{deadline::Deadline, status};
+use futures::FutureExt;
+use tonic::Status;
+use tracing::{Instrument, Span};
+
+use crate::{
+    cache::{Cache, Computed, Found, Kind, Recipe, is_whole},
+    drawing,
+    error::{self, Stop},
+    metrics::Metrics,
+    model::{Model, Profile},
+    request::{Picture, Subject},
+    stages,
+};
+
+/// One model's embeddings, under one profile.
+#[derive(Clone)]
+pub(crate) struct Embeddings {
+    pub(crate) model: Arc<Model>,
+    pub(crate) profile: Profile,
+    pub(crate) cache: Cache,
+    pub(crate) metrics: Metrics,
+    /// What shared work may take: it has no caller whose deadline it could go by.
+    pub(crate) shared_work: Duration,
+}
+
+impl Embeddings {
+    pub(crate) async fn picture(&self, picture: &Picture) -> Result<Found, Stop> {
+        let data = match &picture.subject {
+            Subject::Sent(data) => data.clone(),
+            Subject::Outline(region) => drawing::outline_png(region),
+        };
+        let found = self.encoded(Kind::Image, Source::Image(data.clone()), data, picture.n_query).await;
+        found.map_err(|stop| {
+            // "image", "image.width" and so on are the picture; the rest we filled in.
+            let public =
+                |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", picture.field));
+            in_public_terms("encoder", stop, public)
+        })
+    }
+
+    /// The negative of autoencoding: a picture that is zero after normalisation, as upstream.
+    pub(crate) async fn mean_colour(&self) -> Result<Found, Stop> {
+        let source = Source::MeanColour(MeanColour {});
+        let found = self.encoded(Kind::MeanColour, source, Bytes::new(), self.profile.llm.n_query).await;
+        found.map_err(|stop| in_public_terms("encoder", stop, |_| None))
+    }
+
+    /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
+    pub(crate) async fn empty_prompt(&self) -> Result<Found, Stop> {
+        let key = self.negative_recipe(self.profile.llm.dtype()).key();
+        let work = self.clone();
+        let compute = || work.regress().instrument(Span::current()).boxed();
+        let found = self.cache.fetch(Kind::Negative, key, compute).await;
+        found.map_err(|stop| in_public_terms("llm", stop, |_| None))
+    }
+
+    async fn encoded(&self, kind: Kind, source: Source, content: Bytes, n_query: u32) -> Result<Found, Stop> {
+        let encoder = &self.profile.encoder;
+        let recipe = Recipe {
+            kind,
+            weights_digest: &encoder.weights_digest,
+            preprocessing_version: encoder.preprocessing_version,
+            n_query,
+            dtype: encoder.dtype(),
+            content: &content,
+        };
+        let key = recipe.key();
+        let work = self.clone();
+        let request = EncodeRequest { id: 0, source: Some(source), n_query };
+        let content = content.clone();
+        let compute = || work.encode(kind, request, content).instrument(Span::current()).boxed();
+        self.cache.fetch(kind, key, compute).await
+    }
+
+    async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes) -> Computed {
+        let encoder = &self.profile.encoder;
+        let n_query = request.n_query;
+        let deadline = Deadline::after(self.shared_work);
+        let encoding =
+            stages::encode(&self.model.encoder, &encoder.weights_digest, request, deadline, &self.metrics);
+        let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
+        if answer.weights_digest != encoder.weights_digest {
+            lease.refresh().await;
+        }
+        let tensor = answer.embeddings.filter(is_whole);
+        let tensor = tensor.ok_or_else(|| status::internal("the encoder sent a tensor that is not whole"))?;
+        let recipe = Recipe {
+            kind,
+            weights_digest: &answer.weights_digest,
+            preprocessing_version: encoder.preprocessing_version,
+            n_query,
+            dtype: tensor.dtype(),
+            content: &content,
+        };
+        Ok((recipe.key(), tensor))
+    }
+
+    async fn regress(self) -> Computed {
+        let deadline = Deadline::after(self.shared_work);
+        let regressed = deadline.run(self.regress_empty_prompt(deadline)).await.map_err(|_| too_slow())??;
+        Ok((self.negative_recipe(regressed.dtype()).key(), regressed))
+    }
+
+    async fn regress_empty_prompt(&self, deadline: Deadline) -> Result<v1::Tensor, Stop> {
+        let llm = &self.profile.llm;
+        let start = LlmStart {
+            input: Some(llm_start::Input::Prompt(LlmPrompt::default())),
+            output: Some(llm_start::Output::Regression(RegressionParameters {})),
+        };
+        let call =
+            stages::generate(&self.model.llm, &llm.weights_digest, start, deadline, &self.metrics).await?;
+        let mut answers = call.answers;
+        let mut rows = Rows::default();
+        loop {
+            match answers.next().await?.event {
+                // With other weights it is another model's negative: not worth the wait.
+                Some(Event::Accepted(accepted)) if accepted.weights_digest != llm.weights_digest => {
+                    answers.lease().refresh().await;
+                    return Err(Stop::Rolled);
+                }
+                Some(Event::Embeddings(more)) => rows.push(more)?,
+                Some(Event::Finished(_)) => return Ok(rows.whole(llm.n_query)?),
+                Some(Event::Accepted(_) | Event::Text(_)) | None => {}
+            }
+        }
+    }
+
+    fn negative_recipe(&self, dtype: v1::Dtype) -> Recipe<'_> {
+        let llm = &self.profile.llm;
+        Recipe {
+            kind: Kind::Negative,
+            weights_digest: &llm.weights_digest,
+            preprocessing_version: llm.template_version,
+            n_query: llm.n_query,
+            dtype,
+            content: llm.tokenizer_digest.as_bytes(),
+        }
+    }
+}
+
+/// Regressed rows, put together as they come.
+#[derive(Default)]
+struct Rows {
+    dtype: i32,
+    width: u32,
+    rows: u32,
+    data: BytesMut,
+}
+
+impl Rows {
+    fn push(&mut self, more: RegressedEmbeddings) -> Result<(), Status> {
+        let tensor = more.embeddings.filter(is_whole).unwrap_or_default();
+        let &[rows, width] = tensor.shape.as_slice() else { return Err(malformed()) };
+        if self.rows == 0 {
+            (self.dtype, self.width) = (tensor.dtype, width);
+        }
+        if more.start != self.rows || (tensor.dtype, width) != (self.dtype, self.width) {
+            return Err(malformed());
+        }
+        self.rows += rows;
+        self.data.extend_from_slice(&tensor.data);
+        Ok(())
+    }
+
+    fn whole(self, expected: u32) -> Result<v1::Tensor, Status> {
+        if self.rows != expected {
+            return Err(malformed());
+        }
+        Ok(v1::Tensor { dtype: self.dtype, shape: vec![self.rows, self.width], data: self.data.freeze() })
+    }
+}
+
+fn malformed() -> Status {
+    status::internal("the llm sent rows that do not make up an image")
+}
+
+fn too_slow() -> Status {
+    status::unavailable("it took longer than limits.shared_work_ms")
+}
+
+fn in_public_terms(stage: &str, stop: Stop, public: impl Fn(&str) -> Option<String>) -> Stop {
+    match stop {
+        Stop::Failed(status) => Stop::Failed(error::of_stage(stage, &status, public)),
+        Stop::Rolled | Stop::Left => stop,
+    }
+}

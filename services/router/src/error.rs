@@ -1,0 +1,130 @@
+//! Why a request ends early, and what a stage's refusal means to the client.
+
+use emu2_serve::status::{self, Violation};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// Why work on a request stops.
+#[derive(Clone, Debug)]
+pub(crate) enum Stop {
+    /// A stage answered with other weights than the request began with.
+    Rolled,
+    /// Nobody listens any more.
+    Left,
+    Failed(Status),
+}
+
+impl From<Status> for Stop {
+    fn from(status: Status) -> Self {
+        Self::Failed(status)
+    }
+}
+
+impl From<emu2_serve::stream::Closed> for Stop {
+    fn from(_: emu2_serve::stream::Closed) -> Self {
+        Self::Left
+    }
+}
+
+impl From<Stop> for Status {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Rolled => status::unavailable("the model's weights are being replaced: ask again"),
+            Stop::Left => status::cancelled(),
+            Stop::Failed(status) => status,
+        }
+    }
+}
+
+/// Whether the replica is lost or leaving, rather than the request refused: another replica may do it. A status that
+/// has a source never crossed the wire: the connection broke, or (CANCELLED, from tonic's client) time is up.
+pub(crate) fn is_replica_lost(status: &Status) -> bool {
+    let local = std::error::Error::source(status).is_some();
+    status.code() == Code::Unavailable || (local && status.code() != Code::Cancelled)
+}
+
+/// A stage's status in the terms of the public request. `public` translates the name of one of the stage's fields;
+/// a field without a public name was filled by us, so that its violation is our fault.
+pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
+    if is_replica_lost(status) {
+        return status::unavailable(format!("the {stage} stage was lost: {}", status.message()));
+    }
+    match status.code() {
+        Code::InvalidArgument => refusal(stage, status, public),
+        // With its details (RetryInfo), without the stage's response headers.
+        code @ (Code::ResourceExhausted | Code::DeadlineExceeded) => {
+            Status::with_details(code, status.message(), status.details().to_vec().into())
+        }
+        // Ours when time is up (which the request's own deadline has told the client by then); a stage cancels only
+        // when it stops.
+        Code::Cancelled => status::unavailable(format!("the {stage} stage stopped: {}", status.message())),
+        _ => status::internal(format!("the {stage} stage failed: {}", status.message())),
+    }
+}
+
+fn refusal(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
+    let fields = status.get_details_bad_request().map(|details| details.field_violations).unwrap_or_default();
+    let translate = |field: &str| public(field).ok_or_else(|| field.to_owned());
+    let violations = fields.into_iter().map(|it| Ok(Violation::new(translate(&it.field)?, it.description)));
+    match violations.collect::<Result<Vec<_>, String>>() {
+        Ok(violations) if !violations.is_empty() => status::invalid(violations),
+        _ => {
+            status::internal(format!("the {stage} stage refused what the router sent: {}", status.message()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn public(field: &str) -> Option<String> {
+        (field == "image").then(|| "prompt.parts[3].image".to_owned())
+    }
+
+    #[test]
+    fn a_refusal_names_the_public_field() {
+        let refused =
+            status::invalid(vec![Violation::new("image", "must be a picture, got 3 bytes of text")]);
+        let translated = of_stage("encoder", &refused, public);
+        assert_eq!(translated.code(), Code::InvalidArgument);
+        let fields = translated.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(fields[0].field, "prompt.parts[3].image");
+        assert_eq!(fields[0].description, "must be a picture, got 3 bytes of text");
+    }
+
+    #[test]
+    fn a_refusal_of_what_we_filled_in_is_our_fault() {
+        let refused = status::invalid(vec![Violation::new("n_query", "must be 1 to 1024, got 0")]);
+        assert_eq!(of_stage("encoder", &refused, public).code(), Code::Internal);
+        assert_eq!(
+            of_stage("encoder", &Status::invalid_argument("no details"), public).code(),
+            Code::Internal
+        );
+    }
+
+    #[test]
+    fn a_full_stage_keeps_its_advice() {
+        let full = status::exhausted("queue is full", Duration::from_secs(3));
+        let passed = of_stage("llm", &full, public);
+        assert_eq!(passed.code(), Code::ResourceExhausted);
+        assert_eq!(passed.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn other_failures_are_unavailable_or_internal() {
+        for (code, becomes) in [
+            (Code::Unavailable, Code::Unavailable),
+            (Code::Cancelled, Code::Unavailable),
+            (Code::Internal, Code::Internal),
+            (Code::OutOfRange, Code::Internal),
+            (Code::Unimplemented, Code::Internal),
+            (Code::NotFound, Code::Internal),
+            (Code::DeadlineExceeded, Code::DeadlineExceeded),
+        ] {
+            assert_eq!(of_stage("llm", &Status::new(code, "x"), public).code(), becomes, "{code:?}");
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The last event of an answer: what it took, and with which parameters.
+
+use std::time::Instant;
+
+use emu2_proto::{
+    stage::{DecodeFinished, DecodeStart, LlmFinished},
+    v1::{FinishReason, Finished, Timings, Usage, finished::Parameters},
+};
+
+use crate::{pipeline::Pictures, request::effective_image};
+
+/// Filled in by the stages as they end.
+#[derive(Debug)]
+pub(crate) struct Report {
+    began: Instant,
+    finished: Finished,
+    usage: Usage,
+    timings: Timings,
+}
+
+impl Report {
+    pub(crate) fn new(seed: u64) -> Self {
+        let finished = Finished { seed, ..Default::default() };
+        Self { began: Instant::now(), finished, usage: Usage::default(), timings: Timings::default() }
+    }
+
+    pub(crate) fn prompt(&mut self, positions: u32) {
+        self.usage.prompt_tokens = positions;
+    }
+
+    pub(crate) fn regressed(&mut self, embeddings: u32) {
+        self.usage.regressed_embeddings = embeddings;
+    }
+
+    pub(crate) fn llm(&mut self, llm: &LlmFinished) {
+        self.usage.generated_tokens = llm.generated_tokens;
+        self.timings.llm_queue_ms = llm.queue_ms;
+        self.timings.prefill_ms = llm.prefill_ms;
+        self.timings.generate_ms = llm.generate_ms;
+    }
+
+    pub(crate) fn pictures(&mut self, pictures: &Pictures) {
+        self.usage.images = pictures.images;
+        self.usage.cached_images = pictures.cached;
+        self.timings.encode_ms = pictures.encode_ms;
+    }
+
+    pub(crate) fn painted(&mut self, decoder: &DecodeFinished, start: &DecodeStart) {
+        self.timings.decoder_queue_ms = decoder.queue_ms;
+        self.timings.denoise_ms = decoder.denoise_ms;
+        self.timings.vae_ms = decoder.vae_ms;
+        self.result(FinishReason::Image, Parameters::Image(effective_image(start)));
+    }
+
+    pub(crate) fn result(&mut self, reason: FinishReason, parameters: Parameters) {
+        self.finished.reason = reason.into();
+        self.finished.parameters = Some(parameters);
+    }
+
+    pub(crate) fn finished(mut self) -> Finished {
+        self.timings.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        Finished { usage: Some(self.usage), timings: Some(self.timings), ..self.finished }
+    }
+}

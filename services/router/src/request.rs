@@ -1,0 +1,370 @@
+//! From what a client sent to what the stages are asked: every mistake told at once, every default filled in.
+//!
+//! Nothing here waits or remembers, and no picture is opened. Numbers of positions are the llm's to check: they need
+//! the tokenizer.
+
+mod checks;
+#[cfg(test)]
+mod tests;
+
+use bytes::Bytes;
+use emu2_proto::{
+    stage::{
+        DecodeStart, EncoderInfo, ImageSlot, LlmBox, LlmChat, LlmPart, LlmPrompt, TextParameters, VideoSlots,
+        llm_part, llm_start,
+    },
+    v1::{
+        self, EmbedRequest, GenerateRequest, ImageOutput, TextOutput,
+        generate_request::{Input, Output},
+        part,
+    },
+};
+use emu2_serve::status::Violation;
+
+use self::checks::Checks;
+use crate::{config::LimitsConfig, model::Profile};
+
+/// Upstream's size condition of SDXL when none is given, in pixels.
+const ORIGINAL_SIDE: u32 = 1024;
+
+/// A request that was found right.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Generation {
+    pub(crate) task: Task,
+    /// What goes into the prompt's slots, in order.
+    pub(crate) pictures: Vec<Picture>,
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, PartialEq)]
+pub(crate) enum Task {
+    /// Text from the llm.
+    Write { input: llm_start::Input, parameters: TextParameters },
+    /// An image from embeddings that the llm regresses.
+    Paint { input: llm_start::Input, start: DecodeStart },
+    /// An image from the embeddings of the only picture.
+    Autoencode { start: DecodeStart },
+}
+
+impl Task {
+    /// As metrics name it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Write { .. } => "text",
+            Self::Paint { .. } => "image",
+            Self::Autoencode { .. } => "autoencode",
+        }
+    }
+}
+
+/// Something that becomes embeddings.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Picture {
+    pub(crate) subject: Subject,
+    /// Embeddings wanted of it.
+    pub(crate) n_query: u32,
+    /// Where the request holds it, for complaints about it.
+    pub(crate) field: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Subject {
+    /// An encoded picture, as the client sent it.
+    Sent(Bytes),
+    /// A box, to be drawn.
+    Outline(v1::Box),
+}
+
+/// Checks a request against the router's limits and what the model can do.
+pub(crate) fn check(
+    request: GenerateRequest,
+    limits: &LimitsConfig,
+    profile: &Profile,
+) -> Result<Generation, Vec<Violation>> {
+    let seed = request.seed.unwrap_or_else(rand::random);
+    let mut checker =
+        Checker { profile, checks: Checks::default(), pictures: Vec::new(), paints: false, parts: 0 };
+    checker.paints = matches!(request.output, Some(Output::Image(_)));
+    let autoencodes = checker.paints && is_one_image(request.input.as_ref());
+    let input = checker.input(request.input);
+    checker.counts(limits, input.as_ref());
+    let task = match (request.output, input) {
+        (Some(Output::Text(text)), input) => {
+            let parameters = checker.text(&text, seed);
+            input.map(|input| Task::Write { input, parameters })
+        }
+        (Some(Output::Image(image)), input) => {
+            let queries =
+                if autoencodes { rows(&profile.encoder, profile.llm.n_query) } else { profile.llm.n_query };
+            let start = checker.image(&image, seed, queries);
+            input.map(
+                |input| if autoencodes { Task::Autoencode { start } } else { Task::Paint { input, start } },
+            )
+        }
+        (None, _) => {
+            checker.checks.wrong("output", "must be one of text and image, got neither");
+            None
+        }
+    };
+    let Checker { checks, pictures, .. } = checker;
+    match (task, checks.violations()) {
+        (Some(task), violations) if violations.is_empty() => Ok(Generation { task, pictures, seed }),
+        (_, violations) => Err(violations),
+    }
+}
+
+/// Checks an `Embed` request.
+pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<Picture, Vec<Violation>> {
+    let mut checks = Checks::default();
+    let data = request.image.unwrap_or_default().data;
+    if data.is_empty() {
+        checks.wrong("image", "must be an encoded picture, got 0 bytes");
+    }
+    let patches = profile.encoder.grid_side * profile.encoder.grid_side;
+    let n_query = checks.within("n_query", request.n_query, profile.llm.n_query, 1, patches);
+    match checks.violations() {
+        violations if violations.is_empty() => {
+            Ok(Picture { subject: Subject::Sent(data), n_query, field: "image".into() })
+        }
+        violations => Err(violations),
+    }
+}
+
+/// Rows that the encoder gives for `n_query`: it pools squares of floor(side / sqrt(n_query)) patches.
+fn rows(encoder: &EncoderInfo, n_query: u32) -> u32 {
+    let stride = (f64::from(encoder.grid_side) / f64::from(n_query).sqrt()).floor().max(1.0) as u32;
+    (encoder.grid_side / stride).pow(2)
+}
+
+/// The parameters of a text request as they took effect.
+pub(crate) fn effective_text(parameters: &TextParameters) -> TextOutput {
+    TextOutput {
+        max_new_tokens: Some(parameters.max_new_tokens),
+        min_length: Some(parameters.min_length),
+        num_beams: Some(parameters.num_beams),
+        length_penalty: Some(parameters.length_penalty),
+        do_sample: parameters.do_sample,
+        temperature: Some(parameters.temperature),
+        top_k: (parameters.top_k > 0).then_some(parameters.top_k),
+        top_p: (parameters.top_p > 0.0).then_some(parameters.top_p),
+        repetition_penalty: Some(parameters.repetition_penalty),
+        grounding: parameters.grounding,
+        keep_special_tokens: Some(parameters.keep_special_tokens),
+    }
+}
+
+/// The parameters of an image request as they took effect.
+pub(crate) fn effective_image(start: &DecodeStart) -> ImageOutput {
+    ImageOutput {
+        height: Some(start.height),
+        width: Some(start.width),
+        steps: Some(start.steps),
+        guidance_scale: Some(start.guidance_scale),
+        original_height: Some(start.original_height),
+        original_width: Some(start.original_width),
+        crop_top: Some(start.crop_top),
+        crop_left: Some(start.crop_left),
+    }
+}
+
+fn is_one_image(input: Option<&Input>) -> bool {
+    let Some(Input::Prompt(prompt)) = input else { return false };
+    matches!(prompt.parts.as_slice(), [v1::Part { kind: Some(part::Kind::Image(_)) }])
+}
+
+struct Checker<'a> {
+    profile: &'a Profile,
+    checks: Checks,
+    pictures: Vec<Picture>,
+    /// Boxes are drawn for a painter and written for a reader.
+    paints: bool,
+    parts: usize,
+}
+
+impl Checker<'_> {
+    fn input(&mut self, input: Option<Input>) -> Option<llm_start::Input> {
+        match input {
+            Some(Input::Prompt(prompt)) => {
+                Some(llm_start::Input::Prompt(self.prompt("prompt", prompt.parts)))
+            }
+            Some(Input::Chat(chat)) => Some(llm_start::Input::Chat(self.chat(chat))),
+            None => {
+                self.checks.wrong("input", "must be one of prompt and chat, got neither");
+                None
+            }
+        }
+    }
+
+    fn chat(&mut self, chat: v1::Chat) -> LlmChat {
+        if !self.profile.llm.instruct {
+            self.checks.wrong("chat", "needs a model with a chat template, this one has none: send a prompt");
+        }
+        if self.paints {
+            self.checks.wrong("chat", "cannot be painted from: send a prompt");
+        }
+        if chat.turns.len().is_multiple_of(2) {
+            let got = chat.turns.len();
+            self.checks
+                .wrong("chat.turns", format!("must be odd in number, the user first and last, got {got}"));
+        }
+        let mut turns = Vec::with_capacity(chat.turns.len());
+        for (index, turn) in chat.turns.into_iter().enumerate() {
+            let field = format!("chat.turns[{index}]");
+            let expected = if index % 2 == 0 { v1::Role::User } else { v1::Role::Assistant };
+            if turn.role() != expected {
+                let (expected, got) = (expected.as_str_name(), turn.role().as_str_name());
+                self.checks.wrong(format!("{field}.role"), format!("must be {expected}, got {got}"));
+            }
+            turns.push(self.prompt(&field, turn.parts));
+        }
+        LlmChat { turns, system_message: chat.system_message }
+    }
+
+    fn prompt(&mut self, field: &str, parts: Vec<v1::Part>) -> LlmPrompt {
+        if parts.is_empty() {
+            self.checks.wrong(format!("{field}.parts"), "must hold at least 1 part, got 0");
+        }
+        self.parts += parts.len();
+        let parts = parts.into_iter().enumerate();
+        let parts = parts.filter_map(|(index, part)| self.part(format!("{field}.parts[{index}]"), part));
+        LlmPrompt { parts: parts.collect() }
+    }
+
+    /// One part, and what it puts into slots.
+    fn part(&mut self, field: String, part: v1::Part) -> Option<LlmPart> {
+        let kind = match part.kind {
+            Some(part::Kind::Text(text)) => llm_part::Kind::Text(text),
+            Some(part::Kind::Image(image)) => {
+                self.picture(format!("{field}.image"), image.data, self.profile.llm.n_query);
+                llm_part::Kind::Image(ImageSlot {})
+            }
+            Some(part::Kind::Video(video)) => llm_part::Kind::Video(self.video(&field, video)),
+            Some(part::Kind::Box(region)) => llm_part::Kind::Box(self.region(field, region)),
+            None => {
+                self.checks.wrong(field, "must be one of text, image, video and box, got none");
+                return None;
+            }
+        };
+        Some(LlmPart { kind: Some(kind) })
+    }
+
+    fn video(&mut self, field: &str, video: v1::Video) -> VideoSlots {
+        let frames = u32::try_from(video.frames.len()).unwrap_or(u32::MAX);
+        if frames == 0 {
+            self.checks.wrong(format!("{field}.video.frames"), "must hold at least 1 frame, got 0");
+        }
+        for (index, frame) in video.frames.into_iter().enumerate() {
+            self.picture(format!("{field}.video.frames[{index}]"), frame, self.profile.llm.v_query);
+        }
+        VideoSlots { frames }
+    }
+
+    fn region(&mut self, field: String, region: v1::Box) -> LlmBox {
+        let v1::Box { left, top, right, bottom, ref phrase } = region;
+        let edges = [("left", left, "right", right), ("top", top, "bottom", bottom)];
+        for (low_name, low, high_name, high) in edges {
+            // Written so that NaN is refused.
+            if !(0.0 <= low && low < high && high <= 1.0) {
+                let rule = format!("must be 0 <= {low_name} < {high_name} <= 1, got {low} and {high}");
+                self.checks.wrong(format!("{field}.box.{low_name}"), rule);
+            }
+        }
+        let slot = LlmBox { left, top, right, bottom, phrase: phrase.clone() };
+        if self.paints {
+            let n_query = self.profile.llm.n_query;
+            self.pictures.push(Picture {
+                subject: Subject::Outline(region),
+                n_query,
+                field: format!("{field}.box"),
+            });
+        }
+        slot
+    }
+
+    fn picture(&mut self, field: String, data: Bytes, n_query: u32) {
+        if data.is_empty() {
+            self.checks.wrong(field.clone(), "must be an encoded picture, got 0 bytes");
+        }
+        self.pictures.push(Picture { subject: Subject::Sent(data), n_query, field });
+    }
+
+    fn counts(&mut self, limits: &LimitsConfig, input: Option<&llm_start::Input>) {
+        let (parts, images) = match input {
+            Some(llm_start::Input::Chat(_)) => ("chat.turns.parts", "chat.turns.parts.image"),
+            _ => ("prompt.parts", "prompt.parts.image"),
+        };
+        self.checks.at_most(parts, "limits.max_parts", limits.max_parts, self.parts);
+        self.checks.at_most(images, "limits.max_images", limits.max_images, self.pictures.len());
+    }
+
+    fn text(&mut self, text: &TextOutput, seed: u64) -> TextParameters {
+        let llm = &self.profile.llm;
+        if text.grounding && !llm.instruct {
+            self.checks.wrong("text.grounding", "needs a model with a chat template, this one has none");
+        }
+        let checks = &mut self.checks;
+        let max_new_tokens = {
+            let default = llm.max_new_tokens.min(64);
+            checks.within("text.max_new_tokens", text.max_new_tokens, default, 1, llm.max_new_tokens)
+        };
+        let beams = if text.do_sample { 1 } else { llm.max_beams.min(5) };
+        let num_beams = checks.within("text.num_beams", text.num_beams, beams, 1, llm.max_beams);
+        if text.do_sample && num_beams > 1 {
+            checks.wrong("text.num_beams", format!("must be 1 with do_sample, got {num_beams}"));
+        }
+        TextParameters {
+            max_new_tokens,
+            // The invisible leading id counts, so that the longest output has one more.
+            min_length: checks.within(
+                "text.min_length",
+                text.min_length,
+                1,
+                0,
+                max_new_tokens.saturating_add(1),
+            ),
+            num_beams,
+            length_penalty: checks.within("text.length_penalty", text.length_penalty, -1.0, -10.0, 10.0),
+            do_sample: text.do_sample,
+            temperature: checks.above_zero("text.temperature", text.temperature, 1.0, 100.0),
+            top_k: text.top_k.map_or(0, |k| checks.within("text.top_k", Some(k), 0, 1, u32::MAX)),
+            top_p: text.top_p.map_or(0.0, |p| checks.above_zero("text.top_p", Some(p), 0.0, 1.0)),
+            repetition_penalty: checks.above_zero(
+                "text.repetition_penalty",
+                text.repetition_penalty,
+                1.0,
+                10.0,
+            ),
+            grounding: text.grounding,
+            keep_special_tokens: text.keep_special_tokens.unwrap_or(text.grounding),
+            seed,
+        }
+    }
+
+    fn image(&mut self, image: &ImageOutput, seed: u64, queries: u32) -> DecodeStart {
+        let Some(decoder) = &self.profile.decoder else {
+            self.checks.wrong("image", "needs a model with an image decoder, this one has none");
+            return DecodeStart::default();
+        };
+        let checks = &mut self.checks;
+        let mut side = |field, asked, default| {
+            let side = checks.within(field, asked, default, decoder.scale_factor, decoder.max_image_side);
+            if !side.is_multiple_of(decoder.scale_factor) {
+                checks.wrong(field, format!("must be a multiple of {}, got {side}", decoder.scale_factor));
+            }
+            side
+        };
+        DecodeStart {
+            height: side("image.height", image.height, decoder.default_height),
+            width: side("image.width", image.width, decoder.default_width),
+            steps: checks.within("image.steps", image.steps, decoder.max_steps.min(50), 1, decoder.max_steps),
+            guidance_scale: checks.within("image.guidance_scale", image.guidance_scale, 3.0, 0.0, 100.0),
+            original_height: image.original_height.unwrap_or(ORIGINAL_SIDE),
+            original_width: image.original_width.unwrap_or(ORIGINAL_SIDE),
+            crop_top: image.crop_top.unwrap_or(0),
+            crop_left: image.crop_left.unwrap_or(0),
+            seed,
+            queries,
+            initial_latents: None,
+        }
+    }
+}

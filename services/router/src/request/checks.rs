@@ -1,0 +1,45 @@
+//! Mistakes, collected: each names its field, the limit and the value.
+
+use std::fmt::Display;
+
+use emu2_serve::status::Violation;
+
+#[derive(Default)]
+pub(super) struct Checks(Vec<Violation>);
+
+impl Checks {
+    pub(super) fn violations(self) -> Vec<Violation> {
+        self.0
+    }
+
+    pub(super) fn wrong(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.0.push(Violation::new(field, description));
+    }
+
+    /// What was asked for, else the default; refused outside min to max. NaN is outside.
+    pub(super) fn within<T>(&mut self, field: &str, asked: Option<T>, default: T, min: T, max: T) -> T
+    where
+        T: Copy + Display + PartialOrd,
+    {
+        let Some(value) = asked else { return default };
+        if !(min..=max).contains(&value) {
+            self.0.push(Violation::out_of_range(field, min, max, value));
+        }
+        value
+    }
+
+    /// As `within`, for what must be above zero.
+    pub(super) fn above_zero(&mut self, field: &str, asked: Option<f32>, default: f32, max: f32) -> f32 {
+        let Some(value) = asked else { return default };
+        if !(value > 0.0 && value <= max) {
+            self.wrong(field, format!("must be above 0 to {max}, got {value}"));
+        }
+        value
+    }
+
+    pub(super) fn at_most(&mut self, field: &str, limit: &str, max: u32, got: usize) {
+        if got > max as usize {
+            self.wrong(field, format!("must be at most {max} ({limit}), got {got}"));
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The public service: admit, check, hand to the pipeline.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use emu2_proto::v1::{
+    EmbedRequest, EmbedResponse, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse,
+    emu2_server::Emu2, generate_request::Output,
+};
+use emu2_serve::{
+    admission::Admission,
+    deadline::Deadline,
+    status,
+    stream::{self, Events},
+    trace::RequestId,
+};
+use tonic::{Request, Response, Status};
+use tracing::Instrument;
+
+use crate::{
+    cache::Cache,
+    config::Config,
+    embeddings::Embeddings,
+    error::Stop,
+    metrics::Metrics,
+    model::{Model, Profile},
+    pipeline::{Job, MAX_BEGINNINGS},
+    request,
+};
+
+/// Cloning shares everything.
+#[derive(Clone)]
+pub(crate) struct Router {
+    config: Arc<Config>,
+    models: Arc<Vec<Arc<Model>>>,
+    by_name: Arc<HashMap<String, Arc<Model>>>,
+    cache: Cache,
+    metrics: Metrics,
+    admission: Admission,
+}
+
+impl Router {
+    /// Begins to watch every model's replicas.
+    pub(crate) fn start(config: Config, metrics: Metrics) -> anyhow::Result<Self> {
+        let models = config.models.iter().map(|model| Ok(Arc::new(Model::start(model, &config)?)));
+        let models = models.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self {
+            cache: Cache::open(&config.cache, metrics.clone())?,
+            admission: Admission::new(config.server.max_requests),
+            by_name: Arc::new(models.iter().map(|model| (model.name.clone(), Arc::clone(model))).collect()),
+            models: Arc::new(models),
+            config: Arc::new(config),
+            metrics,
+        })
+    }
+
+    /// Returns once every stage of every model has answered.
+    pub(crate) async fn answered(&self) {
+        for model in self.models.iter() {
+            model.answered().await;
+        }
+    }
+
+    fn model(&self, name: &str) -> Result<&Arc<Model>, Status> {
+        self.by_name.get(name).ok_or_else(|| status::not_found("model", name))
+    }
+
+    fn embeddings(&self, model: &Arc<Model>, profile: Profile) -> Embeddings {
+        Embeddings {
+            model: Arc::clone(model),
+            profile,
+            cache: self.cache.clone(),
+            metrics: self.metrics.clone(),
+            shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
+        }
+    }
+
+    fn job(
+        &self,
+        request: GenerateRequest,
+        request_id: RequestId,
+        deadline: Deadline,
+    ) -> Result<Job, Status> {
+        let model = self.model(&request.model)?;
+        let profile = model.profile(matches!(request.output, Some(Output::Image(_))))?;
+        let generation = request::check(request, &self.config.limits, &profile).map_err(status::invalid)?;
+        self.metrics.request(&model.name, generation.task.name());
+        Ok(Job {
+            generation,
+            embeddings: self.embeddings(model, profile),
+            request_id: request_id.to_string(),
+            deadline,
+            images_in_flight: self.config.limits.images_in_flight,
+        })
+    }
+
+    async fn embedding(&self, request: EmbedRequest) -> Result<EmbedResponse, Status> {
+        let model = self.model(&request.model)?;
+        let profile = model.profile(false)?;
+        let picture = request::check_embed(request, &profile).map_err(status::invalid)?;
+        self.metrics.request(&model.name, "embed");
+        let mut embeddings = self.embeddings(model, profile);
+        for _ in 0..MAX_BEGINNINGS {
+            match embeddings.picture(&picture).await {
+                Ok(found) => {
+                    return Ok(EmbedResponse {
+                        embeddings: Some(found.tensor),
+                        weights_digest: embeddings.profile.encoder.weights_digest.clone(),
+                        cached: found.outcome.is_hit(),
+                    });
+                }
+                Err(Stop::Rolled) => embeddings.profile = model.profile(false)?,
+                Err(stop) => return Err(stop.into()),
+            }
+        }
+        Err(Stop::Rolled.into())
+    }
+}
+
+#[tonic::async_trait]
+impl Emu2 for Router {
+    type GenerateStream = Events<GenerateEvent>;
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let permit = self.admission.try_enter()?;
+        let (deadline, request_id) = (Deadline::of(&request), RequestId::of(&request));
+        let job = self.job(request.into_inner(), request_id, deadline)?;
+        let (sender, events) = stream::channel(self.config.limits.waiting_events, deadline, permit);
+        // Ends by itself once nobody listens to `events`.
+        tokio::spawn(Box::pin(job.run(sender)).in_current_span());
+        Ok(Response::new(events))
+    }
+
+    async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let _permit = self.admission.try_enter()?;
+        let deadline = Deadline::of(&request);
+        let embedding = Box::pin(self.embedding(request.into_inner()));
+        Ok(Response::new(deadline.run(embedding).await??))
+    }
+
+    async fn list_models(
+        &self,
+        _: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
+        let models = self.models.iter().map(|model| model.describe(&self.config)).collect();
+        Ok(Response::new(ListModelsResponse { models }))
+    }
+}

@@ -1,0 +1,9 @@
+//! The router between a real client and scripted stages, all in this process and on loopback.
+
+mod bad_input;
+mod caching;
+mod failures;
+mod flows;
+mod mocks;
+mod redis_server;
+mod sandbox;

@@ -1,0 +1,252 @@
+//! Callers that leave, time that runs out, stages that fail, and a full house.
+
+use std::time::Duration;
+
+use emu2_proto::v1::{EmbedRequest, Image, ListModelsRequest};
+use emu2_serve::status::{self, Violation};
+use tonic::{Code, Request, Status};
+use tonic_types::StatusExt;
+
+use super::{
+    mocks::{Role, SLOW, Script, Stage},
+    redis_server::free_port,
+    sandbox::{Router, Sandbox, ask, collect, image, paint, refusal, text, until},
+};
+
+/// Every stage at work for one request: a picture being encoded, another regressed from, a decoder waiting for rows.
+async fn all_stages_at_work(sandbox: &Sandbox) {
+    until("every stage is at work", || async {
+        [&sandbox.encoder, &sandbox.llm, &sandbox.decoder].iter().all(|stage| stage.running() == 1)
+    })
+    .await;
+}
+
+fn all_cancelled(sandbox: &Sandbox) -> [usize; 3] {
+    [&sandbox.encoder, &sandbox.llm, &sandbox.decoder]
+        .map(|stage| stage.cancelled.load(std::sync::atomic::Ordering::SeqCst))
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_stops_every_stage() {
+    let sandbox = Sandbox::start().await;
+    sandbox.encoder.hold();
+    let stream = sandbox.client().generate(paint(vec![image(SLOW), text("a cat")], 1.0)).await.unwrap();
+    all_stages_at_work(&sandbox).await;
+    drop(stream);
+    sandbox.idle().await;
+    assert_eq!(all_cancelled(&sandbox), [1, 1, 1]);
+    sandbox.encoder.let_go();
+    assert!(!sandbox.embed(SLOW).await.unwrap().cached, "a cancelled encode leaves nothing behind");
+}
+
+#[tokio::test]
+async fn a_deadline_stops_every_stage() {
+    let sandbox = Sandbox::start().await;
+    sandbox.encoder.hold();
+    let mut request = Request::new(paint(vec![image(SLOW), text("a cat")], 1.0));
+    request.set_timeout(Duration::from_millis(300));
+    let stream = sandbox.client().generate(request).await.unwrap().into_inner();
+    all_stages_at_work(&sandbox).await;
+    // The server's word and tonic's own timer on the client's side race; both say that time is up.
+    let code = collect(stream).await.unwrap_err().code();
+    assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
+    sandbox.idle().await;
+    assert_eq!(sandbox.encoder.cancelled.load(std::sync::atomic::Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn an_embedding_that_nobody_waits_for_is_given_up() {
+    let sandbox = Sandbox::start().await;
+    sandbox.encoder.hold();
+    let mut client = sandbox.client();
+    let request =
+        EmbedRequest { model: "emu2".into(), image: Some(Image { data: SLOW.into() }), n_query: None };
+    let caller = tokio::spawn(async move { client.embed(request).await });
+    until("it is being encoded", || async { sandbox.encoder.running() == 1 }).await;
+    caller.abort();
+    sandbox.idle().await;
+    assert_eq!(all_cancelled(&sandbox), [1, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_flight_goes_on_for_those_who_still_wait() {
+    let sandbox = Sandbox::start().await;
+    sandbox.encoder.hold();
+    let first = sandbox.client().generate(ask(vec![image(SLOW)])).await.unwrap();
+    until("the first is encoding", || async { sandbox.encoder.running() == 1 }).await;
+    // Pictures are looked up in order: with its fast one in its slot, the second request waits for the slow one.
+    let second = sandbox.client().generate(ask(vec![image(SLOW), image("fast")])).await.unwrap();
+    until("the second waits, too", || async { sandbox.llm.slots.lock().unwrap().len() == 1 }).await;
+    drop(first);
+    until("the first has left", || async { sandbox.llm.running() == 1 }).await;
+    sandbox.encoder.let_go();
+    collect(second.into_inner()).await.unwrap();
+    assert_eq!(sandbox.encoder.calls(), 2, "each picture once");
+}
+
+#[tokio::test]
+async fn a_full_router_refuses_at_once() {
+    let sandbox = Sandbox::with(|config| config.server.max_requests = 1).await;
+    sandbox.llm.hold();
+    let running = sandbox.client().generate(ask(vec![text("a")])).await.unwrap();
+    let refused = sandbox.events(ask(vec![text("b")])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.get_details_retry_info().unwrap().retry_delay.is_some());
+    assert_eq!(sandbox.embed(b"cat").await.unwrap_err().code(), Code::ResourceExhausted);
+    sandbox.llm.let_go();
+    collect(running.into_inner()).await.unwrap();
+    until("the permit is back", || async { sandbox.embed(b"cat").await.is_ok() }).await;
+}
+
+#[tokio::test]
+async fn a_stage_that_is_down_is_unavailable_and_comes_back() {
+    let mut sandbox = Sandbox::start().await;
+    sandbox.encoder.kill();
+    assert_eq!(sandbox.embed(b"cat").await.unwrap_err().code(), Code::Unavailable);
+    let request = ask(vec![image("cat")]);
+    assert_eq!(sandbox.events(request).await.unwrap_err().code(), Code::Unavailable);
+    sandbox.idle().await;
+    sandbox.events(ask(vec![text("no picture, no encoder")])).await.unwrap();
+    until("both models say so", || async {
+        let listing = sandbox.client().list_models(ListModelsRequest {}).await.unwrap().into_inner();
+        listing.models.iter().all(|model| !model.ready)
+    })
+    .await;
+
+    let address = sandbox.encoder.address;
+    until("the port is free", || async { std::net::TcpListener::bind(address).is_ok() }).await;
+    let listener = std::net::TcpListener::bind(address).unwrap();
+    sandbox.encoder = Stage::start_on(listener, Role::Encoder, Script::new("e1"));
+    until("the encoder is back", || async { sandbox.embed(b"cat").await.is_ok() }).await;
+}
+
+#[tokio::test]
+async fn a_stage_lost_in_the_middle_is_unavailable() {
+    let mut sandbox = Sandbox::start().await;
+    sandbox.llm.hold();
+    let mut stream = sandbox.client().generate(ask(vec![text("a")])).await.unwrap().into_inner();
+    stream.message().await.unwrap();
+    stream.message().await.unwrap();
+    sandbox.llm.kill();
+    assert_eq!(collect(stream).await.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn a_lost_replica_costs_no_request_while_another_is_left() {
+    let second = Stage::start(Role::Encoder, Script::new("e1"));
+    let endpoint = second.endpoint();
+    let mut sandbox = Sandbox::with(|config| {
+        for model in &mut config.models {
+            model.encoder.push(endpoint.clone());
+        }
+        config.cache.memory_bytes = 0;
+    })
+    .await;
+    until("both replicas are used", || async {
+        sandbox.embed(b"cat").await.unwrap();
+        sandbox.encoder.calls() > 0 && second.calls() > 0
+    })
+    .await;
+    sandbox.encoder.kill();
+    for _ in 0..20 {
+        sandbox.embed(b"cat").await.unwrap();
+    }
+}
+
+/// With one replica busy, everything new goes to the other.
+#[tokio::test]
+async fn the_less_loaded_replica_is_taken() {
+    let second = Stage::start(Role::Llm { instruct: true }, Script::new("l1"));
+    let endpoint = second.endpoint();
+    let sandbox = Sandbox::with(|config| config.models[1].llm.push(endpoint)).await;
+    until("both replicas are known", || async {
+        sandbox.events(ask(vec![text("a")])).await.unwrap();
+        sandbox.llm.calls() > 0 && second.calls() > 0
+    })
+    .await;
+    sandbox.idle().await;
+    sandbox.llm.hold();
+    second.hold();
+    let first = sandbox.client().generate(ask(vec![text("a")])).await.unwrap();
+    until("one is busy", || async { sandbox.llm.running() + second.running() == 1 }).await;
+    let (busy, free) = if second.running() == 1 { (&second, &sandbox.llm) } else { (&sandbox.llm, &second) };
+    free.let_go();
+    let before = busy.calls();
+    for _ in 0..10 {
+        sandbox.events(ask(vec![text("b")])).await.unwrap();
+    }
+    assert_eq!(busy.calls(), before);
+    drop(first);
+}
+
+#[tokio::test]
+async fn the_router_is_ready_when_its_stages_are() {
+    let port = free_port();
+    let sandbox = Sandbox::start().await;
+    let mut config = crate::config::Config {
+        server: emu2_serve::server::ServerConfig::default(),
+        pool: crate::config::PoolConfig { retry_ms: 20, refresh_ms: 100, ..Default::default() },
+        ..Default::default()
+    };
+    config.models[0].encoder = vec![format!("http://127.0.0.1:{port}")];
+    config.models[0].llm = vec![sandbox.llm.endpoint()];
+    config.models[0].decoder = vec![];
+    let router = Router::start(config).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!router.is_ready().await);
+    let listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let _encoder = Stage::start_on(listener, Role::Encoder, Script::new("e1"));
+    until("the router is ready", || router.is_ready()).await;
+    router.embed(b"cat").await.unwrap();
+    router.stop().await;
+}
+
+#[tokio::test]
+async fn a_stages_refusal_names_the_public_field() {
+    let sandbox = Sandbox::start().await;
+    let invalid =
+        |field: &str| Some(status::invalid(vec![Violation::new(field, "must be better, got this")]));
+
+    sandbox.encoder.fail(invalid("image"));
+    let request = ask(vec![text("a"), image("not a picture")]);
+    let expected = (Code::InvalidArgument, vec!["prompt.parts[1].image".to_owned()]);
+    assert_eq!(refusal(&sandbox.events(request).await.unwrap_err()), expected);
+    let expected = (Code::InvalidArgument, vec!["image".to_owned()]);
+    assert_eq!(refusal(&sandbox.embed(b"not a picture").await.unwrap_err()), expected);
+    sandbox.encoder.fail(None);
+
+    for (field, public) in [("prompt.parts[0].text", "prompt.parts[0].text"), ("start.prompt", "prompt")] {
+        sandbox.llm.fail(invalid(field));
+        let expected = (Code::InvalidArgument, vec![public.to_owned()]);
+        assert_eq!(refusal(&sandbox.events(ask(vec![text("a")])).await.unwrap_err()), expected);
+    }
+    sandbox.llm.fail(invalid("embeddings"));
+    assert_eq!(sandbox.events(ask(vec![text("a")])).await.unwrap_err().code(), Code::Internal);
+    sandbox.llm.fail(None);
+
+    sandbox.decoder.fail(invalid("height"));
+    let expected = (Code::InvalidArgument, vec!["image.height".to_owned()]);
+    assert_eq!(refusal(&sandbox.events(paint(vec![text("a")], 1.0)).await.unwrap_err()), expected);
+    sandbox.decoder.fail(None);
+    sandbox.idle().await;
+}
+
+#[tokio::test]
+async fn other_failures_of_a_stage_keep_to_the_api() {
+    let sandbox = Sandbox::start().await;
+    let full = status::exhausted("queue is full", Duration::from_secs(3));
+    let cases = [
+        (full, Code::ResourceExhausted),
+        (Status::unavailable("stopping"), Code::Unavailable),
+        (Status::internal("engine stopped"), Code::Internal),
+        (Status::unimplemented("old build"), Code::Internal),
+    ];
+    for (status, code) in cases {
+        sandbox.llm.fail(Some(status));
+        let failed = sandbox.events(ask(vec![text("a")])).await.unwrap_err();
+        assert_eq!(failed.code(), code);
+        if code == Code::ResourceExhausted {
+            assert_eq!(failed.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
+        }
+    }
+}
