@@ -1,1 +1,56 @@
+//! The visual encoder service: pictures in, embeddings out, behind `emu2.stage.v1.VisualEncoder`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `service` | the edge: requests checked, answers put on the wire |
+//! | [`preprocess`] | an encoded picture → normalised pixels, as Pillow and CLIP do it; no torch |
+//! | [`engine`] | the thread that owns the model, and its batches |
+//! | [`eva_vit`] | the model |
+//! | [`config`], [`error`], [`metrics`] | what their names say |
+//!
+//! A picture's way: `service` (a permit) → `preprocess` (a thread of its own) → `engine` (a batch) → `service`.
+//! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
+use anyhow::Context;
+use emu2_serve::{
+    server::{Listeners, Server},
+    shutdown::Shutdown,
+};
+use prometheus_client::registry::Registry;
+
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod eva_vit;
+#[cfg(test)]
+mod fixtures;
+pub mod metrics;
+pub mod preprocess;
+mod service;
+
+pub use config::Config;
+use engine::{Engine, Started};
+use metrics::Metrics;
+use service::Service;
+
+/// Name in logs, spans and health.
+pub const NAME: &str = "emu2-encoder";
+
+/// Serves until shutdown begins. Ready once the model is loaded and warm; ends with an error when it cannot be
+/// loaded, or when its device fails later.
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let Started { engine, loaded, ended } = Engine::start(&config, metrics.clone());
+    let service = Service::new(&config, engine, metrics);
+    let server =
+        Server::new(NAME, &config.server, listeners).service(service.clone().into_grpc()).registry(registry);
+    // The service's own handle ends with the load: from then on only the server's keep the engine.
+    let load = async move {
+        let model = loaded.await.context("the engine thread ended while loading")??;
+        tracing::info!(digest = model.weights_digest, "model loaded");
+        service.loaded(model);
+        Ok(())
+    };
+    server.run_engine(load, ended, shutdown).await
+}

@@ -1,0 +1,97 @@
+//! Configuration of the service.
+
+use std::path::PathBuf;
+
+use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::preprocess::decode::ImageLimits;
+
+/// Port when none is configured; the admin port is 1000 above.
+const PORT: u16 = 50_052;
+
+/// An accepted image waits for at most `max_images / max_batch_images` batches before its own, and for
+/// `max_images / preprocess_threads` decodes before its own: a caller's deadline is at least that.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Folder with config.json and *.safetensors; only the visual encoder's weights are read.
+    pub model_dir: PathBuf,
+    /// One of `cpu`, `cuda:N`: 4.4 billion parameters fit one device (8.7 GB in bfloat16).
+    pub devices: Vec<String>,
+    /// Threads of one torch operation on the CPU; 0 is all cores.
+    pub cores: usize,
+    /// Images in one forward: at 448² a batch of 8 keeps a GPU busy, and more would only add latency.
+    pub max_batch_images: usize,
+    /// Images accepted and not answered at a time, over all streams; one more is refused. Each waits as 2.4 MB of
+    /// pixels.
+    pub max_images: usize,
+    /// Of these, images of one stream; the stream is not read on while that many are under way.
+    pub max_images_per_stream: usize,
+    /// Images decoded at a time, each with the memory that `image` allows.
+    pub preprocess_threads: usize,
+    /// What an image may measure.
+    pub image: ImageLimits,
+    pub server: ServerConfig,
+    pub telemetry: TelemetryConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            model_dir: PathBuf::from("model"),
+            devices: vec!["cpu".to_owned()],
+            cores: 0,
+            max_batch_images: 8,
+            max_images: 128,
+            max_images_per_stream: 16,
+            preprocess_threads: 2,
+            image: ImageLimits::default(),
+            server: ServerConfig::on_port(PORT),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+impl Validate for Config {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.server.problems();
+        problems.extend(self.telemetry.problems());
+        let mut range = |key, min: u64, max: u64, value: u64| {
+            if !(min..=max).contains(&value) {
+                problems.push(format!("{key} must be {min} to {max}, got {value}"));
+            }
+        };
+        range("cores", 0, 4_096, self.cores as u64);
+        range("max_batch_images", 1, 1_024, self.max_batch_images as u64);
+        range("max_images", 1, 65_536, self.max_images as u64);
+        range("max_images_per_stream", 1, self.max_images as u64, self.max_images_per_stream as u64);
+        range("preprocess_threads", 1, 256, self.preprocess_threads as u64);
+        // Sums of the resize are exact up to this side, and Pillow itself refuses twice its own bound.
+        range("image.max_side", 1, 65_535, self.image.max_side.into());
+        range("image.max_pixels", 1, 1 << 30, self.image.max_pixels);
+        if self.devices.len() != 1 {
+            problems.push(format!("devices must name one device, got {:?}", self.devices));
+        }
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_mistakes_are_told_at_once() {
+        assert_eq!(Config::default().problems(), Vec::<String>::new());
+        let wrong = Config {
+            max_batch_images: 0,
+            max_images_per_stream: 1000,
+            devices: Vec::new(),
+            ..Config::default()
+        };
+        let problems = wrong.problems();
+        assert_eq!(problems.len(), 3, "{problems:?}");
+        assert!(problems[1].contains("max_images_per_stream must be 1 to 128, got 1000"), "{problems:?}");
+    }
+}

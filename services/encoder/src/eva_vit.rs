@@ -1,0 +1,324 @@
+//! EVA-02-CLIP-E-plus: the ViT that reads pictures for Emu2 (arXiv 2303.15389; upstream Emu2/emu/eva_vit.py and
+//! `encode_image` of emu/emu.py, github.com/baaivision/Emu at 13c395e).
+//!
+//! As published, and unlike most ViTs: blocks are post-norm (the norm sits on the branch, after attention or mlp),
+//! nothing normalises the last block's output, and k has no bias. What upstream's file can also be (rotary embeddings,
+//! SwiGLU, sub-layer norms, layer scale, relative positions) no published Emu2 uses; a configuration that asks for it
+//! is refused. The fused bias of q, k and v is put together once, at load.
+
+use std::rc::Rc;
+
+use emu2_nn::{
+    attention::attend,
+    checkpoint::{CheckpointError, ModelDir, Part},
+    layers::{Conv2d, LayerNorm, Linear},
+    weights::Weights,
+};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+#[cfg(test)]
+mod tests;
+
+/// Section `vision` of config.json; the defaults are those of the published models.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct VisionConfig {
+    /// Side of the square input, in pixels.
+    pub image_size: i64,
+    pub patch_size: i64,
+    pub width: i64,
+    pub layers: i64,
+    pub head_width: i64,
+    /// Times `width`, truncated: 15,360.
+    pub mlp_ratio: f64,
+    pub layer_norm_eps: f64,
+    /// Embeddings of an image, and of a video frame, unless a request says otherwise.
+    pub n_query: u32,
+    pub v_query: u32,
+    // Switches of upstream's file with the one setting that is built here.
+    qkv_bias: bool,
+    postnorm: bool,
+    rope: bool,
+    naiveswiglu: bool,
+    subln: bool,
+    init_value: Option<f64>,
+}
+
+impl Default for VisionConfig {
+    fn default() -> Self {
+        Self {
+            image_size: 448,
+            patch_size: 14,
+            width: 1792,
+            layers: 64,
+            head_width: 112,
+            mlp_ratio: 8.571428571428571,
+            layer_norm_eps: 1e-6,
+            n_query: 64,
+            v_query: 64,
+            qkv_bias: true,
+            postnorm: true,
+            rope: false,
+            naiveswiglu: false,
+            subln: false,
+            init_value: None,
+        }
+    }
+}
+
+impl VisionConfig {
+    /// Patches along a side.
+    pub fn grid_side(&self) -> i64 {
+        self.image_size / self.patch_size
+    }
+
+    fn heads(&self) -> i64 {
+        self.width / self.head_width
+    }
+
+    /// Patches and the class token.
+    fn tokens(&self) -> i64 {
+        self.grid_side() * self.grid_side() + 1
+    }
+
+    fn mlp_width(&self) -> i64 {
+        (self.width as f64 * self.mlp_ratio) as i64
+    }
+
+    /// What contradicts itself, or is not built; all at once.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut check = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        check(self.qkv_bias, "qkv_bias must be true".to_owned());
+        check(self.postnorm, "postnorm must be true".to_owned());
+        check(!self.rope, "rope must be false".to_owned());
+        check(!self.naiveswiglu, "naiveswiglu must be false".to_owned());
+        check(!self.subln, "subln must be false".to_owned());
+        // Upstream reads zero and below as no layer scale.
+        check(
+            self.init_value.is_none_or(|value| value <= 0.0),
+            format!("init_value must be null, is {:?}", self.init_value),
+        );
+        let Self { image_size, patch_size, width, layers, head_width, .. } = *self;
+        check((1..=4096).contains(&image_size), format!("image_size must be 1 to 4096, is {image_size}"));
+        check(
+            (1..=image_size).contains(&patch_size),
+            format!("patch_size must be 1 to image_size, is {patch_size}"),
+        );
+        check((1..=65_536).contains(&width), format!("width must be 1 to 65536, is {width}"));
+        check((1..=1024).contains(&layers), format!("layers must be 1 to 1024, is {layers}"));
+        check(
+            head_width >= 1 && width % head_width == 0,
+            format!("head_width must divide width, is {head_width}"),
+        );
+        check(
+            (1.0 / width.max(1) as f64..=64.0).contains(&self.mlp_ratio),
+            format!("mlp_ratio must give a width and be at most 64, is {}", self.mlp_ratio),
+        );
+        check(
+            self.layer_norm_eps > 0.0,
+            format!("layer_norm_eps must be above 0, is {}", self.layer_norm_eps),
+        );
+        if patch_size >= 1 {
+            let side = self.grid_side();
+            for (name, queries) in [("n_query", self.n_query), ("v_query", self.v_query)] {
+                check(
+                    pooling_stride(side, queries).is_some(),
+                    format!("{name} must be 1 to {}, is {queries}", side * side),
+                );
+            }
+        }
+        problems
+    }
+}
+
+#[derive(Debug)]
+pub struct EvaVit {
+    pub config: VisionConfig,
+    patch_embed: PatchEmbed,
+    /// [1, 1, width]
+    cls_token: Tensor,
+    /// [1, tokens, width]
+    pos_embed: Tensor,
+    blocks: Vec<Block>,
+}
+
+impl EvaVit {
+    /// The model and its weights digest.
+    pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, String), CheckpointError> {
+        let config: VisionConfig = dir.section("vision")?;
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(dir.unsupported(format!("`vision`: {}", problems.join("; "))));
+        }
+        let w = dir.weights(Part::Visual, device, kind);
+        let model = Self {
+            patch_embed: PatchEmbed::load(&w.at("patch_embed"), &config),
+            cls_token: w.get("cls_token", &[1, 1, config.width]),
+            pos_embed: w.get("pos_embed", &[1, config.tokens(), config.width]),
+            blocks: (0..config.layers).map(|i| Block::load(&w.at("blocks").at(i), &config)).collect(),
+            config,
+        };
+        Ok((model, w.finish()?))
+    }
+
+    /// Normalised pixels [batch, 3, height, width_px] -> [batch, queries, width]; see [`pool`].
+    ///
+    /// # Panics
+    /// When n_query has no pooling stride.
+    pub fn encode_image(&self, pixels: &Tensor, n_query: u32) -> Tensor {
+        pool(&self.forward(pixels), self.config.grid_side(), n_query)
+    }
+
+    /// Normalised pixels [batch, 3, height, width_px] -> [batch, tokens, width], the class token first. The last
+    /// block's output as it is: no final norm.
+    pub fn forward(&self, pixels: &Tensor) -> Tensor {
+        self.blocks.iter().fold(self.embed(pixels), |x, block| block.forward(&x))
+    }
+
+    /// [batch, 3, height, width_px] -> [batch, tokens, width]
+    fn embed(&self, pixels: &Tensor) -> Tensor {
+        let patches = self.patch_embed.forward(pixels);
+        let (batch, _, width) = patches.size3().expect("patches have three dimensions");
+        let cls = self.cls_token.expand([batch, 1, width], false);
+        Tensor::cat(&[cls, patches], 1) + &self.pos_embed
+    }
+
+    pub fn device(&self) -> Device {
+        self.pos_embed.device()
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.pos_embed.kind()
+    }
+}
+
+#[derive(Debug)]
+struct PatchEmbed {
+    proj: Conv2d,
+}
+
+impl PatchEmbed {
+    fn load(w: &Weights, config: &VisionConfig) -> Self {
+        let patch = config.patch_size;
+        Self { proj: Conv2d::load(&w.at("proj"), 3, config.width, patch, patch, 0) }
+    }
+
+    /// [batch, 3, height, width_px] -> [batch, tokens, width]
+    fn forward(&self, pixels: &Tensor) -> Tensor {
+        // [batch, width, rows, columns] -> [batch, (rows columns), width]
+        self.proj.forward(pixels).flatten(2, 3).transpose(1, 2)
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    norm1: LayerNorm,
+    attn: Attention,
+    norm2: LayerNorm,
+    mlp: Mlp,
+}
+
+impl Block {
+    fn load(w: &Weights, config: &VisionConfig) -> Self {
+        Self {
+            norm1: LayerNorm::load(&w.at("norm1"), config.width, config.layer_norm_eps),
+            attn: Attention::load(&w.at("attn"), config),
+            norm2: LayerNorm::load(&w.at("norm2"), config.width, config.layer_norm_eps),
+            mlp: Mlp::load(&w.at("mlp"), config),
+        }
+    }
+
+    /// [batch, tokens, width] -> [batch, tokens, width]
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let x = x + self.norm1.forward(&self.attn.forward(x));
+        &x + self.norm2.forward(&self.mlp.forward(&x))
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    /// [3 × width, width] and, as one bias, q_bias, zeros, v_bias.
+    qkv: Linear,
+    proj: Linear,
+    heads: i64,
+}
+
+impl Attention {
+    fn load(w: &Weights, config: &VisionConfig) -> Self {
+        let width = config.width;
+        let qkv = Linear::load_no_bias(&w.at("qkv"), width, 3 * width);
+        // Upstream gives q and v a bias but never k, so the middle third is zero.
+        let (q_bias, v_bias) = (w.get("q_bias", &[width]), w.get("v_bias", &[width]));
+        let bias = Tensor::cat(&[&q_bias, &q_bias.zeros_like(), &v_bias], 0);
+        Self {
+            qkv: Linear { bias: Some(bias), ..qkv },
+            proj: Linear::load(&w.at("proj"), width, width),
+            heads: config.heads(),
+        }
+    }
+
+    /// [batch, tokens, width] -> [batch, tokens, width]
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let (batch, tokens, width) = x.size3().expect("x has three dimensions");
+        // [batch, tokens, (3 heads head_width)] -> 3 × [batch, heads, tokens, head_width]
+        let qkv = self.qkv.forward(x).view([batch, tokens, 3, self.heads, -1]).permute([2, 0, 3, 1, 4]);
+        let attended = attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), false);
+        // [batch, heads, tokens, head_width] -> [batch, tokens, (heads head_width)]
+        self.proj.forward(&attended.transpose(1, 2).reshape([batch, tokens, width]))
+    }
+}
+
+#[derive(Debug)]
+struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Mlp {
+    fn load(w: &Weights, config: &VisionConfig) -> Self {
+        let (width, hidden) = (config.width, config.mlp_width());
+        Self {
+            fc1: Linear::load(&w.at("fc1"), width, hidden),
+            fc2: Linear::load(&w.at("fc2"), hidden, width),
+        }
+    }
+
+    /// [batch, tokens, width] -> [batch, tokens, width]
+    fn forward(&self, x: &Tensor) -> Tensor {
+        // The exact gelu, by erf.
+        self.fc2.forward(&self.fc1.forward(x).gelu("none"))
+    }
+}
+
+/// Means over squares of patches: [batch, tokens, width] -> [batch, queries, width], the class token dropped.
+///
+/// There are ⌊side / stride⌋² queries, which is n_query only where the stride divides; patches beyond the last whole
+/// square are left out, as upstream does.
+///
+/// # Panics
+/// When n_query has no pooling stride.
+pub fn pool(features: &Tensor, grid_side: i64, n_query: u32) -> Tensor {
+    let stride = pooling_stride(grid_side, n_query).expect("n_query has been checked");
+    let (batch, tokens, width) = features.size3().expect("features have three dimensions");
+    let patches = features.narrow(1, 1, tokens - 1).transpose(1, 2);
+    // [batch, width, (rows columns)] -> [batch, width, rows, columns]
+    let grid = patches.reshape([batch, width, grid_side, grid_side]);
+    let pooled = grid.avg_pool2d([stride; 2], [stride; 2], [0; 2], false, true, None::<i64>);
+    // [batch, width, rows, columns] -> [batch, (rows columns), width]
+    pooled.flatten(2, 3).transpose(1, 2).contiguous()
+}
+
+/// ⌊side / √n_query⌋: the largest stride whose square times n_query fits the grid. `None` when that is 0, or for no
+/// query at all.
+pub fn pooling_stride(grid_side: i64, n_query: u32) -> Option<i64> {
+    if n_query == 0 {
+        return None;
+    }
+    (1..=grid_side).rev().find(|stride| stride * stride * i64::from(n_query) <= grid_side * grid_side)
+}

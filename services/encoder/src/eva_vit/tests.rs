@@ -1,0 +1,114 @@
+//! Against the official model's numbers on tiny random weights (golden-a, vision.safetensors).
+
+use emu2_nn::golden::{self, assert_close, forward_tolerance};
+
+use super::*;
+
+fn model() -> EvaVit {
+    let dir = ModelDir::open(&golden::model_dir("emu2-base")).unwrap();
+    EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap().0
+}
+
+#[test]
+fn every_intermediate_is_upstreams() {
+    let _no_grad = tch::no_grad_guard();
+    let golden = golden::file("vision.safetensors");
+    let model = model();
+    let close = |name: &str, got: &Tensor| {
+        let want = golden.tensor(name);
+        assert_close(name, got, &want, forward_tolerance(&want));
+    };
+    let pixels = golden.tensor("pixels");
+    close("patch_embed", &model.patch_embed.forward(&pixels));
+    let mut x = model.embed(&pixels);
+    close("embed_plus_pos", &x);
+    for (index, block) in model.blocks.iter().enumerate() {
+        if index == 0 {
+            // Each piece on upstream's own input, so that one mistake does not hide behind another.
+            let attn = block.attn.forward(&golden.tensor("embed_plus_pos"));
+            close("block0.attn", &attn);
+            close("block0.norm1", &block.norm1.forward(&golden.tensor("block0.attn")));
+            let mlp = block.mlp.forward(&(golden.tensor("embed_plus_pos") + golden.tensor("block0.norm1")));
+            close("block0.mlp", &mlp);
+            close("block0.norm2", &block.norm2.forward(&golden.tensor("block0.mlp")));
+        }
+        x = block.forward(&x);
+        close(&format!("block{index}"), &x);
+    }
+    close("final", &model.forward(&pixels));
+    close("final_f64", &model.forward(&pixels));
+    for n_query in [1, 4, 8, 16] {
+        close(&format!("encode_image.nq{n_query}"), &model.encode_image(&pixels, n_query));
+    }
+}
+
+#[test]
+fn batched_equals_single() {
+    let _no_grad = tch::no_grad_guard();
+    let pixels = golden::file("vision.safetensors").tensor("pixels");
+    let model = model();
+    let batched = model.encode_image(&pixels, 4);
+    for index in 0..2 {
+        let single = model.encode_image(&pixels.narrow(0, index, 1), 4);
+        let want = batched.narrow(0, index, 1);
+        assert_close("single", &single, &want, forward_tolerance(&want));
+    }
+}
+
+#[test]
+fn strides_are_floors() {
+    // The published grid is 32 by 32.
+    let cases = [(1, 32), (4, 16), (64, 4), (256, 2), (1024, 1), (2, 22), (3, 18), (8, 11), (63, 4), (65, 3)];
+    for (n_query, stride) in cases {
+        assert_eq!(pooling_stride(32, n_query), Some(stride), "{n_query}");
+        assert_eq!((32.0 / f64::from(n_query).sqrt()).floor() as i64, stride, "{n_query}");
+    }
+    assert_eq!(pooling_stride(32, 0), None);
+    assert_eq!(pooling_stride(32, 1025), None);
+    assert_eq!(pooling_stride(32, u32::MAX), None);
+}
+
+#[test]
+fn the_published_models_are_the_default() {
+    let config = VisionConfig::default();
+    assert_eq!(config.problems(), Vec::<String>::new());
+    assert_eq!((config.mlp_width(), config.heads(), config.tokens()), (15_360, 16, 1025));
+}
+
+#[test]
+fn contradictions_are_told_at_once() {
+    let wrong = VisionConfig {
+        rope: true,
+        postnorm: false,
+        naiveswiglu: true,
+        subln: true,
+        qkv_bias: false,
+        init_value: Some(0.1),
+        head_width: 100,
+        n_query: 2000,
+        ..VisionConfig::default()
+    };
+    let problems = wrong.problems();
+    assert_eq!(problems.len(), 8, "{problems:?}");
+    for name in
+        ["rope", "postnorm", "naiveswiglu", "subln", "qkv_bias", "init_value", "head_width", "n_query"]
+    {
+        assert!(problems.iter().any(|problem| problem.contains(name)), "{name}: {problems:?}");
+    }
+    let nothing =
+        VisionConfig { patch_size: 0, width: 0, head_width: 0, layers: -1, ..VisionConfig::default() };
+    assert!(nothing.problems().len() >= 4);
+}
+
+#[test]
+fn a_contradiction_fails_the_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden::model_dir("emu2-base");
+    std::os::unix::fs::symlink(source.join("model.safetensors"), folder.path().join("model.safetensors"))
+        .unwrap();
+    std::fs::write(folder.path().join("config.json"), r#"{"vision": {"rope": true}}"#).unwrap();
+    let dir = ModelDir::open(folder.path()).unwrap();
+    let error = EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap_err();
+    assert!(matches!(error, CheckpointError::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("rope must be false"), "{error}");
+}

@@ -1,0 +1,347 @@
+//! Encoded bytes -> RGB, as Pillow's `Image.open(…).convert("RGB")`: alpha is dropped, not blended; transparency of a
+//! palette or colour key is ignored; inks are inverted; 16-bit colour keeps its high byte, but 16-bit grey is clipped.
+//!
+//! The format is told by its first bytes, and the header is read and judged before anything the size of the picture
+//! is allocated. What a refused picture costs is then bounded by its bytes; an accepted one needs at most about 16
+//! bytes a pixel at once (a progressive CMYK's coefficients, planes and inks).
+
+use std::io::Cursor;
+
+use super::bmp;
+use serde::{Deserialize, Serialize};
+
+/// Rows of red, green and blue bytes: [height, width, 3].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rgb {
+    pub width: usize,
+    pub height: usize,
+    pub data: Vec<u8>,
+}
+
+/// How large a picture may be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageLimits {
+    /// Width times height. 2^26 admits the photographs of phones (50 megapixels) and holds one decode to about 1 GB,
+    /// and an ordinary JPEG to 400 MB.
+    pub max_pixels: u64,
+    /// Longer of width and height, in pixels: bounds the resize's tables and rows.
+    pub max_side: u32,
+}
+
+impl Default for ImageLimits {
+    fn default() -> Self {
+        Self { max_pixels: 1 << 26, max_side: 32_768 }
+    }
+}
+
+/// Why bytes are not a picture that this service encodes.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ImageError {
+    #[error("must be an encoded picture ({ACCEPTED}), got 0 bytes")]
+    Empty,
+    #[error("must be an encoded picture ({ACCEPTED}), got {0} bytes of something else")]
+    UnknownFormat(usize),
+    #[error("must have at most {max} pixels, got {width} x {height} = {pixels}")]
+    TooManyPixels { width: u64, height: u64, pixels: u64, max: u64 },
+    #[error("must have sides of at most {max} pixels, got {width} x {height}")]
+    TooLong { width: u64, height: u64, max: u32 },
+    #[error("must be a single picture, got an animated {0}: send frames as video")]
+    Animated(&'static str),
+    #[error("must be a whole {0} file, got a truncated one")]
+    Truncated(&'static str),
+    #[error("must be a well-formed {format} file: {reason}")]
+    Undecodable { format: &'static str, reason: String },
+}
+
+/// The formats by name, for messages.
+pub const ACCEPTED: &str = "PNG, JPEG, WebP, BMP or single-frame GIF";
+
+pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+    match encoded {
+        [] => Err(ImageError::Empty),
+        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => decode_png(encoded, limits),
+        [0xFF, 0xD8, 0xFF, ..] => decode_jpeg(encoded, limits),
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => decode_webp(encoded, limits),
+        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => decode_gif(encoded, limits),
+        [b'B', b'M', ..] => bmp::decode(encoded, limits),
+        _ => Err(ImageError::UnknownFormat(encoded.len())),
+    }
+}
+
+impl ImageLimits {
+    /// Sides as the header states them; zero sides are malformed.
+    pub(super) fn check(
+        &self,
+        format: &'static str,
+        width: u64,
+        height: u64,
+    ) -> Result<(usize, usize), ImageError> {
+        if width == 0 || height == 0 {
+            return Err(undecodable(format, format!("it is {width} x {height} pixels")));
+        }
+        let pixels = width.saturating_mul(height);
+        if pixels > self.max_pixels {
+            return Err(ImageError::TooManyPixels { width, height, pixels, max: self.max_pixels });
+        }
+        if width.max(height) > u64::from(self.max_side) {
+            return Err(ImageError::TooLong { width, height, max: self.max_side });
+        }
+        Ok((width as usize, height as usize))
+    }
+}
+
+pub(super) fn undecodable(format: &'static str, reason: impl ToString) -> ImageError {
+    ImageError::Undecodable { format, reason: reason.to_string() }
+}
+
+fn decode_png(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+    let error = |error| match error {
+        png::DecodingError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated("PNG")
+        }
+        error => undecodable("PNG", error),
+    };
+    let mut decoder = png::Decoder::new(Cursor::new(encoded));
+    // Neither changes a pixel, and both may unpack to much more than they take.
+    decoder.set_ignore_text_chunk(true);
+    decoder.set_ignore_iccp_chunk(true);
+    let header = decoder.read_header_info().map_err(error)?;
+    let (width, height) = limits.check("PNG", header.width.into(), header.height.into())?;
+    let mut reader = decoder.read_info().map_err(error)?;
+    if let Some(animation) = reader.info().animation_control {
+        // Without a frame control before it, the first picture is one more than the animation's frames.
+        let frames = u64::from(animation.num_frames) + u64::from(reader.info().frame_control.is_none());
+        if frames > 1 {
+            return Err(ImageError::Animated("PNG"));
+        }
+    }
+    let to_rgb = PngRow::of(reader.info())?;
+    let mut data = Vec::with_capacity(width * height * 3);
+    if reader.info().interlaced {
+        let line =
+            reader.output_line_size(width as u32).ok_or(png::DecodingError::LimitsExceeded).map_err(error)?;
+        let mut samples = vec![0; line * height];
+        reader.next_frame(&mut samples).map_err(error)?;
+        samples.chunks_exact(line).for_each(|row| to_rgb.convert(row, width, &mut data));
+    } else {
+        while let Some(row) = reader.next_row().map_err(error)? {
+            to_rgb.convert(row.data(), width, &mut data);
+        }
+    }
+    Ok(Rgb { width, height, data })
+}
+
+/// How a row of a PNG's samples becomes RGB.
+struct PngRow {
+    bits: usize,
+    colour: png::ColorType,
+    /// RGB of each index; what lies past its end is black.
+    palette: Vec<u8>,
+}
+
+impl PngRow {
+    fn of(info: &png::Info) -> Result<Self, ImageError> {
+        let palette = info.palette.as_deref().unwrap_or_default().to_vec();
+        if info.color_type == png::ColorType::Indexed && palette.is_empty() {
+            return Err(undecodable("PNG", "its palette is missing"));
+        }
+        Ok(Self { bits: info.bit_depth as usize, colour: info.color_type, palette })
+    }
+
+    fn convert(&self, row: &[u8], width: usize, rgb: &mut Vec<u8>) {
+        use png::ColorType::{Grayscale, GrayscaleAlpha, Indexed, Rgb, Rgba};
+        match (self.colour, self.bits) {
+            (Rgb, 8) => rgb.extend_from_slice(row),
+            (Rgb, _) => rgb.extend(row.chunks_exact(2).map(|sample| sample[0])),
+            (Rgba, 8) => row.chunks_exact(4).for_each(|pixel| rgb.extend_from_slice(&pixel[..3])),
+            (Rgba, _) => row.chunks_exact(8).for_each(|pixel| rgb.extend([pixel[0], pixel[2], pixel[4]])),
+            (GrayscaleAlpha, bits) => row.chunks_exact(bits / 4).for_each(|pixel| rgb.extend([pixel[0]; 3])),
+            // Pillow keeps 16-bit grey as integers and clips them to a byte, so that 256 and above are white.
+            (Grayscale, 16) => row.chunks_exact(2).for_each(|sample| {
+                rgb.extend([if sample[0] == 0 { sample[1] } else { 255 }; 3]);
+            }),
+            (Grayscale, bits) => {
+                let white = 255 / ((1 << bits) - 1);
+                samples(row, bits, width).for_each(|grey| rgb.extend([grey * white as u8; 3]));
+            }
+            (Indexed, bits) => {
+                samples(row, bits, width).for_each(|index| rgb.extend(colour_of(&self.palette, index)));
+            }
+        }
+    }
+}
+
+/// Samples of 1, 2, 4 or 8 bits, the first in the highest bits of its byte.
+pub(super) fn samples(row: &[u8], bits: usize, width: usize) -> impl Iterator<Item = u8> + '_ {
+    let mask = (0xFF_u16 >> (8 - bits)) as u8;
+    (0..width).map(move |x| {
+        let bit = x * bits;
+        row[bit / 8] >> (8 - bits - bit % 8) & mask
+    })
+}
+
+/// Pillow fills what a short palette leaves open with black.
+pub(super) fn colour_of(palette: &[u8], index: u8) -> [u8; 3] {
+    let at = usize::from(index) * 3;
+    palette.get(at..at + 3).map_or([0; 3], |colour| [colour[0], colour[1], colour[2]])
+}
+
+fn decode_jpeg(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+    let whole = ends_after_scan(encoded);
+    let error = |error| if whole { undecodable("JPEG", error) } else { ImageError::Truncated("JPEG") };
+    let mut decoder = jpeg_decoder::Decoder::new(encoded);
+    decoder.read_info().map_err(error)?;
+    let info = decoder.info().ok_or_else(|| undecodable("JPEG", "it has no frame"))?;
+    let (width, height) = limits.check("JPEG", info.width.into(), info.height.into())?;
+    if !whole {
+        return Err(ImageError::Truncated("JPEG"));
+    }
+    let data = decoder.decode().map_err(error)?;
+    let data = match info.pixel_format {
+        jpeg_decoder::PixelFormat::RGB24 => data,
+        jpeg_decoder::PixelFormat::L8 => data.iter().flat_map(|&grey| [grey; 3]).collect(),
+        // The crate inverts inks whether or not Adobe's marker is there, which is Pillow's rule as well.
+        jpeg_decoder::PixelFormat::CMYK32 => {
+            data.chunks_exact(4).flat_map(|inks| rgb_of_inks([inks[0], inks[1], inks[2]], inks[3])).collect()
+        }
+        jpeg_decoder::PixelFormat::L16 => return Err(undecodable("JPEG", "it has 16 bits a sample")),
+    };
+    Ok(Rgb { width, height, data })
+}
+
+/// Each ink takes its share of what black leaves of the light, rounded as Pillow rounds it.
+fn rgb_of_inks(inks: [u8; 3], black: u8) -> [u8; 3] {
+    let light = u32::from(255 - black);
+    inks.map(|ink| {
+        let product = u32::from(ink) * light + 128;
+        // (product / 255), rounded, without dividing; never above `light`.
+        (light - ((product >> 8) + product >> 8)) as u8
+    })
+}
+
+/// Whether an end-of-image marker follows the first scan: the decoder would fill what is missing with grey. (The
+/// segments before the scan are stepped over, for a thumbnail in them has such a marker of its own.)
+fn ends_after_scan(encoded: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xDA;
+    let mut at = 2;
+    while let Some(&[prefix, marker]) = encoded.get(at..at + 2) {
+        match (prefix, marker) {
+            // Fill bytes before a marker, or bytes that belong to no segment.
+            (0xFF, 0xFF) | (0..0xFF, _) => at += 1,
+            (_, START_OF_SCAN) => return encoded[at..].windows(2).any(|pair| pair == [0xFF, 0xD9]),
+            // Markers without a length: stuffing, TEM, restarts.
+            (_, 0x00 | 0x01 | 0xD0..=0xD7) => at += 2,
+            _ => match encoded.get(at + 2..at + 4) {
+                Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])).max(2),
+                None => return false,
+            },
+        }
+    }
+    false
+}
+
+fn decode_webp(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+    // The container states its length, less the eight bytes that state it.
+    let stated = u32::from_le_bytes([encoded[4], encoded[5], encoded[6], encoded[7]]) as usize;
+    let whole = encoded.len() - 8 >= stated;
+    let error = |error| if whole { undecodable("WebP", error) } else { ImageError::Truncated("WebP") };
+    let mut decoder = image_webp::WebPDecoder::new(Cursor::new(encoded)).map_err(error)?;
+    let (width, height) = decoder.dimensions();
+    let (width, height) = limits.check("WebP", width.into(), height.into())?;
+    if decoder.is_animated() {
+        return Err(ImageError::Animated("WebP"));
+    }
+    check_webp_frame(encoded, (width, height))?;
+    let channels = if decoder.has_alpha() { 4 } else { 3 };
+    let mut data = vec![0; width * height * channels];
+    decoder.read_image(&mut data).map_err(error)?;
+    if channels == 4 {
+        drop_alpha(&mut data);
+    }
+    Ok(Rgb { width, height, data })
+}
+
+/// The extended header states the sides of the canvas; the crate allocates a lossy frame by the frame's own header
+/// and compares them later.
+fn check_webp_frame(encoded: &[u8], canvas: (usize, usize)) -> Result<(), ImageError> {
+    let mut at = 12;
+    while let Some(header) = encoded.get(at..at + 18) {
+        if &header[..4] == b"VP8 " {
+            let side = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]) & 0x3FFF);
+            if (side(14), side(16)) != canvas {
+                return Err(undecodable("WebP", "its frame does not fill its canvas"));
+            }
+        }
+        let length = u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize;
+        at += 8 + length + length % 2;
+    }
+    Ok(())
+}
+
+/// RGBA -> RGB in place.
+fn drop_alpha(data: &mut Vec<u8>) {
+    let pixels = data.len() / 4;
+    for pixel in 1..pixels {
+        data.copy_within(pixel * 4..pixel * 4 + 3, pixel * 3);
+    }
+    data.truncate(pixels * 3);
+}
+
+fn decode_gif(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+    let error = |error| match error {
+        gif::DecodingError::UnexpectedEof => ImageError::Truncated("GIF"),
+        gif::DecodingError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated("GIF")
+        }
+        error => undecodable("GIF", error),
+    };
+    let mut decoder = gif::DecodeOptions::new().read_info(encoded).map_err(error)?;
+    let (screen_width, screen_height) = (usize::from(decoder.width()), usize::from(decoder.height()));
+    limits.check("GIF", screen_width.max(1) as u64, screen_height.max(1) as u64)?;
+    let frame =
+        decoder.next_frame_info().map_err(error)?.ok_or_else(|| undecodable("GIF", "it has no frame"))?;
+    let frame = GifFrame::of(frame);
+    // As Pillow does, the screen grows to hold a frame that passes its edge.
+    let width = screen_width.max(frame.left + frame.width);
+    let height = screen_height.max(frame.top + frame.height);
+    limits.check("GIF", width as u64, height as u64)?;
+    limits.check("GIF", frame.width as u64, frame.height as u64)?;
+    let palette = decoder.palette().map_err(error)?.to_vec();
+    let mut indices = vec![0; frame.width * frame.height];
+    decoder.read_into_buffer(&mut indices).map_err(error)?;
+    // A file that ends or breaks after its first frame still is one picture.
+    if let Ok(Some(_)) = decoder.next_frame_info() {
+        return Err(ImageError::Animated("GIF"));
+    }
+    let mut data = colour_of(&palette, frame.background).repeat(width * height);
+    for (y, row) in indices.chunks_exact(frame.width).enumerate() {
+        let start = ((frame.top + y) * width + frame.left) * 3;
+        for (pixel, &index) in data[start..].chunks_exact_mut(3).zip(row) {
+            pixel.copy_from_slice(&colour_of(&palette, index));
+        }
+    }
+    Ok(Rgb { width, height, data })
+}
+
+struct GifFrame {
+    left: usize,
+    top: usize,
+    width: usize,
+    height: usize,
+    /// Index of what the frame does not cover: Pillow takes the transparent one, else the first; never the file's
+    /// background.
+    background: u8,
+}
+
+impl GifFrame {
+    fn of(frame: &gif::Frame) -> Self {
+        Self {
+            left: frame.left.into(),
+            top: frame.top.into(),
+            width: frame.width.into(),
+            height: frame.height.into(),
+            background: frame.transparent.unwrap_or(0),
+        }
+    }
+}

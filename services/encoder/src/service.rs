@@ -1,0 +1,199 @@
+//! The edge: `VisualEncoder` as gRPC sees it.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use emu2_proto::{
+    stage::{
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest,
+        encode_request::Source,
+        visual_encoder_server::{VisualEncoder, VisualEncoderServer},
+    },
+    v1,
+};
+use emu2_serve::{
+    admission::Admission,
+    deadline::Deadline,
+    message,
+    stream::{self, Events, Sender},
+};
+use futures::{StreamExt, stream::FuturesUnordered};
+use tokio::sync::Semaphore;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{Instrument, Span};
+
+use crate::{
+    config::Config,
+    engine::{Encoded, Engine, ModelInfo, Picture, Pixels},
+    error::EncodeError,
+    metrics::Metrics,
+    preprocess::{
+        PREPROCESSING_VERSION,
+        pool::{Preprocessed, Preprocessor},
+    },
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Answers on their way to one caller; beyond, its own task waits, never the engine.
+const ANSWERS: usize = 4;
+
+/// Cloning shares everything.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    engine: Engine,
+    /// Set before the service is ready.
+    model: Arc<OnceLock<ModelInfo>>,
+    preprocessor: Preprocessor,
+    admission: Admission,
+    /// A permit for each image from its arrival to its answer, before it is decoded.
+    images: Arc<Semaphore>,
+    config: Arc<Config>,
+    metrics: Metrics,
+}
+
+impl Service {
+    pub(crate) fn new(config: &Config, engine: Engine, metrics: Metrics) -> Self {
+        Self {
+            engine,
+            model: Arc::default(),
+            preprocessor: Preprocessor::new(config.preprocess_threads, config.image.clone()),
+            admission: Admission::new(config.server.max_requests),
+            images: Arc::new(Semaphore::new(config.max_images)),
+            config: Arc::new(config.clone()),
+            metrics,
+        }
+    }
+
+    pub(crate) fn loaded(&self, model: ModelInfo) {
+        self.model.set(model).expect("a model is loaded once");
+    }
+
+    pub(crate) fn into_grpc(self) -> VisualEncoderServer<Self> {
+        let max_bytes = self.config.server.max_message_bytes;
+        VisualEncoderServer::new(self)
+            .max_decoding_message_size(max_bytes)
+            .max_encoding_message_size(max_bytes)
+    }
+
+    fn model(&self) -> Result<&ModelInfo, EncodeError> {
+        self.model.get().ok_or(EncodeError::Loading)
+    }
+
+    /// One call. When the caller leaves or its deadline passes, everything here is dropped: what waits is taken out
+    /// of its queue, and what is being computed is the last.
+    async fn call(self, requests: Streaming<EncodeRequest>, sender: Sender<EncodeResponse>) {
+        let answered = tokio::select! {
+            biased;
+            () = sender.closed() => return,
+            answered = self.answer(requests, &sender) => answered,
+        };
+        if let Err(status) = answered {
+            // Nobody left to tell is as good an end.
+            let _ = sender.send(Err(status)).await;
+        }
+    }
+
+    /// Images of one stream go side by side, so that they meet in a batch; answers come as they are ready.
+    async fn answer(
+        &self,
+        mut requests: Streaming<EncodeRequest>,
+        sender: &Sender<EncodeResponse>,
+    ) -> Result<(), Status> {
+        let mut under_way = FuturesUnordered::new();
+        let mut more = true;
+        while more || !under_way.is_empty() {
+            let room = under_way.len() < self.config.max_images_per_stream;
+            tokio::select! {
+                request = message::next(&mut requests), if more && room => match request? {
+                    Some(request) => under_way.push(self.encode_one(request)),
+                    None => more = false,
+                },
+                Some(answer) = under_way.next() => {
+                    sender.send(Ok(answer?)).await.map_err(|_| sender.closed_status())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn encode_one(&self, request: EncodeRequest) -> Result<EncodeResponse, EncodeError> {
+        let model = self.model()?;
+        let full = EncodeError::Full { max: self.config.max_images };
+        let _permit = self.images.try_acquire().map_err(|_| full)?;
+        let n_query = checked_queries(request.n_query, model)?;
+        let prepared = self.prepare(request.source, model).await?;
+        let Preprocessed { waited, took, .. } = prepared;
+        let pixels = if prepared.pixels.is_empty() { Pixels::Mean } else { Pixels::Values(prepared.pixels) };
+        let encoded = self.engine.encode(Picture { pixels, n_query }).await?;
+        let Encoded { embeddings, queued, took: encode } = encoded;
+        Ok(EncodeResponse {
+            id: request.id,
+            embeddings: Some(embeddings.into()),
+            weights_digest: model.weights_digest.clone(),
+            queue_ms: milliseconds(waited + queued),
+            preprocess_ms: milliseconds(took),
+            encode_ms: milliseconds(encode),
+        })
+    }
+
+    /// No pixels stand for the mean colour.
+    async fn prepare(&self, source: Option<Source>, model: &ModelInfo) -> Result<Preprocessed, EncodeError> {
+        match source.ok_or(EncodeError::NoSource)? {
+            Source::MeanColour(_) => {
+                Ok(Preprocessed { pixels: Vec::new(), waited: Duration::ZERO, took: Duration::ZERO })
+            }
+            Source::Image(encoded) => {
+                let prepared = self.preprocessor.run(encoded, model.image_size).await;
+                match &prepared {
+                    Ok(prepared) => self.metrics.preprocess_duration.observe(prepared.took.as_secs_f64()),
+                    Err(_) => drop(self.metrics.refused.inc()),
+                }
+                Ok(prepared?)
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl VisualEncoder for Service {
+    type EncodeStream = Events<EncodeResponse>;
+
+    async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
+        let model = self.model()?;
+        Ok(Response::new(EncoderInfo {
+            weights_digest: model.weights_digest.clone(),
+            dtype: v1::Dtype::from(model.dtype).into(),
+            // Dimensions of the model are far below 2^32.
+            width: model.width as u32,
+            image_size: model.image_size as u32,
+            grid_side: model.grid_side as u32,
+            preprocessing_version: PREPROCESSING_VERSION,
+            max_image_pixels: self.preprocessor.limits().max_pixels,
+        }))
+    }
+
+    async fn encode(
+        &self,
+        request: Request<Streaming<EncodeRequest>>,
+    ) -> Result<Response<Self::EncodeStream>, Status> {
+        let permit = self.admission.try_enter()?;
+        let (sender, events) = stream::channel(ANSWERS, Deadline::of(&request), permit);
+        let call = self.clone().call(request.into_inner(), sender);
+        tokio::spawn(call.instrument(Span::current()));
+        Ok(Response::new(events))
+    }
+}
+
+/// Any number up to one query per patch has a pooling stride.
+fn checked_queries(n_query: u32, model: &ModelInfo) -> Result<u32, EncodeError> {
+    let max = (model.grid_side * model.grid_side) as u32;
+    if (1..=max).contains(&n_query) { Ok(n_query) } else { Err(EncodeError::Queries { max, got: n_query }) }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

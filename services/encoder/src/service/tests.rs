@@ -1,0 +1,211 @@
+//! The service over a real loopback server, with golden-a's tiny model.
+
+use std::time::Duration;
+
+use emu2_nn::{
+    array,
+    golden::{self, assert_close, forward_tolerance},
+};
+use emu2_proto::{
+    array::Array,
+    stage::{MeanColour, visual_encoder_client::VisualEncoderClient},
+};
+use emu2_serve::{
+    client,
+    server::{Listeners, ServerConfig},
+    shutdown::Shutdown,
+};
+use tch::{Device, Kind, Tensor};
+use tokio::task::JoinHandle;
+use tonic::{Code, transport::Channel};
+use tonic_types::StatusExt;
+
+use super::*;
+use crate::{fixtures, preprocess::decode::Rgb};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Running {
+    client: VisualEncoderClient<Channel>,
+    shutdown: Shutdown,
+    served: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Running {
+    async fn start(config: Config) -> Self {
+        let config = Config {
+            model_dir: golden::model_dir("emu2-base"),
+            cores: 1,
+            server: ServerConfig { admin: None, ..ServerConfig::on_port(0) },
+            ..config
+        };
+        let listeners = Listeners::bind(&config.server).await.unwrap();
+        let endpoint = client::endpoint(format!("http://{}", listeners.grpc_addr())).unwrap();
+        let shutdown = Shutdown::new();
+        let served = tokio::spawn(crate::run(config, listeners, shutdown.clone()));
+        let mut client = VisualEncoderClient::new(endpoint.connect_lazy());
+        let ready = async {
+            while client.info(EncoderInfoRequest {}).await.is_err() {
+                assert!(!served.is_finished());
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ready).await.expect("the service becomes ready");
+        Self { client, shutdown, served }
+    }
+
+    /// All answers of one stream, by id.
+    async fn encode(&self, requests: Vec<EncodeRequest>) -> Result<Vec<EncodeResponse>, Status> {
+        let mut client = self.client.clone();
+        let mut answers = client.encode(futures::stream::iter(requests)).await?.into_inner();
+        let mut all = Vec::new();
+        while let Some(answer) = answers.message().await? {
+            all.push(answer);
+        }
+        all.sort_by_key(|answer| answer.id);
+        Ok(all)
+    }
+
+    async fn assert_healthy(&self) {
+        let answers = self.encode(vec![mean_colour(7, 4)]).await.unwrap();
+        assert_eq!(answers.len(), 1);
+    }
+
+    async fn stop(self) {
+        self.shutdown.begin();
+        tokio::time::timeout(PATIENCE, self.served).await.unwrap().unwrap().unwrap();
+    }
+}
+
+fn image(id: u32, encoded: Vec<u8>, n_query: u32) -> EncodeRequest {
+    EncodeRequest { id, source: Some(Source::Image(encoded.into())), n_query }
+}
+
+fn mean_colour(id: u32, n_query: u32) -> EncodeRequest {
+    EncodeRequest { id, source: Some(Source::MeanColour(MeanColour {})), n_query }
+}
+
+/// The golden pictures as PNG.
+fn golden_png(name: &str) -> Vec<u8> {
+    let rgb = golden::file("preprocess.safetensors").tensor(&format!("{name}.rgb_u8"));
+    let (height, width, _) = rgb.size3().unwrap();
+    let data = rgb.contiguous().view(-1).try_into().unwrap();
+    fixtures::png(&Rgb { width: width as usize, height: height as usize, data })
+}
+
+fn embeddings(answer: &EncodeResponse) -> Tensor {
+    array::to_tensor(&Array::try_from(answer.embeddings.clone()).unwrap(), Device::Cpu, Kind::Float)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pictures_become_upstreams_embeddings() {
+    let running = Running::start(Config::default()).await;
+    let info = running.client.clone().info(EncoderInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!((info.width, info.image_size, info.grid_side), (64, 56, 4));
+    assert_eq!((info.preprocessing_version, info.max_image_pixels), (PREPROCESSING_VERSION, 1 << 26));
+    let (first, second) = (golden_png("img0"), golden_png("img1"));
+    let requests =
+        vec![image(1, first.clone(), 4), image(2, second, 16), image(3, first, 8), mean_colour(4, 1)];
+    let answers = running.encode(requests).await.unwrap();
+    assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let golden = golden::file("vision.safetensors");
+    for (answer, name, picture) in [(0, "nq4", 0), (1, "nq16", 1), (2, "nq8", 0)] {
+        let want = golden.tensor(&format!("encode_image.{name}")).get(picture);
+        assert_close(name, &embeddings(&answers[answer]), &want, forward_tolerance(&want));
+    }
+    assert_eq!(embeddings(&answers[3]).size(), [1, 64]);
+    for answer in &answers {
+        assert_eq!(answer.weights_digest, info.weights_digest);
+        assert!(answer.encode_ms > 0.0);
+    }
+    assert!(answers[0].preprocess_ms > 0.0 && answers[3].preprocess_ms == 0.0);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_is_the_callers_fault_and_the_service_goes_on() {
+    let running = Running::start(Config::default()).await;
+    let files = [
+        ("text.txt", "PNG, JPEG, WebP"),
+        ("empty.bin", "0 bytes"),
+        ("truncated.jpg", "truncated"),
+        ("truncated.png", "truncated"),
+        ("animated.gif", "send frames as video"),
+        ("animated.png", "send frames as video"),
+        ("animated.webp", "send frames as video"),
+        ("huge_header.png", "at most 67108864 pixels, got 60000 x 60000"),
+    ];
+    for (file, words) in files {
+        let status = running.encode(vec![image(1, fixtures::picture(file), 4)]).await.unwrap_err();
+        assert_refused(&status, "image", words);
+        running.assert_healthy().await;
+    }
+    let no_source = EncodeRequest { id: 1, source: None, n_query: 4 };
+    let status = running.encode(vec![no_source]).await.unwrap_err();
+    assert_refused(&status, "source", "nothing");
+    for n_query in [0, 17, u32::MAX] {
+        let status = running.encode(vec![mean_colour(1, n_query)]).await.unwrap_err();
+        assert_refused(&status, "n_query", &format!("must be 1 to 16, got {n_query}"));
+    }
+    running.assert_healthy().await;
+    running.stop().await;
+}
+
+fn assert_refused(status: &Status, field: &str, words: &str) {
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    let violation = &status.get_details_bad_request().unwrap().field_violations[0];
+    assert_eq!(violation.field, field, "{status:?}");
+    assert!(violation.description.contains(words), "{words} not in {}", violation.description);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_accepted_format_is_encoded() {
+    let running = Running::start(Config::default()).await;
+    let files = ["rgb8.png", "rgb420.jpg", "lossy.webp", "bgr24.bmp", "plain.gif", "cmyk.jpg", "grey16.png"];
+    let requests = files.iter().zip(1..).map(|(file, id)| image(id, fixtures::picture(file), 4)).collect();
+    assert_eq!(running.encode(requests).await.unwrap().len(), files.len());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_images_than_a_stream_may_have_under_way_are_taken_in_turn() {
+    let config = Config { max_images: 3, max_images_per_stream: 3, max_batch_images: 2, ..Config::default() };
+    let running = Running::start(config).await;
+    let requests = (0..50).map(|id| mean_colour(id, 4)).collect();
+    let answers = running.encode(requests).await.unwrap();
+    assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), (0..50).collect::<Vec<_>>());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_and_a_dropped_stream_end_the_call() {
+    let running = Running::start(Config::default()).await;
+    let mut client = running.client.clone();
+    let mut request = Request::new(futures::stream::pending::<EncodeRequest>());
+    request.set_timeout(Duration::from_millis(100));
+    let ended = async {
+        let mut answers = client.encode(request).await?.into_inner();
+        answers.message().await
+    };
+    let status = tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap_err();
+    assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
+
+    // A call ends for the server when its caller drops both directions; it must not hold the end of the service up.
+    let (requests, queued) = futures::channel::mpsc::unbounded();
+    let mut answers = client.encode(queued).await.unwrap().into_inner();
+    (0..200).for_each(|id| requests.unbounded_send(mean_colour(id, 4)).unwrap());
+    answers.message().await.unwrap().unwrap();
+    drop((answers, requests));
+    running.assert_healthy().await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_cannot_be_loaded_ends_the_service_with_the_reason() {
+    let server = ServerConfig { admin: None, ..ServerConfig::on_port(0) };
+    let config = Config { model_dir: "/nonexistent/model".into(), server, ..Config::default() };
+    let listeners = Listeners::bind(&config.server).await.unwrap();
+    let ended = tokio::time::timeout(PATIENCE, crate::run(config, listeners, Shutdown::new())).await.unwrap();
+    let error = format!("{:#}", ended.unwrap_err());
+    assert!(error.contains("/nonexistent/model"), "{error}");
+}
