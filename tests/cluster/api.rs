@@ -2,7 +2,9 @@
 
 use emu2_proto::v1::{self, Capability, FinishReason, generate_event::Event};
 use tonic::{Code, Request};
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use tonic_reflection::pb::v1::{
     ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
@@ -38,7 +40,8 @@ async fn models_say_what_they_can_do() {
 #[tokio::test]
 async fn greedy_text_streams_and_its_pieces_are_the_whole() {
     let mut client = shared().client().await;
-    let request = || ask("emu2", vec![image(golden_png(0)), text("Describe the image in details:")], greedy(32));
+    let request =
+        || ask("emu2", vec![image(golden_png(0)), text("Describe the image in details:")], greedy(32));
     let events = events(&mut client, request()).await.unwrap();
     let Some(Event::Accepted(accepted)) = events.first() else { panic!("accepted comes first: {events:?}") };
     assert_eq!(accepted.model, "emu2");
@@ -71,7 +74,10 @@ async fn painting_reports_every_step_and_a_seed_repeats_it() {
     let done = finished(&events);
     assert_eq!((done.reason(), done.seed), (FinishReason::Image, 11));
     let Some(v1::finished::Parameters::Image(parameters)) = &done.parameters else { panic!("{done:?}") };
-    assert_eq!((parameters.height, parameters.steps, parameters.guidance_scale), (Some(64), Some(3), Some(3.0)));
+    assert_eq!(
+        (parameters.height, parameters.steps, parameters.guidance_scale),
+        (Some(64), Some(3), Some(3.0))
+    );
     assert!(done.timings.unwrap().denoise_ms > 0.0);
 
     let first = painted(&mut client, request(Some(11))).await.unwrap();
@@ -156,7 +162,8 @@ async fn requests_do_not_disturb_each_other() {
         let output = v1::ImageOutput { steps: Some(4), ..Default::default() };
         draw(vec![image(fresh_png(40)), text("on the beach")], output)
     };
-    let asking = || ask("emu2-gen", vec![image(fresh_png(41)), text("What is this?")], v1::TextOutput::default());
+    let asking =
+        || ask("emu2-gen", vec![image(fresh_png(41)), text("What is this?")], v1::TextOutput::default());
     let alone = (
         painted(&mut client.clone(), painting()).await.unwrap(),
         answer(&mut client.clone(), asking()).await.unwrap(),

@@ -23,7 +23,8 @@ async fn cluster() -> Cluster {
 
 /// A request that would paint for minutes.
 fn long_painting() -> v1::GenerateRequest {
-    let output = v1::ImageOutput { steps: Some(250), height: Some(512), width: Some(512), ..Default::default() };
+    let output =
+        v1::ImageOutput { steps: Some(250), height: Some(512), width: Some(512), ..Default::default() };
     draw(vec![image(fresh_png(100)), text("on the beach")], output)
 }
 
@@ -82,8 +83,12 @@ async fn a_client_that_leaves_frees_the_decoder() {
 async fn a_client_that_leaves_frees_the_llm() {
     let cluster = cluster().await;
     let output = v1::TextOutput { min_length: Some(2_000), ..greedy(2_000) };
-    let mut events =
-        client(cluster.addr).await.generate(ask("emu2-gen", vec![text("a")], output)).await.unwrap().into_inner();
+    let mut events = client(cluster.addr)
+        .await
+        .generate(ask("emu2-gen", vec![text("a")], output))
+        .await
+        .unwrap()
+        .into_inner();
     while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::TextDelta(_))) {}
     assert!(held(&cluster).await.contains(&("emu2_llm_running_sequences", 1.0)));
     drop(events);

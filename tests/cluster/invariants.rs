@@ -83,7 +83,18 @@ fn a_main_is_three_steps() {
 #[test]
 fn the_top_level_stays_as_it_is() {
     // Beside what the project fixed: only what tools expect at the root.
-    let allowed = ["Cargo.toml", "Cargo.lock", "proto", "services", "deploy", "helm", "tests", "README.md", "Makefile", "LICENSE"];
+    let allowed = [
+        "Cargo.toml",
+        "Cargo.lock",
+        "proto",
+        "services",
+        "deploy",
+        "helm",
+        "tests",
+        "README.md",
+        "Makefile",
+        "LICENSE",
+    ];
     let strangers: Vec<_> = fs::read_dir(root())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

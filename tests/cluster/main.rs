@@ -9,6 +9,7 @@
 //! | `invariants.rs` | the architecture's rules, read from the sources |
 //! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
 //! | `parity.rs` | the official model's numbers, through the wire |
+//! | `pictures.rs` | pictures of every kind are read as Pillow reads them |
 //! | `trace.rs` | one request is one trace |
 
 mod api;
@@ -18,6 +19,7 @@ mod cancel;
 mod invariants;
 mod lifecycle;
 mod parity;
+mod pictures;
 mod processes;
 mod support;
 mod trace;

@@ -57,7 +57,8 @@ fn request_of(case: &Value) -> v1::GenerateRequest {
         "caption" => ask("emu2", vec![img(0), text("Describe the image in details:")], output),
         "fewshot" => {
             let [first, second, third] =
-                ["[red, white, 3, bottom left].", "[yellow, white, 2, top left].", "There are two dogs."].map(text);
+                ["[red, white, 3, bottom left].", "[yellow, white, 2, top left].", "There are two dogs."]
+                    .map(text);
             ask("emu2", vec![img(0), first, img(1), second, img(0), third, img(1)], output)
         }
         "video" => ask("emu2", vec![frames(), text("What is happening in the video?")], output),
@@ -107,7 +108,12 @@ async fn embeddings_equal_the_official_encoder() {
             let response = client.embed(request).await.unwrap().into_inner();
             let got = tensor(response.embeddings);
             let want = want.get(index as i64);
-            golden::assert_close(&format!("nq{n_query} img{index}"), &got, &want, golden::forward_tolerance(&want));
+            golden::assert_close(
+                &format!("nq{n_query} img{index}"),
+                &got,
+                &want,
+                golden::forward_tolerance(&want),
+            );
         }
     }
 }
@@ -205,7 +211,12 @@ async fn an_interleaved_prompt_becomes_the_official_picture() {
     assert_same_picture("inter_20", &got, &golden.tensor("inter_20.image_u8"));
 }
 
-async fn paint(case: &Value, positive: &Tensor, negative: Option<&Tensor>, latents: &Tensor) -> image::RgbImage {
+async fn paint(
+    case: &Value,
+    positive: &Tensor,
+    negative: Option<&Tensor>,
+    latents: &Tensor,
+) -> image::RgbImage {
     let count = |value: &Value| value.as_u64().unwrap() as u32;
     let pair = |key: &str, default: [u32; 2]| {
         case[key].as_array().map_or(default, |pair| [count(&pair[0]), count(&pair[1])])
@@ -249,7 +260,11 @@ fn assert_same_picture(name: &str, got: &image::RgbImage, want: &Tensor) {
     let different = differences.iter().filter(|&&difference| difference > 0).count();
     let worst = differences.iter().max().unwrap();
     assert!(*worst <= 1, "{name}: a value differs by {worst}");
-    assert!(different as f64 <= 0.002 * differences.len() as f64, "{name}: {different} of {}", differences.len());
+    assert!(
+        different as f64 <= 0.002 * differences.len() as f64,
+        "{name}: {different} of {}",
+        differences.len()
+    );
 }
 
 fn tensor(message: Option<v1::Tensor>) -> Tensor {

@@ -9,7 +9,10 @@ use std::{
 };
 
 use emu2_nn::golden;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 
 use crate::support::binary;
 
@@ -56,11 +59,13 @@ impl Process {
         let (addr, admin) = (free(), free());
         let file = dir.join(format!("{name}.toml"));
         // Tables come last in TOML.
-        let (keys, tables) = config.split_once("\n[").map_or((config, String::new()), |(k, t)| (k, format!("\n[{t}")));
+        let (keys, tables) =
+            config.split_once("\n[").map_or((config, String::new()), |(k, t)| (k, format!("\n[{t}")));
         let server = format!("\n[server]\nlisten = \"{addr}\"\nadmin = \"{admin}\"\n");
         fs::write(&file, format!("{keys}{server}{tables}")).unwrap();
         let mut command = binary(name);
-        let child = command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let child =
+            command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         Self { child, addr, admin }
     }
 
@@ -77,8 +82,8 @@ impl Process {
 
     /// None while it does not listen.
     pub(crate) async fn health(&self) -> Option<ServingStatus> {
-        let mut health = HealthClient::connect(format!("http://{}", self.addr)).await.ok()?;
-        let health = health.check(HealthCheckRequest::default()).await.ok()?.into_inner();
+        let channel = Endpoint::from_shared(format!("http://{}", self.addr)).unwrap().connect().await.ok()?;
+        let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()?.into_inner();
         Some(health.status())
     }
 

@@ -36,7 +36,8 @@ pub(crate) fn shared() -> &'static Shared {
         let (ready, started) = mpsc::channel();
         // A thread of its own: a test's runtime ends with the test.
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async move {
                 let mut cluster = start(ClusterConfig::local(model_dirs())).await;
                 ready.send(Shared { addr: cluster.addr, stages: cluster.stages.clone() }).unwrap();
@@ -100,7 +101,12 @@ pub(crate) fn golden_png(index: usize) -> Vec<u8> {
 pub(crate) fn png(rgb: &Tensor) -> Vec<u8> {
     let (height, width, _) = rgb.size3().unwrap();
     let pixels = Vec::<u8>::try_from(rgb.contiguous().view(-1)).unwrap();
-    let image = image::RgbImage::from_raw(width as u32, height as u32, pixels).unwrap();
+    rgb_png(width as u32, height as u32, pixels)
+}
+
+/// Rows of red, green and blue bytes -> PNG
+pub(crate) fn rgb_png(width: u32, height: u32, pixels: Vec<u8>) -> Vec<u8> {
+    let image = image::RgbImage::from_raw(width, height, pixels).unwrap();
     let mut png = std::io::Cursor::new(Vec::new());
     image.write_to(&mut png, image::ImageFormat::Png).unwrap();
     png.into_inner()
@@ -121,12 +127,10 @@ pub(crate) fn video(frames: impl IntoIterator<Item = Vec<u8>>) -> v1::Part {
 
 /// A small image that no other test sends: its pixels are `seed`'s.
 pub(crate) fn fresh_png(seed: u8) -> Vec<u8> {
-    let image = image::RgbImage::from_fn(20, 16, |x, y| {
-        image::Rgb([seed, (x * 12) as u8, (y as u8).wrapping_mul(seed.wrapping_add(3))])
-    });
-    let mut png = std::io::Cursor::new(Vec::new());
-    image.write_to(&mut png, image::ImageFormat::Png).unwrap();
-    png.into_inner()
+    let (width, height) = (20, 16);
+    let pixel =
+        |at: u32| [seed, (at % width * 12) as u8, ((at / width) as u8).wrapping_mul(seed.wrapping_add(3))];
+    rgb_png(width, height, (0..width * height).flat_map(pixel).collect())
 }
 
 pub(crate) fn ask(model: &str, parts: Vec<v1::Part>, output: v1::TextOutput) -> v1::GenerateRequest {
@@ -164,7 +168,10 @@ pub(crate) async fn events(
     Ok(events)
 }
 
-pub(crate) async fn answer(client: &mut Emu2Client<Channel>, request: v1::GenerateRequest) -> Result<String, Status> {
+pub(crate) async fn answer(
+    client: &mut Emu2Client<Channel>,
+    request: v1::GenerateRequest,
+) -> Result<String, Status> {
     let deltas = events(client, request).await?.into_iter().filter_map(|event| match event {
         Event::TextDelta(delta) => Some(delta.text),
         _ => None,
@@ -199,6 +206,10 @@ pub(crate) fn finished(events: &[Event]) -> &v1::Finished {
 pub(crate) fn binary(name: &str) -> Command {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().and_then(|deps| deps.parent()).unwrap().join(name);
-    assert!(path.exists(), "{} is not built: run `cargo build --workspace --bins`, or `make test`", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built: run `cargo build --workspace --bins`, or `make test`",
+        path.display()
+    );
     Command::new(path)
 }
