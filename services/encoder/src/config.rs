@@ -67,7 +67,7 @@ impl Validate for Config {
         range("max_images", 1, 65_536, self.max_images as u64);
         range("max_images_per_stream", 1, self.max_images as u64, self.max_images_per_stream as u64);
         range("preprocess_threads", 1, 256, self.preprocess_threads as u64);
-        // Sums of the resize are exact up to this side, and Pillow itself refuses twice its own bound.
+        // The longest side that JPEG and GIF can state; a gigapixel would need 16 GB to decode.
         range("image.max_side", 1, 65_535, self.image.max_side.into());
         range("image.max_pixels", 1, 1 << 30, self.image.max_pixels);
         if self.devices.len() != 1 {

@@ -20,6 +20,9 @@ struct Header {
     data: usize,
 }
 
+/// Appends one row's pixels to RGB.
+type RowConverter<'a> = Box<dyn Fn(&[u8], &mut Vec<u8>) + 'a>;
+
 #[derive(Clone, Copy, PartialEq)]
 enum Compression {
     None,
@@ -163,8 +166,7 @@ impl Header {
         Ok(rgb)
     }
 
-    /// Appends one row's pixels.
-    fn row_converter(&self) -> Result<Box<dyn Fn(&[u8], &mut Vec<u8>) + '_>, ImageError> {
+    fn row_converter(&self) -> Result<RowConverter<'_>, ImageError> {
         let unknown =
             || undecodable("BMP", format!("bit fields {:x?} at {} bits are unknown", self.masks, self.bits));
         Ok(match self.bits {
@@ -264,7 +266,7 @@ fn widened(value: u16, bits: u32) -> u8 {
 }
 
 /// Pixels of `SIZE` bytes with red, green and blue at these places.
-fn bytes_at<const SIZE: usize>(places: [usize; 3]) -> Box<dyn Fn(&[u8], &mut Vec<u8>)> {
+fn bytes_at<const SIZE: usize>(places: [usize; 3]) -> RowConverter<'static> {
     Box::new(move |row, rgb| {
         row.chunks_exact(SIZE).for_each(|pixel| rgb.extend(places.map(|place| pixel[place])));
     })
