@@ -12,7 +12,8 @@ use tonic_reflection::pb::v1::{
 use tonic_types::StatusExt;
 
 use crate::support::{
-    answer, ask, channel, draw, events, finished, fresh_png, golden_png, greedy, image, painted, shared, text,
+    self, answer, ask, channel, draw, events, finished, fresh_png, golden_png, greedy, image, painted,
+    shared, text,
 };
 
 #[tokio::test]
@@ -81,11 +82,12 @@ async fn painting_reports_every_step_and_a_seed_repeats_it() {
     assert!(done.timings.unwrap().denoise_ms > 0.0);
 
     let first = painted(&mut client, request(Some(11))).await.unwrap();
-    assert_eq!(painted(&mut client, request(Some(11))).await.unwrap(), first);
-    assert_ne!(painted(&mut client, request(Some(12))).await.unwrap(), first);
+    // Other tests' requests share the batches, which rounds differently.
+    assert!(worst_difference(&painted(&mut client, request(Some(11))).await.unwrap(), &first) <= 1);
+    assert!(worst_difference(&painted(&mut client, request(Some(12))).await.unwrap(), &first) > 16);
     // A seed not given is drawn and returned.
-    let drawn = crate::support::events(&mut client, request(None)).await.unwrap();
-    let again = crate::support::events(&mut client, request(None)).await.unwrap();
+    let drawn = support::events(&mut client, request(None)).await.unwrap();
+    let again = support::events(&mut client, request(None)).await.unwrap();
     assert_ne!(finished(&drawn).seed, finished(&again).seed);
 }
 
@@ -180,7 +182,10 @@ async fn requests_do_not_disturb_each_other() {
     for (picture, words) in futures::future::join_all(crowd).await {
         assert_eq!(words, alone.1);
         // Batch composition rounds differently: one level is within the design's promise.
-        let worst = picture.iter().zip(alone.0.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-        assert!(worst <= 1, "a value differs by {worst}");
+        assert!(worst_difference(&picture, &alone.0) <= 1);
     }
+}
+
+fn worst_difference(a: &image::RgbImage, b: &image::RgbImage) -> u8 {
+    a.iter().zip(b.iter()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }

@@ -21,25 +21,35 @@ use crate::support::{answer, ask, decode, golden_png, image, png, shared, text, 
 #[tokio::test]
 async fn texts_equal_the_official_models() {
     let cases = golden::json("generate.json");
-    let cases = cases["cases"].as_array().unwrap();
+    let cases: Vec<_> = cases["cases"].as_array().unwrap().iter().flat_map(requests_of).collect();
+    assert_eq!(cases.len(), 44);
     let client = shared().client().await;
-    let answers = cases.iter().map(|case| {
-        let mut client = client.clone();
-        async move { answer(&mut client, request_of(case)).await }
+    let answers = cases.iter().map(|(_, request, _)| {
+        let (mut client, request) = (client.clone(), request.clone());
+        async move { answer(&mut client, request).await }
     });
     let mut wrong = Vec::new();
-    for (case, answer) in cases.iter().zip(join_all(answers).await) {
-        let (name, want) = (format!("{} {} {}", case["model"], case["prompt"], case["mode"]), &case["text"]);
+    for ((name, _, want), answer) in cases.iter().zip(join_all(answers).await) {
         let answer = answer.unwrap_or_else(|status| panic!("{name}: {status}"));
-        if want != &Value::String(answer.clone()) {
-            wrong.push(format!("{name}: {answer:?}, want {want}"));
+        if *want != answer {
+            wrong.push(format!("{name}: {answer:?}, want {want:?}"));
         }
     }
-    assert_eq!(cases.len(), 36);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-fn request_of(case: &Value) -> v1::GenerateRequest {
+/// A golden case as requests with the texts they must give: one, or one for each row of the official batch.
+fn requests_of(case: &Value) -> Vec<(String, v1::GenerateRequest, String)> {
+    let name = format!("{} {} {}", case["model"], case["prompt"], case["mode"]);
+    let want = |text: &Value| text.as_str().unwrap().to_owned();
+    let Some(texts) = case["text"].as_array() else {
+        return vec![(name, request_of(case, case["prompt"].as_str().unwrap()), want(&case["text"]))];
+    };
+    let rows = ["caption", "batch3 second", "batch3 third"].into_iter().zip(texts);
+    rows.map(|(prompt, text)| (format!("{name} {prompt}"), request_of(case, prompt), want(text))).collect()
+}
+
+fn request_of(case: &Value, prompt: &str) -> v1::GenerateRequest {
     let args = &case["args"];
     let count = |key: &str| args[key].as_u64().map(|value| value as u32);
     let real = |key: &str| args[key].as_f64().map(|value| value as f32);
@@ -53,7 +63,7 @@ fn request_of(case: &Value) -> v1::GenerateRequest {
     };
     let img = |index| image(golden_png(index));
     let frames = || video([0, 1, 0].map(golden_png));
-    match case["prompt"].as_str().unwrap() {
+    match prompt {
         "caption" => ask("emu2", vec![img(0), text("Describe the image in details:")], output),
         "fewshot" => {
             let [first, second, third] =
@@ -61,6 +71,8 @@ fn request_of(case: &Value) -> v1::GenerateRequest {
                     .map(text);
             ask("emu2", vec![img(0), first, img(1), second, img(0), third, img(1)], output)
         }
+        "batch3 second" => ask("emu2", vec![text("[yellow, white, 2, top left]. "), img(1)], output),
+        "batch3 third" => ask("emu2", vec![text("An image of a dog wearing sunglasses.")], output),
         "video" => ask("emu2", vec![frames(), text("What is happening in the video?")], output),
         "chat_multi" => chat(
             vec![

@@ -20,7 +20,6 @@ use crate::support::binary;
 pub(crate) struct Process {
     child: Child,
     pub(crate) addr: SocketAddr,
-    pub(crate) admin: SocketAddr,
 }
 
 /// Router, encoder, llm and decoder of the tiny Emu2-Gen.
@@ -66,7 +65,7 @@ impl Process {
         let mut command = binary(name);
         let child =
             command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        Self { child, addr, admin }
+        Self { child, addr }
     }
 
     /// Waits until its health says SERVING.
