@@ -33,12 +33,9 @@ mod service;
 pub mod step;
 pub mod tokenizer;
 
-use std::{
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use emu2_proto::stage::language_model_server::LanguageModelServer;
 use emu2_serve::{
     server::{Listeners, Server},
@@ -54,14 +51,12 @@ use service::Service;
 
 /// Name in logs, spans and health.
 pub const NAME: &str = "emu2-llm";
-/// The engine finishes the step that it is in; a full model's takes less.
-const ENGINE_END_MAX: Duration = Duration::from_secs(5);
 
 /// Serves until shutdown begins, or until the engine can no longer be trusted, which is an error: the process ends
 /// and Kubernetes starts it anew.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
-    let Started { engine, loaded: loading, mut ended } =
+    let Started { engine, loaded: loading, ended } =
         Engine::start(config.model(), Metrics::register(&mut registry));
     let loaded = Arc::new(OnceLock::new());
     let max_bytes = config.server.max_message_bytes;
@@ -76,17 +71,5 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
         let _ = loaded.set(model);
         Ok(())
     };
-    let mut serving = Box::pin(server.run_after(load, shutdown.clone()));
-    tokio::select! {
-        served = &mut serving => served?,
-        Ok(()) = &mut ended => {
-            shutdown.begin();
-            serving.await?;
-            bail!("the engine has stopped: its device failed");
-        }
-    }
-    drop(serving);
-    // Torch does not like a process that ends under it.
-    let _ = tokio::time::timeout(ENGINE_END_MAX, ended).await;
-    Ok(())
+    server.run_engine(load, ended, shutdown).await
 }
