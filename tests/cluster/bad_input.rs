@@ -105,7 +105,7 @@ async fn prompts_that_no_model_could_read() {
                 model: "emu2".to_owned(),
                 ..draw(vec![text("x")], v1::ImageOutput::default())
             },
-            &["image", "emu2"],
+            &["image", "decoder"],
         ),
     ] {
         assert_refused(name, &refusal(request).await, Code::InvalidArgument, words);

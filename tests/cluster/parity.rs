@@ -22,7 +22,7 @@ use crate::support::{answer, ask, decode, golden_png, image, png, shared, text, 
 async fn texts_equal_the_official_models() {
     let cases = golden::json("generate.json");
     let cases: Vec<_> = cases["cases"].as_array().unwrap().iter().flat_map(requests_of).collect();
-    assert_eq!(cases.len(), 44);
+    assert_eq!(cases.len(), 48);
     let client = shared().client().await;
     let answers = cases.iter().map(|(_, request, _)| {
         let (mut client, request) = (client.clone(), request.clone());
