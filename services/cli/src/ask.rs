@@ -55,7 +55,7 @@ pub async fn chat(args: Chat) -> Result<()> {
         let request = v1::GenerateRequest {
             model: model.clone(),
             input: Some(Input::Chat(v1::Chat { turns: turns.clone(), system_message: args.system.clone() })),
-            output: Some(Output::Text(text.clone())),
+            output: Some(Output::Text(text)),
             seed: args.target.seed,
         };
         match answer(&mut client, request).await {

@@ -3,7 +3,11 @@
 //! The services are the same `run` functions that their binaries call and speak the same gRPC; only the process is
 //! shared, and with it the cores.
 
-use std::{net::SocketAddr, path::PathBuf, thread};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use anyhow::{Context, Result, bail};
 use emu2_nn::checkpoint::{ModelDir, Part};
@@ -64,7 +68,7 @@ pub struct Cluster {
 impl Cluster {
     /// Starts every service; they load while this returns. [`Cluster::ready`] waits for them.
     pub async fn start(config: ClusterConfig) -> Result<Self> {
-        let plans = config.model_dirs.iter().map(Plan::of).collect::<Result<Vec<_>>>()?;
+        let plans = config.model_dirs.iter().map(|dir| Plan::of(dir)).collect::<Result<Vec<_>>>()?;
         let engines: usize = plans.iter().map(|plan| plan.stages.len()).sum();
         let cores = (thread::available_parallelism().map_or(1, |all| all.get()) / engines.max(1)).max(1);
         let mut starting = Starting {
@@ -151,7 +155,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(dir: &PathBuf) -> Result<Self> {
+    fn of(dir: &Path) -> Result<Self> {
         let model = ModelDir::open(dir)?;
         let stages = [(Part::Visual, "encoder"), (Part::Llm, "llm"), (Part::Unet, "decoder")];
         let stages =
@@ -163,7 +167,7 @@ impl Plan {
             (false, false) => "emu2",
         };
         let name = model.value("name")?.unwrap_or_else(|| published.to_owned());
-        Ok(Self { dir: dir.clone(), name, stages })
+        Ok(Self { dir: dir.to_owned(), name, stages })
     }
 }
 
