@@ -89,9 +89,9 @@ fn request_of(case: &Value, prompt: &str) -> v1::GenerateRequest {
         }
         "chat_video_and_image" => chat(
             vec![
-                vec![img(0), frames(), text("What is happening in the video?")],
+                vec![img(1), frames(), text("What is happening in the video?")],
                 vec![text("ok")],
-                vec![img(1), text("and this?")],
+                vec![img(0), text("and this?")],
             ],
             output,
         ),
