@@ -66,7 +66,18 @@ pub async fn models(server: Server) -> Result<()> {
             }
         }
         if let Some(limits) = model.limits {
-            println!("  limits      {limits:?}");
+            println!(
+                "  limits      {} MiB a message, {} parts, {} pictures of {} megapixels, {} new tokens, {} beams",
+                limits.max_message_bytes >> 20,
+                limits.max_parts,
+                limits.max_images,
+                limits.max_image_pixels / 1_000_000,
+                limits.max_new_tokens,
+                limits.max_beams
+            );
+            if model.default_height > 0 {
+                println!("              {} steps, sides of {}", limits.max_steps, limits.max_image_side);
+            }
         }
     }
     Ok(())

@@ -30,12 +30,14 @@ async fn serve(config: ClusterConfig) -> Result<()> {
     let shutdown = Shutdown::on_signals();
     let mut cluster = Cluster::start(config).await?;
     for stage in &cluster.stages {
-        tracing::info!(model = stage.model, stage = stage.stage, addr = %stage.addr, admin = ?stage.admin, "started");
+        let admin = stage.admin.map(tracing::field::display);
+        tracing::info!(model = stage.model, stage = stage.stage, addr = %stage.addr, admin, "started");
     }
     tokio::select! {
         ready = cluster.ready() => {
             ready?;
-            tracing::info!(addr = %cluster.addr, admin = ?cluster.admin, "ready: try `emu2 models`");
+            let admin = cluster.admin.map(tracing::field::display);
+            tracing::info!(addr = %cluster.addr, admin, "ready: try `emu2 models`");
         }
         () = shutdown.begun() => return cluster.stop().await,
     }

@@ -35,6 +35,8 @@ use crate::{
 /// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
 /// watch would never end), and neither traced nor counted, since probes would drown what people look for.
 const INFRASTRUCTURE: &str = "/grpc.";
+/// The router asks every replica for this every few seconds: counted, but not traced, and logged only when it fails.
+const PROBE: &str = "/Info";
 
 /// What the layer needs to know of the server.
 pub(crate) struct Shared {
@@ -224,10 +226,21 @@ impl Ending {
     fn begin(shared: &Shared, request: &Request<Body>, request_id: Option<&RequestId>) -> Self {
         let request_id = request_id.cloned().unwrap_or_else(RequestId::generate);
         let method = request.uri().path().trim_start_matches('/').to_owned();
-        let span = tracing::info_span!(
+        let span =
+            if method.ends_with(PROBE) { Span::none() } else { Self::span(shared, &method, &request_id) };
+        if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
+            span.record("trace_id", trace_id);
+        }
+        let _in_flight = shared.metrics.arrived();
+        let metrics = shared.metrics.clone();
+        Self { request_id, method, span, begun: Instant::now(), metrics, code: None, _in_flight }
+    }
+
+    fn span(shared: &Shared, method: &str, request_id: &RequestId) -> Span {
+        tracing::info_span!(
             parent: None,
             "request",
-            otel.name = %method,
+            otel.name = method,
             otel.kind = "server",
             otel.status_code = Empty,
             rpc.system = "grpc",
@@ -235,13 +248,7 @@ impl Ending {
             service = shared.service,
             %request_id,
             trace_id = Empty,
-        );
-        if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
-            span.record("trace_id", trace_id);
-        }
-        let _in_flight = shared.metrics.arrived();
-        let metrics = shared.metrics.clone();
-        Self { request_id, method, span, begun: Instant::now(), metrics, code: None, _in_flight }
+        )
     }
 
     /// Notes the status in headers or trailers, if there is one, and completes it.
@@ -282,6 +289,9 @@ impl Drop for Ending {
             | Code::DeadlineExceeded => {
                 self.span.record("otel.status_code", "ERROR");
                 tracing::warn!(method, code = code_name, duration_ms, "request ended");
+            }
+            _ if self.method.ends_with(PROBE) => {
+                tracing::debug!(method, code = code_name, duration_ms, "request ended");
             }
             _ => tracing::info!(method, code = code_name, duration_ms, "request ended"),
         }
