@@ -147,7 +147,6 @@ impl Llama {
             project_down: Linear::load_no_bias(&root.at("project_down"), hidden, embedding_width),
             config,
         };
-        drop((lm, model));
         Ok((llama, root.finish()?))
     }
 

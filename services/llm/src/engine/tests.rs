@@ -2,6 +2,7 @@
 //! how requests share a batch.
 
 mod parity;
+mod spans;
 
 use std::time::Duration;
 
