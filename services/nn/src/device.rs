@@ -9,6 +9,10 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Cuda, Device, Kind};
 
+mod memory;
+
+pub use memory::free_memory;
+
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -36,6 +40,15 @@ pub fn compute_kind(device: Device) -> Kind {
     match device {
         Device::Cuda(_) => Kind::BFloat16,
         _ => Kind::Float,
+    }
+}
+
+/// As a configuration names it.
+pub(crate) fn name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}"),
     }
 }
 

@@ -7,6 +7,10 @@ use std::{
 
 use tch::{Kind, Tensor};
 
+mod layouts;
+
+pub use layouts::{diffusers, hugging_face};
+
 /// Tensors of one golden file by name.
 #[derive(Debug)]
 pub struct Golden {

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`array`] | wire arrays to tensors and back |
 //! | [`device`] | "cpu", "cuda:0" → devices, CUDA libraries found at run time |
-//! | [`checkpoint`] | a model folder, memory-mapped; the one table of names |
+//! | [`checkpoint`] | a model folder in any layout, memory-mapped; the one table of names |
+//! | [`random`] | weights out of a seed in place of a folder |
 //! | [`weights`] | the ledger that models are built from: every mistake in one error, and the digest |
 //! | [`layers`] | linear, norms, convolution, embedding, built from loaded tensors |
 //! | [`attention`] | the one attention function |
@@ -22,4 +23,5 @@ pub mod engine;
 #[cfg(feature = "golden")]
 pub mod golden;
 pub mod layers;
+pub mod random;
 pub mod weights;

@@ -10,16 +10,17 @@
 //! differently (Emu2 is published as float32 and as bfloat16) agree, and stages that compute differently do not.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
     rc::Rc,
+    time::Instant,
 };
 
 use safetensors::Dtype;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, nn::VarStore};
 
-use crate::checkpoint::{CheckpointError, Entry, ModelDir, Part};
+use crate::checkpoint::{CheckpointError, Entry, Files, ModelDir, Part, Source};
 
 /// A place in a part's tree of names, e.g. `blocks.3.attn`.
 #[derive(Clone, Debug)]
@@ -27,6 +28,7 @@ pub struct Weights {
     ledger: Rc<Ledger>,
     prefix: String,
     device: Device,
+    variables: Option<Rc<VarStore>>,
 }
 
 #[derive(Debug)]
@@ -38,10 +40,18 @@ struct Ledger {
     used: RefCell<BTreeMap<String, blake3::Hash>>,
     skipped: RefCell<BTreeSet<String>>,
     problems: RefCell<Vec<String>>,
+    /// Why nothing is read at all.
+    refused: RefCell<Option<CheckpointError>>,
+    /// Bytes handed out.
+    loaded: Cell<u64>,
+    started: Instant,
 }
 
 impl Weights {
     pub(crate) fn new(dir: Rc<ModelDir>, part: Part, device: Device, kind: Kind) -> Self {
+        // On CUDA a part may be spread over several devices: only `ModelDir::prepare` knows them.
+        let unchecked = dir.expect(part, kind) && device == Device::Cpu;
+        let refused = unchecked.then(|| dir.check_room(dir.bytes(part, kind), &[device]).err()).flatten();
         let ledger = Ledger {
             dir,
             part,
@@ -49,8 +59,16 @@ impl Weights {
             used: RefCell::default(),
             skipped: RefCell::default(),
             problems: RefCell::default(),
+            refused: RefCell::new(refused),
+            loaded: Cell::new(0),
+            started: Instant::now(),
         };
-        Self { ledger: Rc::new(ledger), prefix: String::new(), device }
+        Self { ledger: Rc::new(ledger), prefix: String::new(), device, variables: None }
+    }
+
+    /// The same place; its tensors become trainable variables.
+    pub(crate) fn registered_in(self, variables: Rc<VarStore>) -> Self {
+        Self { variables: Some(variables), ..self }
     }
 
     /// One level down: a name or an index.
@@ -75,11 +93,14 @@ impl Weights {
     /// module.
     pub fn get(&self, name: &str, shape: &[i64]) -> Tensor {
         let name = self.path(name);
-        self.ledger.fetch(&name, shape, self.device).unwrap_or_else(|problem| {
-            self.ledger.problems.borrow_mut().push(problem);
-            // An expanded scalar: a misnamed layer must not allocate gigabytes of zeros.
-            Tensor::zeros([1], (self.ledger.kind, self.device)).expand(shape, false)
-        })
+        match self.ledger.fetch(&name, shape, self.device) {
+            Ok(tensor) => self.register(&name, tensor),
+            Err(problem) => {
+                self.ledger.problems.borrow_mut().extend(problem);
+                // An expanded scalar: a misnamed layer must not allocate gigabytes of zeros.
+                Tensor::zeros([1], (self.ledger.kind, self.device)).expand(shape, false)
+            }
+        }
     }
 
     /// Names under here are known and not loaded, such as the VAE's encoder in serving.
@@ -90,6 +111,9 @@ impl Weights {
     /// Every mistake at once: missing names, wrong shapes, unused names. Else the weights digest, in hex.
     pub fn finish(self) -> Result<String, CheckpointError> {
         let ledger = &self.ledger;
+        if let Some(refused) = ledger.refused.take() {
+            return Err(refused);
+        }
         let (used, skipped) = (ledger.used.borrow(), ledger.skipped.borrow());
         let is_skipped = |name: &str| skipped.iter().any(|prefix| name.starts_with(prefix.as_str()));
         let mut problems = ledger.problems.borrow().clone();
@@ -104,7 +128,17 @@ impl Weights {
         for hash in used.values() {
             digest.update(hash.as_bytes());
         }
+        ledger.tell(used.len());
         Ok(digest.finalize().to_hex().to_string())
+    }
+
+    /// Under the native name, so that a file of all variables is a native checkpoint.
+    fn register(&self, name: &str, tensor: Tensor) -> Tensor {
+        let Some(variables) = &self.variables else { return tensor };
+        let name = self.ledger.part.native_name(name);
+        let (place, last) = name.rsplit_once('.').unwrap_or(("", &name));
+        let steps = place.split('.').filter(|step| !step.is_empty());
+        steps.fold(variables.root(), |place, step| place / step).add(last, tensor, true)
     }
 
     fn path(&self, name: impl Display) -> String {
@@ -122,25 +156,55 @@ pub fn combined_digest(parts: &[&str]) -> String {
 }
 
 impl Ledger {
-    fn fetch(&self, name: &str, shape: &[i64], device: Device) -> Result<Tensor, String> {
+    /// None is a problem that is known already.
+    fn fetch(&self, name: &str, shape: &[i64], device: Device) -> Result<Tensor, Option<String>> {
+        if self.refused.borrow().is_some() {
+            return Err(None);
+        }
+        let (tensor, hash) = match self.dir.source() {
+            Source::Files(files) => self.read(files, name, shape, device)?,
+            Source::Random(random) => {
+                let tensor = random.tensor(self.part, name, shape, self.kind, device);
+                (tensor, self.hash(name, shape, random.identity(device).as_bytes()))
+            }
+        };
+        if self.used.borrow_mut().insert(name.to_owned(), hash).is_some() {
+            return Err(Some(format!("`{name}` is used twice")));
+        }
+        let bytes = (tensor.numel() * self.kind.elt_size_in_bytes()) as u64;
+        self.loaded.set(self.loaded.get() + bytes);
+        self.dir.progress().advance(bytes);
+        Ok(tensor)
+    }
+
+    fn read(
+        &self,
+        files: &Files,
+        name: &str,
+        shape: &[i64],
+        device: Device,
+    ) -> Result<(Tensor, blake3::Hash), String> {
         let entry = self.dir.entry(self.part, name).ok_or_else(|| format!("`{name}` is missing"))?;
         if entry.shape != shape {
             return Err(format!("`{name}` must be {shape:?}, is {:?}", entry.shape));
         }
         let stored = kind_of(entry.dtype)
             .ok_or_else(|| format!("`{name}` must be F32, BF16 or F16, is {:?}", entry.dtype))?;
-        let tensor = with_mapped(self.dir.bytes(entry), entry, stored, |mapped| {
+        Ok(files.read(entry, |bytes| {
+            let mapped = over(bytes, entry, stored);
             // Converted on the CPU, so that the device receives the narrow form and the hash sees what it computes with.
-            mapped.to_kind(self.kind)
-        });
-        let hash = self.hash(name, shape, &tensor);
-        if self.used.borrow_mut().insert(name.to_owned(), hash).is_some() {
-            return Err(format!("`{name}` is used twice"));
-        }
-        Ok(tensor.to_device(device))
+            let mut converted = mapped.to_kind(self.kind);
+            // A conversion to the stored kind is a view of the mapping, which another device copies from and the CPU
+            // must not keep.
+            if device == Device::Cpu && converted.data_ptr() == mapped.data_ptr() {
+                converted = converted.copy();
+            }
+            let hash = self.hash(name, shape, values(&converted));
+            (converted.to_device(device), hash)
+        }))
     }
 
-    fn hash(&self, name: &str, shape: &[i64], tensor: &Tensor) -> blake3::Hash {
+    fn hash(&self, name: &str, shape: &[i64], values: &[u8]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         for field in [name.as_bytes(), format!("{:?}", self.kind).as_bytes()] {
             hasher.update(&(field.len() as u64).to_le_bytes()).update(field);
@@ -149,27 +213,37 @@ impl Ledger {
         for side in shape {
             hasher.update(&side.to_le_bytes());
         }
-        // SAFETY: a contiguous CPU tensor just made, alive for the call; its storage is at least this long.
-        let bytes = unsafe {
-            let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
-            std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length)
-        };
-        hasher.update(bytes).finalize()
+        hasher.update(values).finalize()
+    }
+
+    /// All that serving needs is in; what it skips counts as done.
+    fn tell(&self, tensors: usize) {
+        let bytes = self.loaded.get();
+        self.dir.progress().advance(self.dir.bytes(self.part, self.kind).saturating_sub(bytes));
+        let seconds = self.started.elapsed().as_secs_f64();
+        tracing::info!(part = %self.part, tensors, bytes, seconds, "weights loaded");
     }
 }
 
-/// Hands `convert` a tensor over the mapped bytes and returns a tensor that owns its storage.
-fn with_mapped(bytes: &[u8], entry: &Entry, stored: Kind, convert: impl Fn(&Tensor) -> Tensor) -> Tensor {
+/// A tensor over the mapped bytes; valid as long as they are.
+fn over(bytes: &[u8], entry: &Entry, stored: Kind) -> Tensor {
     let aligned = (bytes.as_ptr() as usize).is_multiple_of(stored.elt_size_in_bytes());
     if bytes.is_empty() || !aligned {
-        return convert(&Tensor::from_data_size(bytes, &entry.shape, stored));
+        return Tensor::from_data_size(bytes, &entry.shape, stored);
     }
     let strides: Vec<i64> = (0..entry.shape.len()).map(|i| entry.shape[i + 1..].iter().product()).collect();
-    // SAFETY: the bytes outlive `mapped`, which is only read here and copied before this returns.
-    let mapped = unsafe { Tensor::from_blob(bytes.as_ptr(), &entry.shape, &strides, stored, Device::Cpu) };
-    let converted = convert(&mapped);
-    // A conversion to the stored kind is a view of the mapping.
-    if converted.data_ptr() == mapped.data_ptr() { converted.copy() } else { converted }
+    // SAFETY: the only caller reads it while the bytes are borrowed, and copies before it returns.
+    unsafe { Tensor::from_blob(bytes.as_ptr(), &entry.shape, &strides, stored, Device::Cpu) }
+}
+
+/// The bytes of a contiguous CPU tensor.
+fn values(tensor: &Tensor) -> &[u8] {
+    let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if length == 0 {
+        return &[];
+    }
+    // SAFETY: its storage is at least this long, and is not written while the tensor is borrowed.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length) }
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {
