@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 const PORT: u16 = 50_054;
 
-/// How long an image may take is the caller's `grpc-timeout`: steps × step plus the VAE, times the requests that
-/// share the device. At 1024² with 50 steps that is some seconds on a data centre's GPU, and hours on a CPU.
+/// How long an image may take is the caller's `grpc-timeout`: steps × step plus the VAE, times the batches that take
+/// turns. A guided step at 1024² is about 24 Tflop, so 50 of them are hours on two CPU cores (0.13 Tflop/s).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -18,16 +18,18 @@ pub struct Config {
     pub devices: Vec<String>,
     /// Threads of one torch operation; 0 means all.
     pub cores: usize,
-    /// Pixels. The VAE's memory grows with the area: 2048² needs about 10 GB in bfloat16.
+    /// Pixels. The VAE's memory grows with the area: at 2048² its widest feature map has 2 GB in bfloat16, and a
+    /// few live at once.
     pub max_image_side: usize,
-    /// Five times upstream's 50; more make no better image.
+    /// Five times upstream's 50: a bound on what one request costs.
     pub max_steps: usize,
     /// Far above useful values (3 by default), far below where float32 would overflow.
     pub max_guidance_scale: f32,
     /// Embeddings of one image: 64 in published models, 1024 before pooling.
     pub max_queries: usize,
-    /// Pixels of the images that share a denoising step, twice for those under guidance: eight guided ones at 1024²,
-    /// beyond which a GPU gains no more from a larger batch. One that alone exceeds it goes alone.
+    /// Pixels of the images that share a denoising step, twice for those under guidance; a bound on memory, and on
+    /// how long the others wait for their turn. The default is eight guided images at 1024². One that alone exceeds
+    /// it goes alone.
     pub max_batch_pixels: u64,
     /// Longest wait for the next embeddings of a request: they are sent as the language model makes them.
     pub input_wait_ms_max: u64,

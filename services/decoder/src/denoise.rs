@@ -256,17 +256,14 @@ impl Painter {
     fn predict(&self, batch: &[&Sample], latents: &Tensor) -> Tensor {
         let guided: Vec<usize> = (0..batch.len()).filter(|&i| batch[i].negative.is_some()).collect();
         let rows: Vec<usize> = (0..batch.len()).chain(guided.iter().copied()).collect();
-        let each_row = |value: &dyn Fn(&Sample) -> f32| {
-            self.tensor(&rows.iter().map(|&row| value(batch[row])).collect::<Vec<_>>())
-        };
         let scale = self.column(batch, |sample| sample.next_step().input_scale());
         let input = (latents / scale).index_select(0, &self.indices(&rows)).to_kind(self.kind);
-        let timesteps = each_row(&|sample| sample.next_step().timestep);
+        let timesteps: Vec<f32> = rows.iter().map(|&row| batch[row].next_step().timestep).collect();
         let time_ids: Vec<f32> = rows.iter().flat_map(|&row| batch[row].time_ids).collect();
         let positive = batch.iter().map(|sample| &sample.positive);
         let negative = batch.iter().filter_map(|sample| sample.negative.as_ref());
         let embeddings = Tensor::cat(&positive.chain(negative).collect::<Vec<_>>(), 0);
-        let time_ids = self.tensor(&time_ids).view([-1, TIME_IDS]);
+        let (timesteps, time_ids) = (self.tensor(&timesteps), self.tensor(&time_ids).view([-1, TIME_IDS]));
 
         let noise = self.unet.forward(&input, &timesteps, &embeddings, &time_ids).to_kind(Kind::Float);
         let count = batch.len() as i64;

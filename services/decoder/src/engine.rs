@@ -61,8 +61,8 @@ pub struct Engine {
 pub struct Started {
     pub engine: Engine,
     pub loaded: oneshot::Receiver<Result<ModelInfo, LoadError>>,
-    /// Ends (with an error) when the thread has let go of the model.
-    pub stopped: oneshot::Receiver<()>,
+    /// Told when the thread has let go of a model that it served.
+    pub ended: oneshot::Receiver<()>,
 }
 
 #[derive(Debug)]
@@ -80,7 +80,7 @@ pub fn start(config: &Config, metrics: Metrics) -> Started {
     // Everything admitted fits, so a full queue means requests whose callers have left but that have not been let
     // go of yet.
     let (jobs, queue) = mpsc::channel(config.server.max_requests);
-    let (running, stopped) = oneshot::channel::<()>();
+    let (end, ended) = oneshot::channel();
     let max_batch_pixels = config.max_batch_pixels;
     let (model_dir, devices) = (config.model_dir.clone(), config.devices.clone());
     let load = move || {
@@ -92,9 +92,10 @@ pub fn start(config: &Config, metrics: Metrics) -> Started {
     };
     let serve = move |painter| {
         Worker::new(painter, queue, max_batch_pixels, metrics).run();
-        drop(running);
+        // Nobody listens when the service is gone already.
+        let _ = end.send(());
     };
-    Started { engine: Engine { jobs }, loaded: spawn("decoder-engine", config.cores, load, serve), stopped }
+    Started { engine: Engine { jobs }, loaded: spawn("decoder-engine", config.cores, load, serve), ended }
 }
 
 impl Engine {

@@ -16,15 +16,12 @@
 //!
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
-use std::time::Duration;
-
-use anyhow::{Context, bail};
+use anyhow::Context;
 use emu2_serve::{
     server::{Listeners, Server},
     shutdown::Shutdown,
 };
 use prometheus_client::registry::Registry;
-use tokio::{sync::oneshot, time::timeout};
 
 pub mod blocks;
 pub mod config;
@@ -43,10 +40,6 @@ pub mod vae;
 
 pub use config::Config;
 
-/// After the server has stopped: for the engine to end the step that it is in. A caller that does not read its last
-/// events may hold it longer; then it ends with the process.
-const ENGINE_STOP_MAX: Duration = Duration::from_secs(5);
-
 /// Serves until shutdown begins. Ready once the model is loaded and warm; ends with an error when it cannot be
 /// loaded, or when its device fails later.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
@@ -56,34 +49,12 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     let server = Server::new("emu2-decoder", &config.server, listeners)
         .service(service.clone().into_grpc())
         .registry(registry);
-    let (watch, readiness) = (shutdown.clone(), server.readiness());
-    let (watching, watched) = oneshot::channel();
+    // Takes this handle of the service along, so that from then on only the server holds the engine.
     let load = async move {
         let model = started.loaded.await.context("the engine thread ended while loading")??;
         tracing::info!(digest = model.weights_digest, "model loaded");
         service.loaded(model);
-        // The service's handle ends here: from now on only the server's keeps the engine.
-        let stopped = started.stopped;
-        let _ = watching.send(tokio::spawn(async move {
-            let _ = stopped.await;
-            let lost = !watch.is_begun();
-            if lost {
-                readiness.not_ready("the engine has stopped");
-                watch.begin();
-            }
-            lost
-        }));
         Ok(())
     };
-    server.run_after(load, shutdown).await?;
-    // Not there when shutdown came while loading.
-    let Ok(engine) = watched.await else { return Ok(()) };
-    let Ok(lost) = timeout(ENGINE_STOP_MAX, engine).await else {
-        tracing::warn!("the engine is still in a step");
-        return Ok(());
-    };
-    if lost.context("watching the engine")? {
-        bail!("the engine has stopped: its device failed");
-    }
-    Ok(())
+    server.run_engine(load, started.ended, shutdown).await
 }

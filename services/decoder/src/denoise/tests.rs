@@ -216,6 +216,16 @@ fn the_seed_decides_unless_latents_are_given() {
 }
 
 #[test]
+fn every_multiple_of_the_scale_factor_is_a_size() {
+    let (painter, _) = painter();
+    for (height, width) in [(8, 8), (72, 88), (8, 200)] {
+        let request = PaintRequest { height, width, ..request(3, 1, 3.0) };
+        let picture = painter.picture(&finish(&painter, painter.start(&request))).unwrap();
+        assert_eq!((picture.height, picture.width, picture.rgb.len()), (height, width, 3 * height * width));
+    }
+}
+
+#[test]
 fn bfloat16_paints_about_the_same() {
     let golden = golden::file("pipeline.safetensors");
     let (painter, info) = load(Kind::BFloat16);

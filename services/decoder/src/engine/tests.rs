@@ -210,7 +210,7 @@ async fn an_engine_loads_paints_and_stops_with_its_last_handle() {
         last = Some(event);
     }
     assert!(matches!(last, Some(Event::Painted(_))), "what is queued is painted");
-    assert!(started.stopped.await.is_err());
+    started.ended.await.unwrap();
 }
 
 #[tokio::test]
