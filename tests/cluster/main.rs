@@ -7,6 +7,7 @@
 //! | `cache.rs` | an image is encoded once, whoever asks |
 //! | `cancel.rs` | a client that leaves, or whose time is up, frees every stage |
 //! | `invariants.rs` | the architecture's rules, read from the sources |
+//! | `layouts.rs` | the same weights in another published layout are the same model |
 //! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
 //! | `parity.rs` | the official model's numbers, through the wire |
 //! | `pictures.rs` | pictures of every kind are read as Pillow reads them |
@@ -17,6 +18,7 @@ mod bad_input;
 mod cache;
 mod cancel;
 mod invariants;
+mod layouts;
 mod lifecycle;
 mod parity;
 mod pictures;

@@ -160,14 +160,7 @@ impl Plan {
         let stages = [(Part::Visual, "encoder"), (Part::Llm, "llm"), (Part::Unet, "decoder")];
         let stages =
             stages.into_iter().filter(|(part, _)| model.has(*part)).map(|(_, stage)| stage).collect();
-        let instruct = model.value("instruct")?.unwrap_or(false);
-        let published = match (model.has(Part::Unet), instruct) {
-            (true, _) => "emu2-gen",
-            (false, true) => "emu2-chat",
-            (false, false) => "emu2",
-        };
-        let name = model.value("name")?.unwrap_or_else(|| published.to_owned());
-        Ok(Self { dir: dir.to_owned(), name, stages })
+        Ok(Self { dir: dir.to_owned(), name: model.name().to_owned(), stages })
     }
 }
 

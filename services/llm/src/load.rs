@@ -12,7 +12,7 @@ use crate::{
     kv::Append,
     llama::{Llama, LlamaConfig, Rows},
     search::TextIds,
-    tokenizer::{Special, Tokenizer},
+    tokenizer::{Special, Tokenizer, TokenizerError},
 };
 
 /// What the engine needs of the service's configuration; see [`crate::config::Config`].
@@ -66,8 +66,7 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     let dir = ModelDir::open(&config.model_dir)?;
     let llama: LlamaConfig = dir.section("llama")?;
     let vision: Vision = dir.section("vision")?;
-    let instruct = dir.value("instruct")?.unwrap_or(false);
-    let tokenizer = Tokenizer::load(&dir.path().join("tokenizer.model"), instruct)?;
+    let tokenizer = tokenizer(&dir)?;
     check(&dir, &llama, &vision, &tokenizer)?;
     let (model, weights_digest) = Llama::load(&dir, llama, vision.width, &devices, kind)?;
 
@@ -92,6 +91,23 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
         kv_entries,
     };
     Ok((model, loaded))
+}
+
+/// The folder's tokenizer; an added_tokens.json beside it must give its tokens the ids that are appended here.
+fn tokenizer(dir: &ModelDir) -> Result<Tokenizer, LoadError> {
+    let tokenizer = Tokenizer::parse(&dir.tokenizer_bytes()?, dir.instruct()).map_err(|source| {
+        let path = dir.tokenizer_path().unwrap_or(dir.path()).to_owned();
+        TokenizerError::Model { path, source }
+    })?;
+    for (name, id) in dir.added_tokens()?.unwrap_or_default() {
+        let appended = tokenizer.special_named(&name);
+        if appended != Some(id) {
+            let expected = appended.map_or("no id".to_owned(), |id| id.to_string());
+            let text = format!("added_tokens.json gives `{name}` the id {id}, Emu2 gives it {expected}");
+            return Err(dir.unsupported(text).into());
+        }
+    }
+    Ok(tokenizer)
 }
 
 /// What config.json's sections and the tokenizer say must agree.

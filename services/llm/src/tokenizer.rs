@@ -122,7 +122,8 @@ impl Tokenizer {
             .map_err(|source| TokenizerError::Model { path: path.to_owned(), source })
     }
 
-    fn parse(bytes: &[u8], instruct: bool) -> Result<Self, ModelError> {
+    /// `bytes`: of a `tokenizer.model`.
+    pub fn parse(bytes: &[u8], instruct: bool) -> Result<Self, ModelError> {
         let model = Model::parse(bytes)?;
         let builtin =
             |name: &str, kind| model.find(name, kind).ok_or_else(|| ModelError::Missing(name.to_owned()));
@@ -139,6 +140,11 @@ impl Tokenizer {
         let longest_special = specials.keys().map(String::len).max().unwrap_or_default();
         let digest = digest(bytes, &appended);
         Ok(Self { model, specials, appended, longest_special, bos, unk, instruct, digest })
+    }
+
+    /// The id of a special token by its name, such as `[IMG]`.
+    pub fn special_named(&self, name: &str) -> Option<u32> {
+        self.specials.get(name).copied()
     }
 
     /// Ids of a text, the beginning-of-text id first; no end-of-text id.
