@@ -73,3 +73,18 @@ async fn published_layouts_serve_the_same_models() {
     assert!(worst <= 1, "a value differs by {worst}");
     cluster.stop().await.unwrap();
 }
+
+/// Weights out of a seed go through every stage: what full sizes are measured with.
+#[tokio::test]
+async fn random_weights_answer_and_paint() {
+    let cluster = start(ClusterConfig::local(vec!["random:emu2-tiny,seed=3".into()])).await;
+    let mut api = client(cluster.addr).await;
+    let model = api.list_models(v1::ListModelsRequest {}).await.unwrap().into_inner().models.remove(0).name;
+    let parts = vec![image(golden_png(0)), text("What is this?")];
+    answer(&mut api, ask(&model, parts, greedy(4))).await.unwrap();
+    let output = v1::ImageOutput { steps: Some(2), height: Some(64), width: Some(64), ..Default::default() };
+    let picture =
+        painted(&mut api, v1::GenerateRequest { model, ..draw(vec![text("a dog")], output) }).await.unwrap();
+    assert_eq!(picture.dimensions(), (64, 64));
+    cluster.stop().await.unwrap();
+}

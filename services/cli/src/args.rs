@@ -59,8 +59,12 @@ pub struct Target {
 #[derive(Debug, Args)]
 pub struct Up {
     /// A model folder: config.json, *.safetensors, tokenizer.model. Repeat for several models.
-    #[arg(long = "model-dir", required = true, value_name = "DIR")]
+    #[arg(long = "model-dir", required_unless_present = "random_weights", value_name = "DIR")]
     pub model_dirs: Vec<PathBuf>,
+    /// A model of this size with weights out of a seed, for sizing and for measuring time: emu2-37b, emu2-third (a
+    /// third of the width) or emu2-tiny; add ,seed=N for another.
+    #[arg(long, value_name = "SIZE")]
+    pub random_weights: Option<String>,
     /// Where the router listens.
     #[arg(long, default_value = "127.0.0.1:50051")]
     pub listen: SocketAddr,

@@ -1,5 +1,7 @@
 //! `emu2 up`: a cluster in this process until SIGINT or SIGTERM.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use emu2_serve::{
     shutdown::Shutdown,
@@ -14,8 +16,9 @@ use crate::{
 pub async fn up(args: Up) -> Result<()> {
     let log = TelemetryConfig { log: args.log, otlp_endpoint: args.otlp_endpoint, ..Default::default() };
     let telemetry = telemetry::init("emu2", &log)?;
+    let random = args.random_weights.map(|size| PathBuf::from(format!("random:{size}")));
     let outcome = serve(ClusterConfig {
-        model_dirs: args.model_dirs,
+        model_dirs: args.model_dirs.into_iter().chain(random).collect(),
         listen: args.listen,
         admin: Some(args.admin),
         devices: args.devices,

@@ -280,6 +280,10 @@ impl Drop for Ending {
         let _entered = self.span.enter();
         let (method, code_name, duration_ms) = (&self.method, code_name(code), duration.as_secs_f64() * 1e3);
         match code {
+            // A replica that still loads says so to every probe.
+            Code::Ok | Code::Unavailable if self.method.ends_with(PROBE) => {
+                tracing::debug!(method, code = code_name, duration_ms, "request ended");
+            }
             // The codes that OpenTelemetry counts as the server's failures.
             Code::Unknown
             | Code::Internal
@@ -289,9 +293,6 @@ impl Drop for Ending {
             | Code::DeadlineExceeded => {
                 self.span.record("otel.status_code", "ERROR");
                 tracing::warn!(method, code = code_name, duration_ms, "request ended");
-            }
-            _ if self.method.ends_with(PROBE) => {
-                tracing::debug!(method, code = code_name, duration_ms, "request ended");
             }
             _ => tracing::info!(method, code = code_name, duration_ms, "request ended"),
         }
