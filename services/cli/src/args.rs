@@ -71,7 +71,7 @@ pub struct Up {
     /// Where /metrics, /healthz and /readyz of the router listen.
     #[arg(long, default_value = "127.0.0.1:51051")]
     pub admin: SocketAddr,
-    /// Devices of every model, in order: cpu, or cuda:0,cuda:1.
+    /// Devices of every model: cpu, or cuda:0,cuda:1; the llm's layers are spread over them, the rest takes the first.
     #[arg(long, default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
     /// Share encoded pictures with other routers through Redis (redis://…); in this process alone otherwise.

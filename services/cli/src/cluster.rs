@@ -29,7 +29,7 @@ pub struct ClusterConfig {
     /// Of the router; port 0 takes a free one.
     pub listen: SocketAddr,
     pub admin: Option<SocketAddr>,
-    /// Of every model service.
+    /// The llm's layers are spread over them; encoders and decoders take the first.
     pub devices: Vec<String>,
     pub redis_url: Option<String>,
 }
@@ -193,7 +193,10 @@ impl Starting {
         let server = ServerConfig::on_port(0);
         let listeners = Listeners::bind(&server).await?;
         let (addr, admin) = (listeners.grpc_addr(), listeners.admin_addr());
-        let (model_dir, devices, cores) = (plan.dir.clone(), self.devices.clone(), self.cores);
+        // As upstream's multi-GPU placement: only the llm's layers are spread, everything else is on the first device.
+        let spread = if stage == "llm" { self.devices.len() } else { 1 };
+        let devices = self.devices.iter().take(spread).cloned().collect();
+        let (model_dir, cores) = (plan.dir.clone(), self.cores);
         let (telemetry, stop) = (TelemetryConfig::default(), self.stop.clone());
         match stage {
             "encoder" => {
