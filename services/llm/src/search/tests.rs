@@ -16,7 +16,10 @@ fn beam(num_beams: usize, length_penalty: f64) -> Strategy {
 fn logits(ids: &[u32], vocabulary: usize, salt: u64) -> Vec<f32> {
     let seed = ids.iter().fold(salt, |seed, &id| seed.wrapping_mul(0x0100_0000_01b3) ^ u64::from(id));
     let mut generator = ChaCha12Rng::seed_from_u64(seed);
-    (0..vocabulary).map(|_| generator.random_range(-4.0..4.0)).collect()
+    let mut logits: Vec<f32> = (0..vocabulary).map(|_| generator.random_range(-4.0..4.0)).collect();
+    // Likely enough that beams end, some of them in the same step.
+    logits[IDS.end as usize] += (salt / 12 % 4) as f32;
+    logits
 }
 
 /// Runs a search against the stand-in; the ids it answers with and its last step.
@@ -172,11 +175,17 @@ fn a_beam_search_ends_when_nothing_better_can_follow() {
 
 #[test]
 fn an_end_ranked_below_the_beams_is_forgotten() {
-    let mut search = Search::new(&TextParameters { max_new_tokens: 1, ..parameters(beam(2, 0.0)) }, IDS);
-    // The end is third of the four candidates, so the running beams are the only answers.
-    let step = search.step(&mut [0.0, 0.0, 3.0, 5.0, 4.0, 1.0]);
-    assert!(matches!(step.next, Next::End { complete: false, .. }), "{step:?}");
-    assert_eq!(step.ids, [3]);
+    let mut search = Search::new(&parameters(beam(2, 0.0)), IDS);
+    search.step(&mut [0.0, 0.0, -9.0, 6.0, 5.0, -1.0]);
+    // The first beam ends or goes on, the second ends: third of the candidates, while a beam is still to be filled.
+    let first = [-9.0, -9.0, 5.0, 4.8, -9.0, -9.0];
+    let second = [-9.0, -9.0, 9.0, -9.0, -9.0, -9.0];
+    let step = search.step(&mut [first, second].concat());
+    assert!(matches!(step.next, Next::Rows(_)), "{step:?}");
+    // Had both ends been kept, nothing could beat them now.
+    let unlikely_end = [0.0, 0.0, -9.0, 0.0, 0.0, 0.0];
+    let step = search.step(&mut [unlikely_end, unlikely_end].concat());
+    assert!(matches!(step.next, Next::Rows(_)), "{step:?}");
 }
 
 #[test]
