@@ -43,6 +43,15 @@ pub fn compute_kind(device: Device) -> Kind {
     }
 }
 
+/// As a configuration names it.
+pub(crate) fn name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}"),
+    }
+}
+
 fn open_one(name: &str) -> Result<Device, DeviceError> {
     if name == "cpu" {
         return Ok(Device::Cpu);

@@ -7,7 +7,7 @@
 //! | `files` | which files are the model's weights: indexes and variants |
 //! | `folder` | opens them all |
 //! | `mapped` | a memory-mapped weights file |
-//! | [`progress`] | how far loading is |
+//! | `progress` | how far loading is |
 //!
 //! Every name is translated once, when its file is opened, to its part and its canonical name; models never see a
 //! layout. In place of a folder, `random:emu2-37b` is a model of that size with weights out of a seed; see
