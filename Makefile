@@ -34,7 +34,7 @@ up: libtorch
 	cargo build --package emu2-cli
 	$(BIN)/emu2 up --model-dir $(MODEL_DIR)
 
-local: build
+local: build redis
 	deploy/local/run.sh $(BIN) $(MODEL_DIR)
 
 # Some tests start the real binaries, so they are built first.

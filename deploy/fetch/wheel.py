@@ -23,7 +23,7 @@ def download(requirement, sha256, aside):
     # fmt: off
     subprocess.run(
         [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
+            sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:",
             "--progress-bar", "on" if sys.stderr.isatty() else "off",
             "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none",
             *(word for tag in PLATFORMS for word in ("--platform", tag)),
