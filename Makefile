@@ -2,7 +2,7 @@
 #
 #   make demo    fetch libtorch, build, start the cluster in one process, ask and paint through its gRPC API
 #   make test    the whole test suite (installs redis-server on Debian as root)
-#   make check   format, lints, licences, contracts
+#   make check   format, lints, licences, contracts, chart
 #   make up      the cluster in one process on the demo's weights, until Ctrl-C
 #   make local   the same as four processes and Redis
 #
@@ -11,7 +11,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
-.PHONY: demo up local test check build libtorch redis tools fmt clippy deny buf
+.PHONY: demo up local test check build libtorch redis tools fmt clippy deny buf chart
 
 export EMU2_CACHE ?= $(HOME)/.cache/emu2
 export CARGO_TARGET_DIR ?= $(EMU2_CACHE)/target
@@ -22,6 +22,8 @@ CARGO_DENY_VERSION := 0.20.2
 BUF_VERSION := 1.75.0
 BUF := $(TOOLS)/buf-$(BUF_VERSION)/node_modules/.bin/buf
 CARGO_DENY := $(TOOLS)/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
+# Named by what is to be in it, so that another list is another environment.
+CHART_TOOLS := $(TOOLS)/chart-$(shell sha256sum deploy/tools/requirements.txt | cut -c 1-12)
 
 # Weights until trained ones ship: tiny and random, with every part of the model.
 MODEL_DIR ?= tests/fixtures/golden-a/models/emu2-gen
@@ -44,7 +46,7 @@ test: build redis
 build: libtorch
 	cargo build --workspace --bins
 
-check: fmt clippy deny buf
+check: fmt clippy deny buf chart
 
 fmt:
 	cargo fmt --all --check
@@ -59,16 +61,26 @@ deny: $(CARGO_DENY)
 buf: $(BUF)
 	$(BUF) lint proto
 
+# No cluster is needed, and none is asked: see "On Kubernetes" in the README for what that leaves open.
+chart: $(CHART_TOOLS)/installed
+	$(CHART_TOOLS)/bin/hadolint deploy/Dockerfile
+	$(CHART_TOOLS)/bin/python deploy/tools/check_chart.py
+
 libtorch:
 	python3 deploy/fetch/libtorch.py
 
 redis:
 	deploy/redis/install.sh
 
-tools: $(CARGO_DENY) $(BUF)
+tools: $(CARGO_DENY) $(BUF) $(CHART_TOOLS)/installed
 
 $(CARGO_DENY):
 	env -u CARGO_TARGET_DIR cargo install cargo-deny --version $(CARGO_DENY_VERSION) --locked --root $(TOOLS)/cargo-deny-$(CARGO_DENY_VERSION)
 
 $(BUF):
 	npm install --silent --no-fund --no-audit --prefix $(TOOLS)/buf-$(BUF_VERSION) @bufbuild/buf@$(BUF_VERSION)
+
+$(CHART_TOOLS)/installed:
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all: --requirement deploy/tools/requirements.txt
+	touch $@
