@@ -1,0 +1,52 @@
+//! A document as the model reads it, and what is learned of it.
+
+use super::Picture;
+
+/// What a document teaches; each has its own weight in a mixture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Task {
+    /// A picture before or after the text that describes it.
+    Caption,
+    /// What, how many, where, which colour.
+    Question,
+    /// Text with boxes of what it names.
+    Grounding,
+    /// Made-up names bound to things by demonstrations.
+    Names,
+    /// `[red, cat, 3, bottom left].`, the format shown by demonstrations.
+    Tuples,
+    /// What stands in a red circle.
+    Circle,
+    TextToImage,
+    /// A thing from a picture, elsewhere.
+    Subject,
+    /// Boxes and the things to paint in them.
+    BoxToImage,
+    /// A picture, an instruction, the changed picture.
+    Editing,
+    /// Frames of one moving thing, and the motion in words.
+    Clip,
+}
+
+/// In order. It begins with `<s>`, which is not among the pieces.
+#[derive(Debug, Clone)]
+pub struct Document {
+    pub task: Task,
+    pub pieces: Vec<Piece>,
+    /// Whether `</s>` follows the last piece; it is learned if that piece is.
+    pub ends: bool,
+}
+
+#[derive(Debug, Clone)]
+pub enum Piece {
+    /// Joined with the text before it, as a served prompt joins its parts: a space between two words is written in one
+    /// of the two. Special tokens are written out (`<phrase>`, `<patch_index_0003>`). `learn`: cross-entropy falls on
+    /// its tokens; such a piece begins with a space, with a special token or after a picture, so that no token
+    /// straddles its beginning.
+    Text { text: String, learn: bool },
+    /// `[IMG]`, one slot of n_query embeddings, `[/IMG]`. `learn`: its embeddings are to be regressed, and cross-entropy
+    /// falls on its `[IMG]`.
+    Image { picture: Picture, learn: bool },
+    /// `[VIDEO]`, then every frame as `[IMG]`, v_query embeddings, `[/IMG]`.
+    Video { frames: Vec<Picture> },
+}

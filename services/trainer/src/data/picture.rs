@@ -1,0 +1,31 @@
+//! The pixels of one image.
+
+use std::{fmt, sync::Arc};
+
+/// Width and height of every picture, in pixels.
+pub const SIDE: usize = 64;
+
+/// RGB, rows from the top: SIDE x SIDE x 3 bytes. Cheap to clone.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Picture(Arc<[u8]>);
+
+impl Picture {
+    pub const BYTES: usize = SIDE * SIDE * 3;
+
+    /// # Panics
+    /// If `rgb` has another length than [`Self::BYTES`].
+    pub fn new(rgb: Vec<u8>) -> Self {
+        assert_eq!(rgb.len(), Self::BYTES, "a picture is {SIDE} x {SIDE} x 3 bytes");
+        Self(rgb.into())
+    }
+
+    pub fn rgb(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Picture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Picture").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,14 @@
+use std::process::ExitCode;
+
+use clap::Parser;
+use emu2_trainer::args::{self, Cli};
+
+fn main() -> ExitCode {
+    match args::run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
