@@ -4,7 +4,7 @@
 //! As published, and unlike most ViTs: blocks are post-norm (the norm sits on the branch, after attention or mlp),
 //! nothing normalises the last block's output, and k has no bias. What upstream's file can also be (rotary embeddings,
 //! SwiGLU, sub-layer norms, layer scale, relative positions) no published Emu2 uses; a configuration that asks for it
-//! is refused. The fused bias of q, k and v is put together once, at load.
+//! is refused.
 
 use std::rc::Rc;
 
@@ -151,12 +151,16 @@ pub struct EvaVit {
 impl EvaVit {
     /// The model and its weights digest.
     pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, String), CheckpointError> {
+        Self::build(dir, dir.weights(Part::Visual, device, kind))
+    }
+
+    /// As [`Self::load`], of weights that may be trainable.
+    pub fn build(dir: &ModelDir, w: Weights) -> Result<(Self, String), CheckpointError> {
         let config: VisionConfig = dir.section("vision")?;
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(dir.unsupported(format!("`vision`: {}", problems.join("; "))));
         }
-        let w = dir.weights(Part::Visual, device, kind);
         let model = Self {
             patch_embed: PatchEmbed::load(&w.at("patch_embed"), &config),
             cls_token: w.get("cls_token", &[1, 1, config.width]),
@@ -243,8 +247,13 @@ impl Block {
 
 #[derive(Debug)]
 struct Attention {
-    /// [3 × width, width] and, as one bias, q_bias, zeros, v_bias.
+    /// [3 × width, width]
     qkv: Linear,
+    /// Upstream gives q and v a bias but never k, whose third of the fused bias is zero. Put together in every
+    /// forward, which is nothing beside the product: put together at load, only one backward could pass through.
+    q_bias: Tensor,
+    k_bias: Tensor,
+    v_bias: Tensor,
     proj: Linear,
     heads: i64,
 }
@@ -252,12 +261,11 @@ struct Attention {
 impl Attention {
     fn load(w: &Weights, config: &VisionConfig) -> Self {
         let width = config.width;
-        let qkv = Linear::load_no_bias(&w.at("qkv"), width, 3 * width);
-        // Upstream gives q and v a bias but never k, so the middle third is zero.
-        let (q_bias, v_bias) = (w.get("q_bias", &[width]), w.get("v_bias", &[width]));
-        let bias = Tensor::cat(&[&q_bias, &q_bias.zeros_like(), &v_bias], 0);
         Self {
-            qkv: Linear { bias: Some(bias), ..qkv },
+            qkv: Linear::load_no_bias(&w.at("qkv"), width, 3 * width),
+            q_bias: w.get("q_bias", &[width]),
+            k_bias: Tensor::zeros([width], (w.kind(), w.device())),
+            v_bias: w.get("v_bias", &[width]),
             proj: Linear::load(&w.at("proj"), width, width),
             heads: config.heads(),
         }
@@ -266,8 +274,12 @@ impl Attention {
     /// [batch, tokens, width] -> [batch, tokens, width]
     fn forward(&self, x: &Tensor) -> Tensor {
         let (batch, tokens, width) = x.size3().expect("x has three dimensions");
+        let bias = Tensor::cat(&[&self.q_bias, &self.k_bias, &self.v_bias], 0);
         // [batch, tokens, (3 heads head_width)] -> 3 × [batch, heads, tokens, head_width]
-        let qkv = self.qkv.forward(x).view([batch, tokens, 3, self.heads, -1]).permute([2, 0, 3, 1, 4]);
+        let qkv = x
+            .linear(&self.qkv.weight, Some(&bias))
+            .view([batch, tokens, 3, self.heads, -1])
+            .permute([2, 0, 3, 1, 4]);
         let attended = attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), false);
         // [batch, heads, tokens, head_width] -> [batch, tokens, (heads head_width)]
         self.proj.forward(&attended.transpose(1, 2).reshape([batch, tokens, width]))

@@ -124,10 +124,21 @@ impl Llama {
         devices: &[Device],
         kind: Kind,
     ) -> Result<(Self, String), CheckpointError> {
+        Self::build(dir, config, embedding_width, devices, dir.weights(Part::Llm, devices[0], kind))
+    }
+
+    /// As [`Self::load`], of weights that may be trainable.
+    pub fn build(
+        dir: &ModelDir,
+        config: LlamaConfig,
+        embedding_width: i64,
+        devices: &[Device],
+        root: Weights,
+    ) -> Result<(Self, String), CheckpointError> {
         if let Some(problem) = config.problem() {
             return Err(dir.unsupported(problem));
         }
-        let root = dir.weights(Part::Llm, devices[0], kind);
+        let kind = root.kind();
         let lm = root.at("decoder").at("lm");
         let model = lm.at("model");
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
@@ -201,9 +212,27 @@ impl Llama {
         let mut x = x.shallow_clone();
         for (index, layer) in self.layers.iter().enumerate() {
             let caches: Vec<&LayerKv> = batch.iter().map(|rows| &rows.kv.layers[index]).collect();
-            x = layer.forward(&x.to_device(self.places[layer.place].device), &steps[layer.place], &caches);
+            let (step, x_here) = (&steps[layer.place], x.to_device(self.places[layer.place].device));
+            x = layer.forward(&x_here, |attention, x| attention.forward(x, step, &caches));
         }
         self.norm.forward(&x.to_device(self.device()))
+    }
+
+    /// As [`Self::forward`] for whole sequences of one length and without caches, for training. Shorter ones are
+    /// padded at their ends, which no row before sees: [batch, tokens, width] -> [batch, tokens, width]
+    pub fn forward_whole(&self, x: &Tensor) -> Tensor {
+        let (batch, tokens, _) = x.size3().expect("x has three dimensions");
+        let line =
+            Appended { start: 0, rows: tokens, positions: (0..tokens).collect(), sight: Sight::Causal };
+        let places = self.places.iter().map(|place| place.step(std::slice::from_ref(&line)));
+        let steps: Vec<Step> = places.map(|step| step.repeated(batch)).collect();
+        // [batch, tokens, width] -> [(batch tokens), width]
+        let mut rows = x.flatten(0, 1);
+        for layer in &self.layers {
+            let (step, here) = (&steps[layer.place], rows.to_device(self.places[layer.place].device));
+            rows = layer.forward(&here, |attention, x| attention.forward_whole(x, step, batch));
+        }
+        self.norm.forward(&rows.to_device(self.device())).view_as(x)
     }
 }
 
@@ -214,6 +243,14 @@ struct Step {
     cos: Tensor,
     sin: Tensor,
     spans: Vec<Span>,
+}
+
+impl Step {
+    /// Rotations for so many sequences alike, one after the other.
+    fn repeated(self, times: i64) -> Self {
+        let repeat = |table: &Tensor| table.repeat([times, 1, 1]);
+        Self { cos: repeat(&self.cos), sin: repeat(&self.sin), ..self }
+    }
 }
 
 /// The rows of one sequence, in a row.
@@ -272,8 +309,8 @@ impl Layer {
     }
 
     /// [tokens, width] -> [tokens, width]
-    fn forward(&self, x: &Tensor, step: &Step, caches: &[&LayerKv]) -> Tensor {
-        let x = x + self.self_attn.forward(&self.input_layernorm.forward(x), step, caches);
+    fn forward(&self, x: &Tensor, attend: impl Fn(&Attention, &Tensor) -> Tensor) -> Tensor {
+        let x = x + attend(&self.self_attn, &self.input_layernorm.forward(x));
         &x + self.mlp.forward(&self.post_attention_layernorm.forward(&x))
     }
 }
@@ -304,12 +341,8 @@ impl Attention {
 
     /// [tokens, width] -> [tokens, width]
     fn forward(&self, x: &Tensor, step: &Step, caches: &[&LayerKv]) -> Tensor {
-        // [tokens, (heads head_width)] -> [tokens, heads, head_width]
-        let split = |x: Tensor| x.view([-1, self.heads, self.head_width]);
         // [tokens, heads, head_width] -> [heads, tokens, head_width]
-        let q = rotate(&split(self.q_proj.forward(x)), step).transpose(0, 1);
-        let k = rotate(&split(self.k_proj.forward(x)), step).transpose(0, 1);
-        let v = split(self.v_proj.forward(x)).transpose(0, 1);
+        let [q, k, v] = self.project(x, step).map(|x| x.transpose(0, 1));
         let mut outputs = Vec::with_capacity(caches.len());
         let mut first = 0;
         for (span, cache) in step.spans.iter().zip(caches) {
@@ -319,6 +352,25 @@ impl Attention {
         }
         // [tokens, heads, head_width] -> [tokens, (heads head_width)]
         self.o_proj.forward(&Tensor::cat(&outputs, 0).flatten(1, 2))
+    }
+
+    /// Sequences of one length, one after the other: [(batch tokens), width] -> [(batch tokens), width]
+    fn forward_whole(&self, x: &Tensor, step: &Step, batch: i64) -> Tensor {
+        // [(batch tokens), heads, head_width] -> [batch, heads, tokens, head_width]
+        let [q, k, v] = self.project(x, step).map(|x| x.unflatten(0, [batch, -1]).transpose(1, 2));
+        // [batch, heads, tokens, head_width] -> [(batch tokens), (heads head_width)]
+        self.o_proj.forward(&attend(&q, &k, &v, true).transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    }
+
+    /// q and k, rotated, and v: [tokens, width] -> 3 × [tokens, heads, head_width]
+    fn project(&self, x: &Tensor, step: &Step) -> [Tensor; 3] {
+        // [tokens, (heads head_width)] -> [tokens, heads, head_width]
+        let split = |x: Tensor| x.view([-1, self.heads, self.head_width]);
+        [
+            rotate(&split(self.q_proj.forward(x)), step),
+            rotate(&split(self.k_proj.forward(x)), step),
+            split(self.v_proj.forward(x)),
+        ]
     }
 }
 

@@ -23,9 +23,9 @@ use decode::{ImageError, ImageLimits, Rgb};
 pub const PREPROCESSING_VERSION: u32 = 1;
 
 /// CLIP's per-channel statistics, in red, green, blue (upstream: emu/constants.py).
-const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
+pub const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
 #[expect(clippy::excessive_precision, reason = "written as upstream writes them")]
-const STANDARD_DEVIATION: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
+pub const STANDARD_DEVIATION: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
 
 /// An encoded picture -> [3, side, side], row-major.
 pub fn preprocess(encoded: &[u8], side: usize, limits: &ImageLimits) -> Result<Vec<f32>, ImageError> {

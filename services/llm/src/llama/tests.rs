@@ -209,3 +209,16 @@ fn a_configuration_that_contradicts_itself_is_refused() {
     let text = error(LlamaConfig { num_hidden_layers: 0, ..base });
     assert!(text.contains("num_hidden_layers must be at least 1"), "{text}");
 }
+
+#[test]
+fn whole_sequences_side_by_side_are_the_cached_forward() {
+    let model = model("emu2-base", 2);
+    let mut seeded = ChaCha12Rng::seed_from_u64(11);
+    let (long, short) = (random(&model, &mut seeded, 21), random(&model, &mut seeded, 13));
+    let padded = Tensor::cat(&[&short, &long.narrow(0, 0, 8)], 0);
+    let together = model.forward_whole(&Tensor::stack(&[&long, &padded], 0));
+    for (row, alone) in [(0, &long), (1, &short)] {
+        let want = whole(&model, alone);
+        assert_close("a row", &together.i(row).narrow(0, 0, alone.size()[0]), &want, ROUNDING);
+    }
+}
