@@ -1,9 +1,12 @@
 //! A document as the model reads it, and what is learned of it.
 
+use serde::Deserialize;
+
 use super::Picture;
 
 /// What a document teaches; each has its own weight in a mixture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Task {
     /// A picture before or after the text that describes it.
     Caption,

@@ -54,3 +54,22 @@ impl<B> Iterator for Loader<B> {
         batch
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_come_in_order_for_any_number_of_threads() {
+        for threads in [0, 1, 3] {
+            let loader = Loader::start(threads, 2, 5, |number| number * 10);
+            assert_eq!(loader.take(7).collect::<Vec<_>>(), [50, 60, 70, 80, 90, 100, 110]);
+        }
+    }
+
+    #[test]
+    fn a_broken_worker_ends_it() {
+        let mut loader = Loader::start(2, 1, 0, |number| assert!(number < 1, "broken"));
+        assert_eq!((loader.next(), loader.next()), (Some(()), None));
+    }
+}

@@ -1,0 +1,244 @@
+//! A scene: what is where on which background; and its pixels.
+
+use super::{Concept, Drawings, Picture, SIDE, Style, atlas::Sprite};
+
+/// Named colours of backgrounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Background {
+    Red,
+    Yellow,
+    Green,
+    Blue,
+    Purple,
+    Pink,
+    White,
+    Black,
+}
+
+impl Background {
+    pub const ALL: [Self; 8] = [
+        Self::Red,
+        Self::Yellow,
+        Self::Green,
+        Self::Blue,
+        Self::Purple,
+        Self::Pink,
+        Self::White,
+        Self::Black,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Red => "red",
+            Self::Yellow => "yellow",
+            Self::Green => "green",
+            Self::Blue => "blue",
+            Self::Purple => "purple",
+            Self::Pink => "pink",
+            Self::White => "white",
+            Self::Black => "black",
+        }
+    }
+
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    pub fn rgb(self) -> [u8; 3] {
+        match self {
+            Self::Red => [190, 40, 50],
+            Self::Yellow => [245, 225, 120],
+            Self::Green => [60, 150, 85],
+            Self::Blue => [60, 110, 200],
+            Self::Purple => [125, 70, 165],
+            Self::Pink => [250, 185, 210],
+            Self::White => [245, 245, 245],
+            Self::Black => [25, 25, 30],
+        }
+    }
+}
+
+/// Where in the picture something is, by the centre of its bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    TopLeft,
+    TopRight,
+    BottomLeft,
+    BottomRight,
+    Center,
+}
+
+impl Place {
+    pub const ALL: [Self; 5] =
+        [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight, Self::Center];
+    pub const CORNERS: [Self; 4] = [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TopLeft => "top left",
+            Self::TopRight => "top right",
+            Self::BottomLeft => "bottom left",
+            Self::BottomRight => "bottom right",
+            Self::Center => "center",
+        }
+    }
+
+    /// Whether it lies right of and below the middle; `None`: on it.
+    pub fn sides(self) -> Option<(bool, bool)> {
+        match self {
+            Self::TopLeft => Some((false, false)),
+            Self::TopRight => Some((true, false)),
+            Self::BottomLeft => Some((false, true)),
+            Self::BottomRight => Some((true, true)),
+            Self::Center => None,
+        }
+    }
+}
+
+/// How the first of two things lies to the second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Relation {
+    LeftOf,
+    RightOf,
+    Above,
+    Below,
+}
+
+impl Relation {
+    pub const ALL: [Self; 4] = [Self::LeftOf, Self::RightOf, Self::Above, Self::Below];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LeftOf => "left of",
+            Self::RightOf => "right of",
+            Self::Above => "above",
+            Self::Below => "below",
+        }
+    }
+}
+
+/// Pixels of the picture: [left, right) x [top, bottom).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    pub left: u32,
+    pub top: u32,
+    pub right: u32,
+    pub bottom: u32,
+}
+
+impl Bounds {
+    /// Left, top, right, bottom in fractions of the picture.
+    pub fn fractions(self) -> [f32; 4] {
+        [self.left, self.top, self.right, self.bottom].map(|edge| edge as f32 / SIDE as f32)
+    }
+
+    /// In pixels.
+    pub fn center(self) -> [f32; 2] {
+        [(self.left + self.right) as f32 / 2.0, (self.top + self.bottom) as f32 / 2.0]
+    }
+
+    pub fn around(self, other: Self) -> Self {
+        Self {
+            left: self.left.min(other.left),
+            top: self.top.min(other.top),
+            right: self.right.max(other.right),
+            bottom: self.bottom.max(other.bottom),
+        }
+    }
+}
+
+/// One drawing in a scene.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Thing {
+    pub concept: Concept,
+    pub style: Style,
+    /// Of the longer side, in pixels.
+    pub size: u32,
+    pub bounds: Bounds,
+}
+
+/// How its things are arranged, which is what can be said of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layout {
+    /// One thing, at a place.
+    Single(Place),
+    /// The same thing 1 to 4 times; gathered at a place, or spread.
+    Group(Option<Place>),
+    /// Two different things.
+    Pair(Relation),
+    /// Two to four different things in reading order, and each one's own corner.
+    Corners(Vec<Place>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scene {
+    pub background: Background,
+    pub layout: Layout,
+    /// 1 to 4.
+    pub things: Vec<Thing>,
+    /// The thing with a red circle around it.
+    pub circled: Option<usize>,
+}
+
+impl Scene {
+    /// Each concept once, in order of appearance, and how often it is there.
+    pub fn counts(&self) -> Vec<(Concept, u32)> {
+        let mut counts: Vec<(Concept, u32)> = Vec::new();
+        for thing in &self.things {
+            match counts.iter_mut().find(|(concept, _)| *concept == thing.concept) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((thing.concept, 1)),
+            }
+        }
+        counts
+    }
+
+    pub fn draw(&self, drawings: &Drawings) -> Picture {
+        let mut rgb = self.background.rgb().repeat(SIDE * SIDE);
+        for thing in &self.things {
+            let sprite = drawings.atlas(thing.style).sprite(thing.concept, thing.size);
+            blend(&mut rgb, sprite, thing.bounds);
+        }
+        if let Some(thing) = self.circled.map(|index| &self.things[index]) {
+            circle(&mut rgb, thing.bounds);
+        }
+        Picture::new(rgb)
+    }
+}
+
+fn blend(rgb: &mut [u8], sprite: &Sprite, bounds: Bounds) {
+    let (left, top) = (bounds.left as usize, bounds.top as usize);
+    for (y, row) in sprite.rgba.chunks_exact(sprite.width * 4).enumerate() {
+        let start = ((top + y) * SIDE + left) * 3;
+        let under = &mut rgb[start..start + sprite.width * 3];
+        for (under, over) in under.chunks_exact_mut(3).zip(row.chunks_exact(4)) {
+            let through = 255 - u32::from(over[3]);
+            for (under, &over) in under.iter_mut().zip(over) {
+                // Rounded division by 255.
+                let value = (u32::from(*under) * through + 127) / 255 + u32::from(over);
+                *under = value.min(255) as u8;
+            }
+        }
+    }
+}
+
+/// Pixels of the circle's line.
+const LINE_WIDTH: f32 = 2.0;
+const CIRCLE_RGB: [u8; 3] = [255, 0, 0];
+/// Between a thing's corners and the line, as a share of the half diagonal: drawings seldom fill their corners.
+const CIRCLE_RADIUS: f32 = 0.9;
+
+/// Where it reaches beyond the picture it is cut off.
+fn circle(rgb: &mut [u8], bounds: Bounds) {
+    let [center_x, center_y] = bounds.center();
+    let (width, height) = ((bounds.right - bounds.left) as f32, (bounds.bottom - bounds.top) as f32);
+    let radius = width.hypot(height) / 2.0 * CIRCLE_RADIUS;
+    for (index, pixel) in rgb.chunks_exact_mut(3).enumerate() {
+        let (x, y) = ((index % SIDE) as f32 + 0.5, (index / SIDE) as f32 + 0.5);
+        let from_line = ((x - center_x).hypot(y - center_y) - radius).abs();
+        let cover = (LINE_WIDTH / 2.0 + 0.5 - from_line).clamp(0.0, 1.0);
+        for (under, over) in pixel.iter_mut().zip(CIRCLE_RGB) {
+            *under = (f32::from(*under) * (1.0 - cover) + f32::from(over) * cover).round() as u8;
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Everything that samples are drawn from, and which random numbers each draws.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Background, Composer, Concept, Drawings, Novelty, Picture, Scene, Style, concept::CONCEPTS_MAX};
+
+/// Which samples; those of different splits never draw the same random numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Split {
+    /// Nothing held out.
+    Train,
+    /// Trained styles; pairs and counts that are held out, wherever there are two things or more.
+    Test,
+    /// The style that training never shows, in compositions that it does.
+    Unseen,
+}
+
+pub struct World {
+    drawings: Drawings,
+    concepts: u16,
+    seed: u64,
+}
+
+/// What is in a scene, for learning to name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Labels {
+    /// Each concept once, and how often it is there (1 to 4).
+    pub counts: Vec<(Concept, u32)>,
+    pub background: Background,
+}
+
+impl World {
+    /// `drawings`: the folder that `deploy/fetch/drawings.py` prints. `concepts`: so many, the first of the table.
+    /// `unseen`: whether [`Split::Unseen`] is asked for, whose drawings are fetched with `--unseen`.
+    pub fn open(drawings: &Path, concepts: usize, seed: u64, unseen: bool) -> Result<Self> {
+        ensure!(
+            (8..=CONCEPTS_MAX).contains(&concepts),
+            "concepts is {concepts}, must be 8 to {CONCEPTS_MAX}: episodes need 8 at least"
+        );
+        let drawings = Drawings::open(drawings, unseen)?;
+        Ok(Self { drawings, concepts: u16::try_from(concepts).expect("checked above"), seed })
+    }
+
+    pub fn concepts(&self) -> usize {
+        usize::from(self.concepts)
+    }
+
+    pub fn drawings(&self) -> &Drawings {
+        &self.drawings
+    }
+
+    /// A scene of any arrangement.
+    pub fn scene(&self, split: Split, index: u64) -> Scene {
+        self.composer(split).any(&mut self.random(split, "scene", index))
+    }
+
+    pub fn picture(&self, scene: &Scene) -> Picture {
+        scene.draw(&self.drawings)
+    }
+
+    pub fn composer(&self, split: Split) -> Composer<'_> {
+        let (styles, novelty): (&[Style], _) = match split {
+            Split::Train => (&Style::TRAINED, Novelty::Seen),
+            Split::Test => (&Style::TRAINED, Novelty::HeldOut),
+            Split::Unseen => (&[Style::Twemoji], Novelty::Seen),
+        };
+        Composer { drawings: &self.drawings, concepts: self.concepts, styles, novelty }
+    }
+
+    /// The random numbers of one sample of one stream.
+    pub fn random(&self, split: Split, stream: &str, index: u64) -> ChaCha8Rng {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.seed.to_le_bytes()).update(&index.to_le_bytes()).update(&[split as u8]);
+        hasher.update(stream.as_bytes());
+        ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
+    }
+}
+
+impl Scene {
+    pub fn labels(&self) -> Labels {
+        Labels { counts: self.counts(), background: self.background }
+    }
+}
