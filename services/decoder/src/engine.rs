@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use emu2_nn::{
     checkpoint::ModelDir,
     device,
-    engine::{EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, guarded, spawn},
 };
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
@@ -80,7 +80,7 @@ pub fn start(config: &Config, metrics: Metrics) -> Started {
     // Everything admitted fits, so a full queue means requests whose callers have left but that have not been let
     // go of yet.
     let (jobs, queue) = mpsc::channel(config.server.max_requests);
-    let (end, ended) = oneshot::channel();
+    let (ending, ended) = Ending::channel();
     let max_batch_pixels = config.max_batch_pixels;
     let (model_dir, devices) = (config.model_dir.clone(), config.devices.clone());
     let load = move || {
@@ -91,9 +91,8 @@ pub fn start(config: &Config, metrics: Metrics) -> Started {
         Ok((painter, info))
     };
     let serve = move |painter| {
+        let _serving = ending.begin();
         Worker::new(painter, queue, max_batch_pixels, metrics).run();
-        // Nobody listens when the service is gone already.
-        let _ = end.send(());
     };
     Started { engine: Engine { jobs }, loaded: spawn("decoder-engine", config.cores, load, serve), ended }
 }

@@ -11,7 +11,7 @@ use emu2_nn::{
     array,
     checkpoint::ModelDir,
     device,
-    engine::{EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, guarded, spawn},
 };
 use emu2_proto::array::{Array, ArrayError, Dtype};
 use tch::{Device, Kind, Tensor};
@@ -122,12 +122,11 @@ impl Engine {
         load: impl FnOnce() -> Result<(M, ModelInfo), LoadError> + Send + 'static,
     ) -> Started {
         let (queue, jobs) = mpsc::channel(bounds.waiting);
-        let (ending, ended) = oneshot::channel();
+        let (ending, ended) = Ending::channel();
         let engine = Self { queue, metrics: metrics.clone() };
         let loaded = spawn("encoder", cores, load, move |model| {
+            let _serving = ending.begin();
             serve(&model, jobs, bounds.batch, &metrics);
-            // Nobody listens when the service has ended first.
-            let _ = ending.send(());
         });
         Started { engine, loaded, ended }
     }

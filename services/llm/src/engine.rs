@@ -21,14 +21,16 @@ use std::{
 
 use emu2_nn::{
     array,
-    engine::{EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, guarded, spawn},
 };
 use emu2_proto::array::Array;
+use tch::Tensor;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{Span, error, warn};
 
 use crate::{
     error::{EngineError, LoadError},
+    kv::KvCache,
     llama::Llama,
     load::{Loaded, ModelConfig, load},
     metrics::Metrics,
@@ -132,14 +134,17 @@ pub struct Started {
 impl Engine {
     /// Starts the thread, which loads first.
     pub fn start(config: ModelConfig, metrics: Metrics) -> Started {
+        Self::start_on(DEVICE, config, metrics)
+    }
+
+    fn start_on(on_device: OnDevice, config: ModelConfig, metrics: Metrics) -> Started {
         let (commands, queue) = mpsc::channel(COMMANDS);
-        let (report_end, ended) = oneshot::channel();
+        let (ending, ended) = Ending::channel();
         let cores = config.cores;
         let load = move || load(&config).map(|(model, loaded)| ((model, loaded.clone(), config), loaded));
         let serve = move |(model, loaded, config): (Llama, Loaded, ModelConfig)| {
-            Worker::new(model, &loaded, &config, queue, metrics).run();
-            // Whoever started the engine may be gone already.
-            let _ = report_end.send(());
+            let _serving = ending.begin();
+            Worker::new(model, &loaded, &config, queue, metrics, on_device).run();
         };
         let loaded = spawn("llm", cores, load, serve);
         Started { engine: Self { commands, tickets: Arc::default() }, loaded, ended }
@@ -187,6 +192,22 @@ impl Drop for Generation {
     }
 }
 
+/// What a worker asks of its device outside its steps. A test puts what fails in their place.
+#[derive(Clone, Copy)]
+struct OnDevice {
+    place: fn(&Llama, &Array) -> Tensor,
+    allocate: fn(&Llama, i64) -> KvCache,
+}
+
+const DEVICE: OnDevice = OnDevice {
+    place: |model, embeddings| array::to_tensor(embeddings, model.device(), model.kind()),
+    allocate: Llama::kv_cache,
+};
+
+/// The device does not work any more: the thread must end, and with it the service.
+#[derive(Debug)]
+struct DeviceLost;
+
 /// What lives on the engine's thread.
 struct Worker {
     model: Llama,
@@ -196,6 +217,7 @@ struct Worker {
     commands: mpsc::Receiver<Command>,
     kv_entry_bytes: usize,
     metrics: Metrics,
+    on_device: OnDevice,
 }
 
 impl Worker {
@@ -205,6 +227,7 @@ impl Worker {
         config: &ModelConfig,
         commands: mpsc::Receiver<Command>,
         metrics: Metrics,
+        on_device: OnDevice,
     ) -> Self {
         let kv_entry_bytes = model.config().kv_bytes(model.kind());
         let limits = SchedulerLimits {
@@ -221,65 +244,76 @@ impl Worker {
             commands,
             kv_entry_bytes,
             metrics,
+            on_device,
         }
     }
 
     fn run(mut self) {
-        let mut idle = true;
-        while self.receive(idle) {
-            self.drop_left();
-            let plan = self.scheduler.plan();
-            idle = plan.work.is_empty();
-            if let Err(EngineFault::Device(_)) = self.step(&plan) {
-                self.fail_all(EngineError::Stopped);
-                return;
-            }
-            self.report();
+        if let Err(DeviceLost) = self.serve() {
+            error!(dropped = self.sequences.len(), "device lost, the engine stops");
+            self.fail_all(EngineError::Stopped);
         }
     }
 
+    /// Until nobody is left.
+    fn serve(&mut self) -> Result<(), DeviceLost> {
+        let mut idle = true;
+        while self.receive(idle)? {
+            idle = self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Whether there was nothing to do.
+    fn turn(&mut self) -> Result<bool, DeviceLost> {
+        self.drop_left();
+        let plan = self.scheduler.plan();
+        let idle = plan.work.is_empty() && plan.admitted.is_empty();
+        self.step(plan)?;
+        self.report();
+        Ok(idle)
+    }
+
     /// Takes every command that has come; waits for one if there is nothing else to do. False when nobody is left.
-    fn receive(&mut self, idle: bool) -> bool {
+    fn receive(&mut self, idle: bool) -> Result<bool, DeviceLost> {
         if idle {
             match self.commands.blocking_recv() {
-                Some(command) => self.obey(command),
-                None => return false,
+                Some(command) => self.obey(command)?,
+                None => return Ok(false),
             }
         }
         loop {
             match self.commands.try_recv() {
-                Ok(command) => self.obey(command),
-                Err(mpsc::error::TryRecvError::Empty) => return true,
-                Err(mpsc::error::TryRecvError::Disconnected) => return false,
+                Ok(command) => self.obey(command)?,
+                Err(mpsc::error::TryRecvError::Empty) => return Ok(true),
+                Err(mpsc::error::TryRecvError::Disconnected) => return Ok(false),
             }
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn obey(&mut self, command: Command) -> Result<(), DeviceLost> {
         match command {
             Command::Start { ticket, request, events } => {
                 let sequence = Sequence::new(request, self.text_ids, events);
                 match self.scheduler.submit(ticket, sequence.demand()) {
-                    Ok(()) => {
-                        self.sequences.insert(ticket, sequence);
-                    }
+                    Ok(()) => drop(self.sequences.insert(ticket, sequence)),
                     Err(refusal) => sequence.fail(EngineError::Refused(refusal)),
                 }
             }
             Command::Embeddings { ticket, slot, embeddings } => {
                 // It may have failed or left since.
-                let Some(sequence) = self.sequences.get_mut(&ticket) else { return };
-                let model = &self.model;
-                match guarded(|| array::to_tensor(&embeddings, model.device(), model.kind())) {
+                let Some(sequence) = self.sequences.get_mut(&ticket) else { return Ok(()) };
+                match guarded(|| (self.on_device.place)(&self.model, &embeddings)) {
                     Ok(embeddings) => {
                         let ready = sequence.place(slot, embeddings);
                         self.scheduler.set_ready(ticket, ready);
                     }
-                    Err(fault) => self.fail(ticket, EngineError::from(&fault)),
+                    Err(fault) => self.suffer([ticket], &fault)?,
                 }
             }
             Command::Left => {}
         }
+        Ok(())
     }
 
     /// Whoever's caller left does not see another step.
@@ -292,49 +326,68 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, plan: &Plan) -> Result<(), EngineFault> {
-        if plan.work.is_empty() && plan.admitted.is_empty() {
+    fn step(&mut self, mut plan: Plan) -> Result<(), DeviceLost> {
+        for ticket in plan.admitted {
+            // On its own: what does not fit is no reason for anyone else to fail.
+            if let Err(fault) = self.admit(ticket) {
+                plan.work.remove(&ticket);
+                self.suffer([ticket], &fault)?;
+            }
+        }
+        if plan.work.is_empty() {
             return Ok(());
         }
         let started = Instant::now();
         let answers = guarded(|| {
-            for ticket in &plan.admitted {
-                let sequence = self.sequences.get_mut(ticket).expect("the scheduler admits only the living");
-                sequence.admit(self.model.kv_cache(sequence.kv_entries() as i64));
-            }
             let working =
                 self.sequences.iter_mut().filter_map(|(ticket, it)| Some((it, plan.work.get(ticket)?)));
             let feeds: Vec<_> = working.map(|(sequence, work)| sequence.feed(work)).collect();
             self.metrics.step_rows.observe(feeds.iter().map(|feed| feed.ids.len() as f64).sum());
-            if feeds.is_empty() { Vec::new() } else { step::run(&self.model, feeds) }
+            step::run(&self.model, feeds)
         });
         match answers {
             Ok(answers) => {
                 self.metrics.step_duration.observe(started.elapsed().as_secs_f64());
                 for ((&ticket, work), answer) in plan.work.iter().zip(answers) {
-                    self.advance(ticket, work, answer);
+                    self.advance(ticket, work, answer)?;
                 }
                 Ok(())
             }
-            Err(fault) => {
-                error!(%fault, sequences = plan.work.len(), "step failed");
-                // Their caches may hold half a step; a sequence that was admitted may have none.
-                for &ticket in plan.work.keys().chain(&plan.admitted) {
-                    self.fail(ticket, EngineError::from(&fault));
-                }
-                Err(fault)
-            }
+            // Their caches may hold half a step.
+            Err(fault) => self.suffer(plan.work.into_keys(), &fault),
         }
     }
 
-    fn advance(&mut self, ticket: Ticket, work: &Work, answer: step::Answer) {
-        let Some(sequence) = self.sequences.get_mut(&ticket) else { return };
+    fn admit(&mut self, ticket: Ticket) -> Result<(), EngineFault> {
+        let sequence = self.sequences.get_mut(&ticket).expect("the scheduler admits only the living");
+        let entries = sequence.kv_entries() as i64;
+        sequence.admit(guarded(|| (self.on_device.allocate)(&self.model, entries))?);
+        Ok(())
+    }
+
+    fn advance(&mut self, ticket: Ticket, work: &Work, answer: step::Answer) -> Result<(), DeviceLost> {
+        let Some(sequence) = self.sequences.get_mut(&ticket) else { return Ok(()) };
         self.metrics.count(work, &answer);
-        match sequence.advance(answer) {
-            Ok(Progress::Continues) => {}
-            Ok(Progress::Ended) => self.remove(ticket),
-            Err(error) => self.fail(ticket, error),
+        match guarded(|| sequence.advance(answer)) {
+            Ok(Ok(Progress::Continues)) => {}
+            Ok(Ok(Progress::Ended)) => self.remove(ticket),
+            Ok(Err(error)) => self.fail(ticket, error),
+            Err(fault) => self.suffer([ticket], &fault)?,
         }
+        Ok(())
+    }
+
+    /// Ends the requests that a fault hit; the engine goes on unless the device is lost.
+    fn suffer(
+        &mut self,
+        tickets: impl IntoIterator<Item = Ticket>,
+        fault: &EngineFault,
+    ) -> Result<(), DeviceLost> {
+        error!(%fault, "work failed");
+        for ticket in tickets {
+            self.fail(ticket, EngineError::from(fault));
+        }
+        if matches!(fault, EngineFault::Device(_)) { Err(DeviceLost) } else { Ok(()) }
     }
 
     fn fail(&mut self, ticket: Ticket, error: EngineError) {

@@ -52,6 +52,37 @@ fn cores_or_all(cores: usize) -> i32 {
     i32::try_from(if cores == 0 { all() } else { cores }).unwrap_or(i32::MAX)
 }
 
+/// Tells that a thread that served a model has ended, by returning or by a panic outside any guard: either way nobody
+/// answers any more, and the process has to end.
+#[derive(Debug)]
+pub struct Ending(oneshot::Sender<()>);
+
+impl Ending {
+    /// What is told arrives at the receiver; an ending that never begins (the load failed) drops its half.
+    pub fn channel() -> (Self, oneshot::Receiver<()>) {
+        let (sender, ended) = oneshot::channel();
+        (Self(sender), ended)
+    }
+
+    /// To be held by the thread while it serves.
+    pub fn begin(self) -> Serving {
+        Serving(Some(self.0))
+    }
+}
+
+/// Tells of the end when dropped.
+#[derive(Debug)]
+pub struct Serving(Option<oneshot::Sender<()>>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if let Some(ending) = self.0.take() {
+            // Whoever started the engine may be gone already.
+            let _ = ending.send(());
+        }
+    }
+}
+
 /// What went wrong in a batch.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum EngineFault {
@@ -125,6 +156,22 @@ mod tests {
     async fn a_load_error_reaches_the_caller() {
         let loaded = spawn("engine", 0, || Err::<((), ()), _>("no weights"), |()| unreachable!());
         assert_eq!(loaded.await.unwrap(), Err("no weights"));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_thread_that_served_is_told_even_when_it_panics() {
+        let (ending, ended) = Ending::channel();
+        let load = || Ok::<_, String>(((), ()));
+        let serve = move |()| {
+            let _serving = ending.begin();
+            panic!("outside any guard");
+        };
+        spawn("engine", 1, load, serve).await.unwrap().unwrap();
+        assert_eq!(ended.await, Ok(()));
+
+        let (ending, ended) = Ending::channel();
+        let never = spawn("engine", 1, || Err::<((), ()), _>("no weights"), move |()| drop(ending.begin()));
+        assert!(never.await.unwrap().is_err() && ended.await.is_err());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The engine with the tiny models of the golden set. `parity` compares with the official model's numbers; here is
 //! how requests share a batch.
 
+mod faults;
 mod parity;
 mod spans;
 
@@ -39,13 +40,18 @@ struct Running {
     engine: Engine,
     loaded: Loaded,
     metrics: Metrics,
+    ended: oneshot::Receiver<()>,
 }
 
 impl Running {
     async fn start(config: ModelConfig) -> Self {
+        Self::start_on(DEVICE, config).await
+    }
+
+    async fn start_on(on_device: OnDevice, config: ModelConfig) -> Self {
         let metrics = Metrics::register(&mut Registry::default());
-        let Started { engine, loaded, .. } = Engine::start(config, metrics.clone());
-        Self { engine, loaded: loaded.await.unwrap().unwrap(), metrics }
+        let Started { engine, loaded, ended } = Engine::start_on(on_device, config, metrics.clone());
+        Self { engine, loaded: loaded.await.unwrap().unwrap(), metrics, ended }
     }
 
     fn submit(&self, prompt: Prompt, output: Output) -> Generation {
@@ -74,6 +80,12 @@ struct Answer {
     embeddings: Vec<f32>,
     complete: bool,
     generated_tokens: usize,
+}
+
+/// Four embeddings, of which no two of different `value` are equal.
+fn rows(loaded: &Loaded, value: f32) -> Array {
+    let data: Vec<u8> = (0..4 * 64).flat_map(|i| (value * (i % 7) as f32).to_le_bytes()).collect();
+    Array::new(loaded.dtype, vec![4, 64], data.into()).unwrap()
 }
 
 async fn collect(mut generation: Generation) -> Result<Answer, EngineError> {
@@ -185,10 +197,7 @@ async fn a_prompt_waits_only_for_the_embeddings_that_it_has_reached() {
     let running = Running::start(config("emu2-base")).await;
     let slots = vec![Slot { start: 5, len: 4 }, Slot { start: 12, len: 4 }];
     let prompt = Prompt { ids: (1..20).collect(), slots };
-    let rows = |value: f32| {
-        let data: Vec<u8> = (0..4 * 64).flat_map(|i| (value * (i % 7) as f32).to_le_bytes()).collect();
-        Array::new(running.loaded.dtype, vec![4, 64], data.into()).unwrap()
-    };
+    let rows = |value| rows(&running.loaded, value);
     let output = text(Strategy::Greedy, 10);
     let in_order = running.submit(prompt.clone(), output.clone());
     in_order.place(0, rows(0.5)).await.unwrap();
