@@ -22,8 +22,9 @@ pub struct Config {
     pub devices: Vec<String>,
     /// Threads of one torch operation on the CPU; 0 is all cores.
     pub cores: usize,
-    /// Keys and values of all running sequences, over all devices. A position of the full model takes 1.6 MB in
-    /// bfloat16: five contexts of 2,048 fit 16 GiB.
+    /// Bytes of keys and values of all running sequences, over all devices. A position of the full model takes
+    /// 1.6 MB in bfloat16: five contexts of 2,048 fit 16 GiB. Where the devices have less left after loading, what
+    /// fits is used instead, and a warning says so (see `budget.rs`).
     pub kv_budget_bytes: u64,
     /// Positions of prompts in one step: more finishes prompts sooner, fewer lets running texts go on more evenly.
     pub prefill_chunk: usize,

@@ -22,7 +22,12 @@ pub enum LoadError {
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("kv_budget_bytes must hold one context of {positions} positions, {needed} bytes, is {budget}")]
-    KvBudget { positions: usize, needed: usize, budget: u64 },
+    KvBudget { positions: usize, needed: u64, budget: u64 },
+    #[error(
+        "the devices must have memory for one context of {positions} positions, {needed} bytes of keys and values; \
+         what is left of them after loading holds {room}"
+    )]
+    KvMemory { positions: usize, needed: u64, room: u64 },
     #[error("the warm-up failed")]
     WarmUp(#[source] EngineFault),
     #[error("the engine thread ended while loading")]

@@ -13,11 +13,13 @@
 //! | [`llama`] | the model |
 //! | [`kv`] | keys and values of one sequence, a tree |
 //! | [`load`] | from a model folder to a warm model |
+//! | `budget` | how many keys and values there is room for |
 //! | [`config`], [`error`], [`metrics`] | what their names say |
 //!
 //! A request's way: `service` → `prompt` → `engine` → (`scheduler` → `sequence` → `step` → `llama` → `search`)* →
 //! `service`.
 
+mod budget;
 pub mod config;
 pub mod engine;
 pub mod error;

@@ -174,6 +174,19 @@ impl Llama {
         self.kind
     }
 
+    /// The devices that hold layers, and how many each.
+    pub fn layers_by_device(&self) -> Vec<(Device, usize)> {
+        let mut held: Vec<(Device, usize)> = Vec::new();
+        for layer in &self.layers {
+            let device = self.places[layer.place].device;
+            match held.iter_mut().find(|(known, _)| *known == device) {
+                Some((_, layers)) => *layers += 1,
+                None => held.push((device, 1)),
+            }
+        }
+        held
+    }
+
     /// Room for `capacity` entries in every layer.
     pub fn kv_cache(&self, capacity: i64) -> KvCache {
         let (heads, head_width) = (self.config.num_attention_heads, self.config.head_width());

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use tch::Tensor;
 
 use crate::{
+    budget,
     error::LoadError,
     kv::Append,
     llama::{Llama, LlamaConfig, Rows},
@@ -70,15 +71,9 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     check(&dir, &llama, &vision, &tokenizer)?;
     let (model, weights_digest) = Llama::load(&dir, llama, vision.width, &devices, kind)?;
 
-    let llama = model.config();
-    let (max_positions, entry_bytes) = (llama.max_position_embeddings as usize, llama.kv_bytes(kind));
-    let kv_entries = config.kv_budget_bytes as usize / entry_bytes;
-    if kv_entries < max_positions {
-        let (needed, budget) = (max_positions * entry_bytes, config.kv_budget_bytes);
-        return Err(LoadError::KvBudget { positions: max_positions, needed, budget });
-    }
     let text_ids = TextIds { begin: tokenizer.special(Special::Bos), end: tokenizer.special(Special::Eos) };
     guarded(|| warm_up(&model, text_ids)).map_err(LoadError::WarmUp)?;
+    let kv_entries = budget::entries(&model, config.kv_budget_bytes)?;
     let loaded = Loaded {
         tokenizer: Arc::new(tokenizer),
         text_ids,
@@ -87,7 +82,7 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
         embedding_width: vision.width as usize,
         n_query: vision.n_query,
         v_query: vision.v_query,
-        max_positions,
+        max_positions: model.config().max_position_embeddings as usize,
         kv_entries,
     };
     Ok((model, loaded))
