@@ -28,8 +28,13 @@ pub struct Config {
     pub kv_budget_bytes: u64,
     /// Positions of prompts in one step: more finishes prompts sooner, fewer lets running texts go on more evenly.
     pub prefill_chunk: usize,
-    /// Sequences that may wait for keys and values; one more is refused.
+    /// Sequences that may wait for the embeddings of their first chunk or for keys and values; one more is refused.
     pub max_waiting: usize,
+    /// Milliseconds that a request may go without the next thing it needs from its caller: its start, or another
+    /// picture's embeddings. Beyond, it is refused, so that a lost caller without a deadline holds no keys and values.
+    /// 330,000: a tenth more than the router's limits.shared_work_ms, the longest that a picture may take it, so that
+    /// it is the router that says what went wrong.
+    pub input_wait_ms: u64,
     /// Most new tokens that a text may ask for.
     pub max_new_tokens: u32,
     /// Most beams; upstream's default is 5.
@@ -47,6 +52,7 @@ impl Default for Config {
             kv_budget_bytes: 16 << 30,
             prefill_chunk: 512,
             max_waiting: 256,
+            input_wait_ms: 330_000,
             max_new_tokens: 1024,
             max_beams: 8,
             server: ServerConfig::on_port(PORT),
@@ -80,6 +86,7 @@ impl Validate for Config {
         };
         range("prefill_chunk", 1, 65_536, self.prefill_chunk as u64);
         range("max_waiting", 1, 65_536, self.max_waiting as u64);
+        range("input_wait_ms", 1, 86_400_000, self.input_wait_ms);
         range("max_new_tokens", 1, 65_536, self.max_new_tokens.into());
         // A search needs twice as many candidates; the special tokens alone are more.
         range("max_beams", 1, 64, self.max_beams.into());

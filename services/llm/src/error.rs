@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
 use emu2_proto::array::ArrayError;
-use emu2_serve::status::{self, Violation};
+use emu2_serve::status::{self, ErrorCode, Violation};
 use tonic::Status;
 
 use crate::{prompt::PromptError, scheduler::Refusal, tokenizer::TokenizerError};
@@ -89,6 +89,12 @@ impl From<EngineError> for Status {
             EngineError::StepFailed | EngineError::NotFinite => status::internal(error.to_string()),
         }
     }
+}
+
+/// A caller that leaves its request waiting for `what`.
+pub fn input_late(what: &str, limit: Duration) -> Status {
+    let limit = limit.as_millis();
+    ErrorCode::DeadlineExceeded.status(format!("{what} must come within {limit} ms (input_wait_ms)"))
 }
 
 /// A prompt that breaks a rule, as INVALID_ARGUMENT.

@@ -7,7 +7,8 @@
 //!
 //! Keys and values are the scarce thing. A sequence is admitted once all the entries that it may ever need fit what
 //! the budget has left, and keeps them to its end; so a running sequence never waits for memory. Admission is first
-//! come, first served: a large sequence is not overtaken for ever by small ones.
+//! come, first served: a large sequence is not overtaken for ever by small ones. Passed over is only who could do
+//! nothing with its memory yet, because embeddings of its first chunk have not come.
 
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ pub struct SchedulerLimits {
     pub kv_entries: usize,
     /// Positions of prompts in one step.
     pub prefill_chunk: usize,
-    /// Sequences that wait for admission.
+    /// Sequences that wait for admission, be it for embeddings or for memory.
     pub max_waiting: usize,
 }
 
@@ -152,14 +153,29 @@ impl Scheduler {
     }
 
     fn admit(&mut self) -> Vec<Ticket> {
+        let SchedulerLimits { kv_entries, prefill_chunk, .. } = self.limits;
         let mut admitted = Vec::new();
-        let fits =
-            |reserved: usize, next: &Sequence| reserved + next.demand.kv_entries <= self.limits.kv_entries;
-        while let Some(next) = self.waiting.pop_front_if(|next| fits(self.reserved, next)) {
+        let mut index = 0;
+        while let Some(next) = self.waiting.get(index) {
+            if !next.can_start(prefill_chunk) {
+                index += 1;
+                continue;
+            }
+            if self.reserved + next.demand.kv_entries > kv_entries {
+                break;
+            }
+            let next = self.waiting.remove(index).expect("it was found there");
             self.reserved += next.demand.kv_entries;
             admitted.push(next.ticket);
             self.running.push(next);
         }
         admitted
+    }
+}
+
+impl Sequence {
+    /// Whether everything in its first chunk is here.
+    fn can_start(&self, prefill_chunk: usize) -> bool {
+        self.demand.ready >= self.demand.prompt.min(prefill_chunk)
     }
 }

@@ -5,7 +5,10 @@ mod placement;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use emu2_proto::{
     stage::{
@@ -21,13 +24,14 @@ use emu2_serve::{
     status::Violation,
     stream::{self, Events, Sender},
 };
+use tokio::time::{sleep, timeout};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
 use crate::{
     config::Config,
     engine::{self, Engine, Event, Generation},
-    error::prompt_status,
+    error::{input_late, prompt_status},
     load::Loaded,
     prompt::{self, Prompt, PromptConfig, TEMPLATE_VERSION},
     tokenizer::Detokenizer,
@@ -45,12 +49,15 @@ pub(crate) struct Service {
     loaded: Arc<OnceLock<Loaded>>,
     admission: Admission,
     limits: Limits,
+    /// See [`Config::input_wait_ms`].
+    input_wait: Duration,
 }
 
 impl Service {
     pub(crate) fn new(config: &Config, engine: Engine, loaded: Arc<OnceLock<Loaded>>) -> Self {
         let limits = Limits { max_new_tokens: config.max_new_tokens, max_beams: config.max_beams };
-        Self { engine, loaded, admission: Admission::new(config.server.max_requests), limits }
+        let input_wait = Duration::from_millis(config.input_wait_ms);
+        Self { engine, loaded, admission: Admission::new(config.server.max_requests), limits, input_wait }
     }
 
     fn loaded(&self) -> Result<&Loaded, Status> {
@@ -115,7 +122,8 @@ impl Conversation {
 
     async fn converse(&self, mut messages: Streaming<LlmRequest>) -> Result<(), Status> {
         let loaded = self.service.loaded()?;
-        let start = first(&mut messages).await?;
+        let wait = self.service.input_wait;
+        let start = timeout(wait, first(&mut messages)).await.map_err(|_| input_late("start", wait))??;
         let (prompt, output, mut text) = self.read(start, loaded)?;
         let prompt_positions = prompt.ids.len() as u32;
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
@@ -125,9 +133,15 @@ impl Conversation {
         self.reply(Reply::Accepted(stage::LlmAccepted { prompt_positions, weights_digest })).await?;
         let mut listening = true;
         loop {
+            // Begins anew with whatever happens, so that only a stretch in which nothing does counts.
+            let missing = placement.missing();
             tokio::select! {
                 message = message::next(&mut messages), if listening => {
                     listening = self.hear(message?, &mut placement, &generation).await?;
+                }
+                () = sleep(wait), if missing.is_some() => {
+                    let slot = missing.unwrap_or_default();
+                    return Err(input_late(&format!("embeddings[slot {slot}]"), wait));
                 }
                 event = generation.next() => {
                     let Some(event) = event else { return Err(engine_gone()) };

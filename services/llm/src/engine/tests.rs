@@ -8,7 +8,7 @@ mod spans;
 use std::time::Duration;
 
 use emu2_nn::golden;
-use prometheus_client::registry::Registry;
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 use tokio::time::{sleep, timeout};
@@ -58,19 +58,27 @@ impl Running {
         self.engine.submit(Request { prompt, output, span: Span::none() }).unwrap()
     }
 
-    /// Gauges are set after a step, when its events are already out.
     async fn runs(&self, sequences: i64) {
-        let becomes = async {
-            while self.metrics.running.get() != sequences {
-                sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(PATIENCE, becomes).await.unwrap_or_else(|_| panic!("never {sequences} running"));
+        becomes(&self.metrics.running, sequences).await;
+    }
+
+    async fn waits(&self, sequences: i64) {
+        becomes(&self.metrics.waiting, sequences).await;
     }
 
     async fn answer(&self, prompt: Prompt, output: Output) -> Answer {
         collect(self.submit(prompt, output)).await.unwrap()
     }
+}
+
+/// Gauges are set after a step, when its events are already out.
+async fn becomes(gauge: &Gauge, sequences: i64) {
+    let becomes = async {
+        while gauge.get() != sequences {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, becomes).await.unwrap_or_else(|_| panic!("{} is never {sequences}", gauge.get()));
 }
 
 /// All that a request got.
@@ -194,7 +202,7 @@ async fn chunks_of_any_size_and_two_devices_give_the_same_answers() {
 
 #[tokio::test]
 async fn a_prompt_waits_only_for_the_embeddings_that_it_has_reached() {
-    let running = Running::start(config("emu2-base")).await;
+    let running = Running::start(ModelConfig { prefill_chunk: 4, ..config("emu2-base") }).await;
     let slots = vec![Slot { start: 5, len: 4 }, Slot { start: 12, len: 4 }];
     let prompt = Prompt { ids: (1..20).collect(), slots };
     let rows = |value| rows(&running.loaded, value);
@@ -244,8 +252,17 @@ async fn a_caller_who_leaves_wakes_an_engine_with_nothing_to_do() {
     let running = Running::start(config("emu2-base")).await;
     let prompt = Prompt { ids: vec![1; 8], slots: vec![Slot { start: 4, len: 4 }] };
     let blocked = running.submit(prompt, text(Strategy::Greedy, 5));
-    running.runs(1).await;
+    running.waits(1).await;
+    assert_eq!(running.metrics.kv_reserved.get(), 0, "it could do nothing with memory yet");
     drop(blocked);
+    running.waits(0).await;
+
+    let chunk_by_chunk = ModelConfig { prefill_chunk: 4, ..config("emu2-base") };
+    let running = Running::start(chunk_by_chunk).await;
+    let prompt = Prompt { ids: vec![1; 8], slots: vec![Slot { start: 4, len: 4 }] };
+    let begun = running.submit(prompt, text(Strategy::Greedy, 5));
+    running.runs(1).await;
+    drop(begun);
     running.runs(0).await;
     assert_eq!(running.metrics.kv_reserved.get(), 0);
 }

@@ -30,13 +30,30 @@ fn prompts_share_the_chunk_oldest_first_beside_all_decoding() {
 #[test]
 fn a_prompt_is_prefilled_as_far_as_its_embeddings_have_come() {
     let mut scheduler = Scheduler::new(LIMITS);
-    scheduler.submit(1, Demand { ready: 3, ..demand(20, 20) }).unwrap();
-    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(0..3))]);
+    scheduler.submit(1, Demand { ready: 17, ..demand(40, 40) }).unwrap();
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(0..16))]);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(16..17))]);
     assert_eq!(work(&scheduler.plan()), []);
-    scheduler.set_ready(1, 12);
-    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(3..12))]);
-    scheduler.set_ready(1, 20);
-    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(12..20))]);
+    scheduler.set_ready(1, 30);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(17..30))]);
+    scheduler.set_ready(1, 40);
+    assert_eq!(work(&scheduler.plan()), [(1, Work::Prefill(30..40))]);
+}
+
+#[test]
+fn nothing_is_reserved_before_the_first_chunk_is_here() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(1, Demand { ready: 15, ..demand(40, 90) }).unwrap();
+    scheduler.submit(2, Demand { ready: 3, ..demand(4, 60) }).unwrap();
+    scheduler.submit(3, demand(4, 60)).unwrap();
+    assert_eq!(scheduler.plan().admitted, [3], "who cannot start stands in nobody's way");
+    assert_eq!((scheduler.reserved(), scheduler.waiting()), (60, 2));
+    scheduler.set_ready(2, 4);
+    scheduler.set_ready(1, 16);
+    scheduler.remove(3);
+    assert_eq!(scheduler.plan().admitted, [1], "the place in the queue is kept");
+    scheduler.remove(1);
+    assert_eq!(scheduler.plan().admitted, [2]);
 }
 
 #[test]
@@ -79,6 +96,8 @@ fn what_cannot_be_served_is_refused() {
 /// A sequence as its caller would count it.
 struct Life {
     prompt: usize,
+    ready: usize,
+    admitted: bool,
     prefilled: usize,
     /// Steps left to decode.
     steps: usize,
@@ -91,7 +110,6 @@ struct World {
     limits: SchedulerLimits,
     scheduler: Scheduler,
     alive: BTreeMap<Ticket, Life>,
-    admitted: Vec<Ticket>,
     next: Ticket,
 }
 
@@ -103,16 +121,17 @@ impl World {
             prefill_chunk: random.random_range(1..40),
             max_waiting: random.random_range(1..12),
         };
-        let (scheduler, alive, admitted) = (Scheduler::new(limits), BTreeMap::new(), Vec::new());
-        Self { random, limits, scheduler, alive, admitted, next: 0 }
+        Self { random, limits, scheduler: Scheduler::new(limits), alive: BTreeMap::new(), next: 0 }
     }
 
     fn someone_comes(&mut self) {
         let (prompt, steps) = (self.random.random_range(1..60), self.random.random_range(1..20));
         let kv_entries = prompt + steps * self.random.random_range(1..4);
-        let demand = Demand { prompt, ready: self.random.random_range(0..=prompt), kv_entries };
+        let ready = self.random.random_range(0..=prompt);
+        let demand = Demand { prompt, ready, kv_entries };
         if self.scheduler.submit(self.next, demand).is_ok() {
-            self.alive.insert(self.next, Life { prompt, prefilled: 0, steps, kv_entries });
+            let life = Life { prompt, ready, admitted: false, prefilled: 0, steps, kv_entries };
+            self.alive.insert(self.next, life);
         }
         self.next += 1;
     }
@@ -123,16 +142,28 @@ impl World {
                 self.scheduler.remove(ticket);
                 self.alive.remove(&ticket);
             } else if self.random.random_ratio(1, 3) {
-                self.scheduler.set_ready(ticket, self.alive[&ticket].prompt);
+                let life = self.alive.get_mut(&ticket).expect("it is alive");
+                life.ready = life.prompt;
+                self.scheduler.set_ready(ticket, life.ready);
             }
         }
     }
 
     fn step(&mut self) {
         let plan = self.scheduler.plan();
-        self.admitted.extend(&plan.admitted);
+        let chunk = self.limits.prefill_chunk;
+        let can_start = |life: &Life| life.ready >= life.prompt.min(chunk);
+        for ticket in &plan.admitted {
+            let life = self.alive.get_mut(ticket).expect("only the living are admitted");
+            assert!(can_start(life) && !life.admitted, "with its first chunk, once");
+            life.admitted = true;
+        }
+        let overtaken = self.alive.iter().find(|(_, life)| can_start(life) && !life.admitted);
+        if let (Some((first, _)), Some(last)) = (overtaken, plan.admitted.last()) {
+            assert!(last < first, "first come, first served, of those who can start");
+        }
         assert!(self.scheduler.reserved() <= self.limits.kv_entries, "the budget holds");
-        let running = self.admitted.iter().filter_map(|ticket| self.alive.get(ticket));
+        let running = self.alive.values().filter(|life| life.admitted);
         assert_eq!(self.scheduler.reserved(), running.map(|life| life.kv_entries).sum::<usize>());
         let mut chunk = 0;
         for (ticket, work) in plan.work {
@@ -175,7 +206,6 @@ fn under_any_schedule_the_budget_holds_and_everyone_is_served() {
             rounds += 1;
             assert!(rounds < 5000, "everyone is served in the end");
         }
-        assert!(world.admitted.is_sorted(), "first come, first served");
         let Scheduler { reserved, running, waiting, .. } = world.scheduler;
         assert!(reserved == 0 && running.is_empty() && waiting.is_empty());
     }

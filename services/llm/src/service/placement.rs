@@ -42,9 +42,14 @@ impl Placement {
         Ok((slot, array))
     }
 
+    /// The first slot that has not been filled.
+    pub(super) fn missing(&self) -> Option<usize> {
+        self.arrived.iter().position(|arrived| !arrived)
+    }
+
     /// No more will come.
     pub(super) fn finish(&self) -> Result<(), Violation> {
-        match self.arrived.iter().position(|arrived| !arrived) {
+        match self.missing() {
             None => Ok(()),
             Some(missing) => {
                 let (slots, arrived) =

@@ -274,6 +274,28 @@ async fn a_deadline_ends_a_stream_and_frees_its_permit() {
 }
 
 #[tokio::test]
+async fn a_caller_who_leaves_its_request_waiting_is_refused() {
+    let server = ServerConfig { max_requests: 1, ..config().server };
+    let model_dir = golden::model_dir("emu2-base");
+    let running = Running::with(Config { server, model_dir, input_wait_ms: 100, ..config() }).await;
+    let two = ask(&[image(), image()], greedy(4));
+    for (messages, expected) in [
+        (vec![], "start must come within 100 ms (input_wait_ms)"),
+        (vec![two.clone()], "embeddings[slot 0] must come within 100 ms (input_wait_ms)"),
+        (vec![two.clone(), place(0, &[4, 64], 0.5)], "embeddings[slot 1] must come within"),
+    ] {
+        // Nothing more comes, but the stream stays open.
+        let (_sender, events) = running.open(messages).await;
+        let status = timeout(PATIENCE, collect(events)).await.expect("the service waits for ever").unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+        assert!(status.message().starts_with(expected), "{status:?}");
+    }
+    let filled = vec![two, place(1, &[4, 64], 0.5), place(0, &[4, 64], 0.5)];
+    assert!(running.answer(filled).await.is_ok(), "its permit is back");
+    running.end().await;
+}
+
+#[tokio::test]
 async fn a_model_that_cannot_be_loaded_ends_the_service() {
     let folder = tempfile::tempdir().unwrap();
     let config = Config { model_dir: folder.path().to_owned(), ..config() };
