@@ -29,11 +29,13 @@ impl Processors {
         seen.dedup();
         for id in seen {
             let score = &mut scores[id as usize];
-            *score = if *score < 0.0 {
+            let penalised = if *score < 0.0 {
                 *score * self.repetition_penalty
             } else {
                 *score / self.repetition_penalty
             };
+            // An infinite score would make a NaN of the next difference.
+            *score = penalised.clamp(f32::MIN, f32::MAX);
         }
     }
 }
@@ -54,7 +56,7 @@ pub struct Warpers {
 impl Warpers {
     pub fn apply(&self, scores: &mut [f32]) {
         if self.temperature != 1.0 {
-            scores.iter_mut().for_each(|score| *score /= self.temperature);
+            self.heat(scores);
         }
         if let Some(k) = self.top_k {
             keep_top_k(scores, k.max(self.min_tokens_to_keep));
@@ -62,6 +64,20 @@ impl Warpers {
         if let Some(p) = self.top_p.filter(|&p| p < 1.0) {
             keep_top_p(scores, p, self.min_tokens_to_keep);
         }
+    }
+}
+
+impl Warpers {
+    /// Upstream divides the scores as they are, and so is done here wherever that can be. Where it would overflow, they
+    /// are taken relative to the best, which changes no probability: the best becomes 0, and what overflows then is a
+    /// probability of 0.
+    fn heat(&self, scores: &mut [f32]) {
+        let finite = scores.iter().copied().filter(|score| score.is_finite());
+        let (best, largest) = finite.fold((f32::MIN, 0.0_f32), |(best, largest), score| {
+            (best.max(score), largest.max(score.abs()))
+        });
+        let origin = if (largest / self.temperature).is_finite() { 0.0 } else { best };
+        scores.iter_mut().for_each(|score| *score = (*score - origin) / self.temperature);
     }
 }
 

@@ -1,3 +1,5 @@
+mod extremes;
+
 use emu2_nn::golden;
 
 use super::*;

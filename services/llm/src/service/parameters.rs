@@ -1,5 +1,7 @@
 //! What a request asks for, checked against this service's limits.
 
+use std::ops::RangeInclusive;
+
 use emu2_proto::stage::{
     self as stage, LlmPart, LlmPrompt, TextParameters as Message, llm_part::Kind, llm_start,
 };
@@ -11,9 +13,12 @@ use crate::{
     search::{Strategy, TextParameters, Warpers},
 };
 
-const LENGTH_PENALTY_MAX: f32 = 10.0;
-const TEMPERATURE_MAX: f32 = 100.0;
-const REPETITION_PENALTY_MAX: f32 = 10.0;
+/// Both ways: beyond, one token more outweighs any probability.
+const LENGTH_PENALTY: RangeInclusive<f32> = -10.0..=10.0;
+/// At 0.001 a token that is a tenth behind in its logit is never drawn, as with greedy; at 100 all are about as likely.
+const TEMPERATURE: RangeInclusive<f32> = 0.001..=100.0;
+/// As much either way: what was seen is favoured below 1, avoided above.
+const REPETITION_PENALTY: RangeInclusive<f32> = 0.1..=10.0;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
@@ -32,23 +37,23 @@ impl Limits {
         };
         whole("text.max_new_tokens", self.max_new_tokens, text.max_new_tokens);
         whole("text.num_beams", self.max_beams, text.num_beams);
-        let lp = text.length_penalty;
-        // A NaN is in no range.
-        if !(-LENGTH_PENALTY_MAX..=LENGTH_PENALTY_MAX).contains(&lp) {
-            let (min, max) = (-LENGTH_PENALTY_MAX, LENGTH_PENALTY_MAX);
-            wrong.push(Violation::out_of_range("text.length_penalty", min, max, lp));
+        // The unseen first id counts, so that the longest output has one more.
+        let longest = text.max_new_tokens.saturating_add(1);
+        if text.min_length > longest {
+            wrong.push(Violation::out_of_range("text.min_length", 0, longest, text.min_length));
         }
-        let mut above_zero = |field, max: f32, value: f32| {
-            if !(value > 0.0 && value <= max) {
-                wrong.push(Violation::new(field, format!("must be above 0 to {max}, got {value}")));
+        let mut real = |field, range: RangeInclusive<f32>, value: f32| {
+            // A NaN is in no range.
+            if !range.contains(&value) {
+                wrong.push(Violation::out_of_range(field, range.start(), range.end(), value));
             }
         };
-        above_zero("text.repetition_penalty", REPETITION_PENALTY_MAX, text.repetition_penalty);
+        real("text.length_penalty", LENGTH_PENALTY, text.length_penalty);
+        real("text.repetition_penalty", REPETITION_PENALTY, text.repetition_penalty);
         if text.do_sample {
-            above_zero("text.temperature", TEMPERATURE_MAX, text.temperature);
-            if text.top_p != 0.0 {
-                above_zero("text.top_p", 1.0, text.top_p);
-            }
+            real("text.temperature", TEMPERATURE, text.temperature);
+            // 0 is off.
+            real("text.top_p", 0.0..=1.0, text.top_p);
             if text.num_beams > 1 {
                 wrong.push(Violation::new(
                     "text.num_beams",
@@ -156,13 +161,16 @@ mod tests {
             ),
             (
                 Message { repetition_penalty: 0.0, ..valid() },
-                "text.repetition_penalty must be above 0 to 10, got 0",
+                "text.repetition_penalty must be 0.1 to 10, got 0",
             ),
+            (Message { min_length: 12, ..valid() }, "text.min_length must be 0 to 11, got 12"),
             (
                 Message { temperature: f32::INFINITY, ..sampled },
-                "text.temperature must be above 0 to 100, got inf",
+                "text.temperature must be 0.001 to 100, got inf",
             ),
-            (Message { top_p: 1.5, ..sampled }, "text.top_p must be above 0 to 1, got 1.5"),
+            (Message { temperature: 1e-4, ..sampled }, "text.temperature must be 0.001 to 100, got 0.0001"),
+            (Message { top_p: 1.5, ..sampled }, "text.top_p must be 0 to 1, got 1.5"),
+            (Message { top_p: f32::NAN, ..sampled }, "text.top_p must be 0 to 1, got NaN"),
             (Message { num_beams: 2, ..sampled }, "text.num_beams must be 1 with do_sample, got 2"),
         ];
         for (text, message) in cases {
