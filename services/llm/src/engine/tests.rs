@@ -137,7 +137,7 @@ fn random_request(random: &mut ChaCha12Rng) -> (Prompt, Output) {
     let mut ids: Vec<u32> = (0..length).map(|_| random.random_range(3..890)).collect();
     ids.insert(0, 1);
     let new = random.random_range(1..20);
-    let warpers = Warpers { temperature: 0.9, top_k: Some(40), top_p: Some(0.9), min_tokens_to_keep: 1 };
+    let warpers = Warpers { temperature: 0.9, top_k: Some(40), top_p: Some(0.9) };
     let output = match random.random_range(0..4) {
         0 => text(Strategy::Greedy, new),
         1 => text(Strategy::Sample { warpers, seed: random.random() }, new),

@@ -49,8 +49,6 @@ pub struct Warpers {
     pub top_k: Option<usize>,
     /// Keep the best that together pass this probability, with the one that crosses it.
     pub top_p: Option<f32>,
-    /// Never keep fewer.
-    pub min_tokens_to_keep: usize,
 }
 
 impl Warpers {
@@ -59,10 +57,10 @@ impl Warpers {
             self.heat(scores);
         }
         if let Some(k) = self.top_k {
-            keep_top_k(scores, k.max(self.min_tokens_to_keep));
+            keep_top_k(scores, k);
         }
         if let Some(p) = self.top_p.filter(|&p| p < 1.0) {
-            keep_top_p(scores, p, self.min_tokens_to_keep);
+            keep_top_p(scores, p);
         }
     }
 }
@@ -90,15 +88,15 @@ fn keep_top_k(scores: &mut [f32], k: usize) {
     scores.iter_mut().filter(|score| **score < kth).for_each(|score| *score = f32::NEG_INFINITY);
 }
 
-/// Cut from the unlikely end while what is cut stays within 1 - p.
-fn keep_top_p(scores: &mut [f32], p: f32, keep: usize) {
+/// Cut from the unlikely end while what is cut stays within 1 - p; the best always stays.
+fn keep_top_p(scores: &mut [f32], p: f32) {
     let mut rising: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
     rising.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
     let Some(&best) = rising.last() else { return };
     let max = scores[best];
     let total: f64 = rising.iter().map(|&i| f64::from((scores[i] - max).exp())).sum();
     let mut cut = 0.0_f64;
-    for &index in &rising[..rising.len().saturating_sub(keep)] {
+    for &index in &rising[..rising.len() - 1] {
         let probability = (f64::from((scores[index] - max).exp()) / total) as f32;
         cut += f64::from(probability);
         if cut as f32 > 1.0 - p {

@@ -79,7 +79,6 @@ fn strategy(text: &Message) -> Strategy {
             temperature: text.temperature,
             top_k: (text.top_k > 0).then_some(text.top_k as usize),
             top_p: (text.top_p > 0.0).then_some(text.top_p),
-            min_tokens_to_keep: 1,
         };
         return Strategy::Sample { warpers, seed: text.seed };
     }
@@ -144,7 +143,7 @@ mod tests {
         assert_eq!(strategy(valid()), Strategy::Beam { num_beams: 5, length_penalty: -1.0 });
         assert_eq!(strategy(Message { num_beams: 1, ..valid() }), Strategy::Greedy);
         let sampled = Message { num_beams: 1, do_sample: true, top_k: 3, seed: 9, ..valid() };
-        let warpers = Warpers { temperature: 1.0, top_k: Some(3), top_p: None, min_tokens_to_keep: 1 };
+        let warpers = Warpers { temperature: 1.0, top_k: Some(3), top_p: None };
         assert_eq!(strategy(sampled), Strategy::Sample { warpers, seed: 9 });
     }
 

@@ -24,7 +24,7 @@ fn positive() -> impl Values<Value = f32> {
 fn warpers() -> impl Values<Value = Warpers> {
     let top_k = proptest::option::of(prop_oneof![1_usize..50, Just(u32::MAX as usize)]);
     let top_p = proptest::option::of(prop_oneof![0.0_f32..1.0, Just(1.0), positive().prop_map(|p| p.min(1.0))]);
-    (positive(), top_k, top_p).prop_map(|(temperature, top_k, top_p)| Warpers { temperature, top_k, top_p, min_tokens_to_keep: 1 })
+    (positive(), top_k, top_p).prop_map(|(temperature, top_k, top_p)| Warpers { temperature, top_k, top_p })
 }
 
 fn processors() -> impl Values<Value = Processors> {
@@ -62,7 +62,7 @@ proptest! {
     fn a_cold_draw_is_the_best(logits in proptest::collection::vec(-50.0_f32..50.0, 2..60), uniform in 0.0_f64..1.0) {
         let best = argmax(&logits) as usize;
         let mut scores = logits.clone();
-        Warpers { temperature: 1e-40, top_k: None, top_p: None, min_tokens_to_keep: 1 }.apply(&mut scores);
+        Warpers { temperature: 1e-40, top_k: None, top_p: None }.apply(&mut scores);
         prop_assert_eq!(logits[draw(&scores, uniform) as usize], logits[best]);
     }
 
