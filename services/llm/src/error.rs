@@ -1,13 +1,13 @@
 //! What can go wrong in this service, and the one match from that to the API's terms.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
 use emu2_proto::array::ArrayError;
 use emu2_serve::status::{self, ErrorCode, Violation};
 use tonic::Status;
 
-use crate::{prompt::PromptError, scheduler::Refusal, tokenizer::TokenizerError};
+use crate::{prompt::PromptError, scheduler::Refusal, tokenizer::ModelError};
 
 /// Long enough for a text to finish and make room.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -19,8 +19,8 @@ pub enum LoadError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
+    #[error("tokenizer model {} cannot be used", path.display())]
+    Tokenizer { path: PathBuf, source: ModelError },
     #[error("kv_budget_bytes must hold one context of {positions} positions, {needed} bytes, is {budget}")]
     KvBudget { positions: usize, needed: u64, budget: u64 },
     #[error(

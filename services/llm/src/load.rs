@@ -13,7 +13,7 @@ use crate::{
     kv::Append,
     llama::{Llama, LlamaConfig, Rows},
     search::TextIds,
-    tokenizer::{Special, Tokenizer, TokenizerError},
+    tokenizer::{Special, Tokenizer},
 };
 
 /// What the engine needs of the service's configuration; see [`crate::config::Config`].
@@ -92,7 +92,7 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
 fn tokenizer(dir: &ModelDir) -> Result<Tokenizer, LoadError> {
     let tokenizer = Tokenizer::parse(&dir.tokenizer_bytes()?, dir.instruct()).map_err(|source| {
         let path = dir.tokenizer_path().unwrap_or(dir.path()).to_owned();
-        TokenizerError::Model { path, source }
+        LoadError::Tokenizer { path, source }
     })?;
     for (name, id) in dir.added_tokens()?.unwrap_or_default() {
         let appended = tokenizer.special_named(&name);

@@ -10,7 +10,7 @@ mod model;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, fmt, fs::File, io::Read, path::Path, path::PathBuf};
+use std::{collections::HashMap, fmt};
 
 pub use decode::Detokenizer;
 pub use model::ModelError;
@@ -56,15 +56,11 @@ const APPENDED: [&str; 15] = [
 /// Upstream appends this many, though coordinates only reach 224.
 const PATCH_INDICES: usize = 257;
 
-/// LLaMA's file has half a megabyte.
-const MODEL_BYTES_MAX: u64 = 16 << 20;
-
 /// The special tokens that code refers to by id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
     Bos,
     Eos,
-    Pad,
     /// `[IMG]`: an image begins.
     Img,
     /// `[/IMG]`: an image ends.
@@ -73,16 +69,6 @@ pub enum Special {
     Image,
     /// `[gIMG]`: stands for one embedding of a video frame.
     Gimg,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum TokenizerError {
-    #[error("cannot read {}", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{} has more than {limit} bytes", path.display())]
-    TooLarge { path: PathBuf, limit: u64 },
-    #[error("tokenizer model {} cannot be used", path.display())]
-    Model { path: PathBuf, source: ModelError },
 }
 
 pub struct Tokenizer {
@@ -108,21 +94,7 @@ enum Meaning<'a> {
 }
 
 impl Tokenizer {
-    /// `path`: a `tokenizer.model`. `instruct`: whether the chat template's tokens exist.
-    pub fn load(path: &Path, instruct: bool) -> Result<Self, TokenizerError> {
-        let read = |source| TokenizerError::Read { path: path.to_owned(), source };
-        let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(MODEL_BYTES_MAX + 1).read_to_end(&mut bytes))
-            .map_err(read)?;
-        if bytes.len() as u64 > MODEL_BYTES_MAX {
-            return Err(TokenizerError::TooLarge { path: path.to_owned(), limit: MODEL_BYTES_MAX });
-        }
-        Self::parse(&bytes, instruct)
-            .map_err(|source| TokenizerError::Model { path: path.to_owned(), source })
-    }
-
-    /// `bytes`: of a `tokenizer.model`.
+    /// `bytes`: of a `tokenizer.model`. `instruct`: whether the chat template's tokens exist.
     pub fn parse(bytes: &[u8], instruct: bool) -> Result<Self, ModelError> {
         let model = Model::parse(bytes)?;
         let builtin =
@@ -134,7 +106,7 @@ impl Tokenizer {
             return Err(ModelError::Taken(name.clone()));
         }
         let builtins = [(UNK, unk), (BOS, bos), (EOS, eos)].map(|(name, id)| (name.to_owned(), id));
-        let first = u32::try_from(model.len()).expect("a file of 16 MiB holds fewer pieces");
+        let first = u32::try_from(model.len()).expect("its ids were numbered in 32 bits");
         let specials: HashMap<_, _> =
             builtins.into_iter().chain(appended.iter().cloned().zip(first..)).collect();
         let longest_special = specials.keys().map(String::len).max().unwrap_or_default();
@@ -190,7 +162,6 @@ impl Tokenizer {
         let name = match special {
             Special::Bos => BOS,
             Special::Eos => EOS,
-            Special::Pad => PAD,
             Special::Img => IMG,
             Special::ImgEnd => IMG_END,
             Special::Image => IMAGE,

@@ -62,6 +62,12 @@ pub fn model_dir(name: &str) -> PathBuf {
     root().join("models").join(name)
 }
 
+/// The tokenizer.model of a tiny model.
+pub fn tokenizer(model: &str) -> Vec<u8> {
+    let path = model_dir(model).join("tokenizer.model");
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
 /// A file of the full golden set, which is beside the project on some machines and is not committed.
 /// A test that needs it says that it was skipped when this is `None`.
 pub fn shared(name: &str) -> Option<PathBuf> {

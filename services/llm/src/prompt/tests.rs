@@ -8,7 +8,7 @@ const GROUNDED: Output = Output::Text { grounding: true, max_new_tokens: 64 };
 const BASE: PromptConfig = PromptConfig { n_query: 4, v_query: 4, max_positions: 2_048 };
 
 fn tokenizer(instruct: bool) -> Tokenizer {
-    Tokenizer::load(&golden::model_dir("emu2-base").join("tokenizer.model"), instruct).unwrap()
+    Tokenizer::parse(&golden::tokenizer("emu2-base"), instruct).unwrap()
 }
 
 fn text(text: &str) -> Part {

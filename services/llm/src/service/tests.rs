@@ -169,9 +169,7 @@ async fn greedy_text_streams_and_beam_text_comes_at_once() {
     assert_eq!(greedy.prompt_positions, 21);
     assert_eq!(greedy.ids.len(), greedy.finished.generated_tokens as usize);
     assert!(greedy.texts.len() >= greedy.ids.len(), "one event a token: {greedy:?}");
-    let tokenizer =
-        crate::tokenizer::Tokenizer::load(&golden::model_dir("emu2-base").join("tokenizer.model"), false)
-            .unwrap();
+    let tokenizer = crate::tokenizer::Tokenizer::parse(&golden::tokenizer("emu2-base"), false).unwrap();
     assert_eq!(greedy.texts.concat(), tokenizer.decode(&greedy.ids, true));
 
     let beams = TextParameters { num_beams: 5, length_penalty: 2.0, ..self::greedy(12) };
