@@ -23,6 +23,9 @@ const SYSTEM_MESSAGE: &str =
 const GROUNDING_SYSTEM_MESSAGE: &str =
     "You are a helpful assistant, dedicated to provide concise and efficient answers.";
 
+/// Of a box in text: four coordinates between two marks.
+const REGION_POSITIONS: usize = 6;
+
 /// Coordinates in text reach from 0 to this (upstream's README), though there are 257 patch index tokens.
 const COORDINATE_MAX: f64 = 224.0;
 
@@ -92,8 +95,9 @@ pub enum PromptError {
     /// `field` is a path from the request, e.g. `chat.turns[1].parts[0].text`.
     #[error("{field}: {problem}")]
     Invalid { field: String, problem: Problem },
-    /// `prompt` is exact for any text that could be meant; of one so huge, or so many frames, that they are not even
-    /// laid out, it is a lower bound.
+    #[error("{field} holds {bytes} bytes of text, more than {limit}")]
+    TooManyBytes { field: &'static str, bytes: usize, limit: usize },
+    /// `prompt` is exact, but of so many frames or boxes that they are not even laid out a lower bound.
     #[error("the prompt takes {prompt} positions and the output {requested}, together more than {limit}")]
     TooLong { prompt: usize, requested: usize, limit: usize },
 }
@@ -116,21 +120,21 @@ pub enum Problem {
     Edges { low_edge: &'static str, low: f32, high_edge: &'static str, high: f32 },
 }
 
-/// Lays out a prompt, or says what is wrong with it. The work is bounded by `config.max_positions` and one pass over
-/// the text.
+/// Lays out a prompt, or says what is wrong with it. The work is bounded by `config.max_positions`: more text than
+/// could fit them is refused unread.
 pub fn build(
     tokenizer: &Tokenizer,
     config: &PromptConfig,
     input: &Input,
     output: &Output,
 ) -> Result<Prompt, PromptError> {
-    let mut layout = Layout { config, output, text: String::new(), slots: Vec::new(), positions: 0 };
+    check_bytes(input, tokenizer.max_text_bytes(config.max_positions))?;
+    let mut layout = Layout { config, output, text: String::new(), slots: Vec::new(), positions: 0, regions: 0 };
     match input {
         Input::Prompt(parts) => layout.prompt(parts)?,
         Input::Chat { .. } if !tokenizer.instruct() => return Err(invalid("chat", Problem::NoChat)),
         Input::Chat { turns, system_message } => layout.chat(turns, system_message.as_deref())?,
     }
-    layout.check_length(layout.positions + tokenizer.min_positions(&layout.text))?;
     layout.expand(tokenizer)
 }
 
@@ -144,6 +148,8 @@ struct Layout<'a> {
     slots: Vec<usize>,
     /// That the slots take beyond the ids of `text`.
     positions: usize,
+    /// Boxes written as coordinates.
+    regions: usize,
 }
 
 impl Layout<'_> {
@@ -245,6 +251,9 @@ impl Layout<'_> {
         match self.output {
             Output::Regression => self.place(1, IMAGE, self.config.n_query)?,
             Output::Text { .. } => {
+                // As below: refused before they are written.
+                self.regions += 1;
+                self.check_length(self.regions * REGION_POSITIONS)?;
                 let coordinate = |edge: f32| (f64::from(edge) * COORDINATE_MAX).round() as usize;
                 self.text.extend(edges.map(|edge| patch_index(coordinate(edge))));
             }
@@ -300,6 +309,24 @@ impl Layout<'_> {
         }
         Ok(prompt)
     }
+}
+
+/// Texts, phrases and the system message, all together.
+fn check_bytes(input: &Input, limit: usize) -> Result<(), PromptError> {
+    let part = |part: &Part| match part {
+        Part::Text(text) => text.len(),
+        Part::Box { phrase, .. } => phrase.len(),
+        Part::Image | Part::Video { .. } => 0,
+    };
+    let parts = |parts: &[Part]| parts.iter().map(part).sum::<usize>();
+    let (field, bytes) = match input {
+        Input::Prompt(prompt) => ("prompt", parts(prompt)),
+        Input::Chat { turns, system_message } => {
+            let system = system_message.as_ref().map_or(0, String::len);
+            ("chat", system + turns.iter().map(|turn| parts(turn)).sum::<usize>())
+        }
+    };
+    if bytes > limit { Err(PromptError::TooManyBytes { field, bytes, limit }) } else { Ok(()) }
 }
 
 fn check_edges(

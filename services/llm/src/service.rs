@@ -24,7 +24,10 @@ use emu2_serve::{
     status::Violation,
     stream::{self, Events, Sender},
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    task::spawn_blocking,
+    time::{sleep, timeout},
+};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
@@ -62,6 +65,32 @@ impl Service {
 
     fn loaded(&self) -> Result<&Loaded, Status> {
         self.loaded.get().ok_or_else(|| status::unavailable("the model is still loading"))
+    }
+
+    /// The start as the engine's request, and how its text is to be written.
+    fn read(&self, start: LlmStart) -> Result<(Prompt, engine::Output, Text), Status> {
+        let loaded = self.loaded()?;
+        let config = PromptConfig {
+            n_query: loaded.n_query,
+            v_query: loaded.v_query,
+            max_positions: loaded.max_positions,
+        };
+        let (output, keep_special, layout) = match start.output {
+            Some(llm_start::Output::Text(text)) => {
+                let (grounding, keep) = (text.grounding, text.keep_special_tokens);
+                let parameters = self.limits.check(&text)?;
+                let layout = prompt::Output::Text { grounding, max_new_tokens: parameters.max_new_tokens };
+                (engine::Output::Text(parameters), keep, layout)
+            }
+            Some(llm_start::Output::Regression(_)) => {
+                (engine::Output::Image { queries: loaded.n_query }, false, prompt::Output::Regression)
+            }
+            None => return Err(Violation::new("output", "must be text or regression, got nothing").into()),
+        };
+        let input = input(start.input)?;
+        let prompt = prompt::build(&loaded.tokenizer, &config, &input, &layout).map_err(prompt_status)?;
+        let detokenizer = Detokenizer::new(Arc::clone(&loaded.tokenizer), !keep_special);
+        Ok((prompt, output, Text { detokenizer: Some(detokenizer), end: loaded.text_ids.end }))
     }
 }
 
@@ -124,7 +153,10 @@ impl Conversation {
         let loaded = self.service.loaded()?;
         let wait = self.service.input_wait;
         let start = timeout(wait, first(&mut messages)).await.map_err(|_| input_late("start", wait))??;
-        let (prompt, output, mut text) = self.read(start, loaded)?;
+        // Tokenizing a long text takes tens of milliseconds, which other requests' streams must not wait for.
+        let service = self.service.clone();
+        let read = spawn_blocking(move || service.read(start)).await;
+        let (prompt, output, mut text) = read.map_err(|_| status::internal("the prompt could not be read"))??;
         let prompt_positions = prompt.ids.len() as u32;
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
         let request = engine::Request { prompt, output, span: Span::current() };
@@ -151,31 +183,6 @@ impl Conversation {
                 }
             }
         }
-    }
-
-    /// The start as the engine's request, and how its text is to be written.
-    fn read(&self, start: LlmStart, loaded: &Loaded) -> Result<(Prompt, engine::Output, Text), Status> {
-        let config = PromptConfig {
-            n_query: loaded.n_query,
-            v_query: loaded.v_query,
-            max_positions: loaded.max_positions,
-        };
-        let (output, keep_special, layout) = match start.output {
-            Some(llm_start::Output::Text(text)) => {
-                let (grounding, keep) = (text.grounding, text.keep_special_tokens);
-                let parameters = self.service.limits.check(&text)?;
-                let layout = prompt::Output::Text { grounding, max_new_tokens: parameters.max_new_tokens };
-                (engine::Output::Text(parameters), keep, layout)
-            }
-            Some(llm_start::Output::Regression(_)) => {
-                (engine::Output::Image { queries: loaded.n_query }, false, prompt::Output::Regression)
-            }
-            None => return Err(Violation::new("output", "must be text or regression, got nothing").into()),
-        };
-        let input = input(start.input)?;
-        let prompt = prompt::build(&loaded.tokenizer, &config, &input, &layout).map_err(prompt_status)?;
-        let detokenizer = Detokenizer::new(Arc::clone(&loaded.tokenizer), !keep_special);
-        Ok((prompt, output, Text { detokenizer: Some(detokenizer), end: loaded.text_ids.end }))
     }
 
     /// A message after the first; whether more may come.

@@ -131,13 +131,10 @@ impl Tokenizer {
         ids
     }
 
-    /// A lower bound of `encode(text).len()`, for refusing a huge text in one cheap pass.
-    pub fn min_positions(&self, text: &str) -> usize {
-        let ids = |section| match section {
-            Section::Special(_) => 1,
-            Section::Text(text) => self.model.min_ids(text),
-        };
-        1 + self.sections(text).map(ids).sum::<usize>()
+    /// No more bytes of text than these fit `positions`: so many of the longest token. (White space beside special
+    /// tokens is dropped and takes none; a text of more bytes could fit by that alone, which nobody means.)
+    pub fn max_text_bytes(&self, positions: usize) -> usize {
+        positions.saturating_mul(self.model.longest_piece().max(self.longest_special))
     }
 
     /// The text of ids; ids that the vocabulary does not have are passed over. Without special tokens, the text

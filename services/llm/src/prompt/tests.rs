@@ -312,6 +312,20 @@ fn prompt_and_output_share_the_positions() {
 }
 
 #[test]
+fn more_text_than_could_fit_is_refused_unread() {
+    let limit = tokenizer(false).max_text_bytes(BASE.max_positions);
+    assert_eq!(limit, 2_048 * 48, "the longest piece is sixteen spaces, of three bytes each");
+    let long = |bytes: usize| text(&"a dog ".repeat(bytes / 6 + 1)[..bytes]);
+    let refused = |field, bytes| Err(PromptError::TooManyBytes { field, bytes, limit });
+    assert_eq!(prompt(&[long(limit + 1)], &TEXT), refused("prompt", limit + 1));
+    assert!(matches!(prompt(&[long(limit)], &TEXT), Err(PromptError::TooLong { prompt, .. }) if prompt > limit / 6));
+    let phrase = region([0.0, 0.0, 1.0, 1.0], "phrase");
+    assert_eq!(prompt(&[long(limit), Part::Image, phrase], &TEXT), refused("prompt", limit + 6));
+    let input = Input::Chat { turns: vec![vec![long(limit)]], system_message: Some("system".to_owned()) };
+    assert_eq!(build(&tokenizer(true), &BASE, &input, &TEXT), refused("chat", limit + 6));
+}
+
+#[test]
 fn huge_prompts_are_refused_before_they_are_laid_out() {
     let images = vec![Part::Image; 500];
     let exact = PromptError::TooLong { prompt: 1 + 500 * 6, requested: 64, limit: 2_048 };
@@ -322,7 +336,8 @@ fn huge_prompts_are_refused_before_they_are_laid_out() {
         panic!("accepted")
     };
     assert_eq!(positions, u32::MAX as usize * 6);
-    let long = text(&"a dog ".repeat(5_000_000));
-    assert!(matches!(prompt(&[long], &TEXT), Err(PromptError::TooLong { .. })));
+    let boxes = vec![region([0.0, 0.0, 1.0, 1.0], ""); 1_000_000];
+    let Err(PromptError::TooLong { prompt: positions, .. }) = prompt(&boxes, &TEXT) else { panic!("accepted") };
+    assert!((2_048 - 64..2_048).contains(&positions), "{positions}");
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }

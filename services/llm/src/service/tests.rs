@@ -198,6 +198,7 @@ async fn bad_requests_are_named_and_the_service_goes_on() {
     let running = Running::start("emu2-base").await;
     let asked = || ask(&[image(), written("What?")], greedy(4));
     let long = ask(&[written(&"word ".repeat(3000))], greedy(4));
+    let huge = ask(&[written(&"word ".repeat(100_000))], greedy(4));
     let nothing = LlmRequest { message: None };
     let cases = [
         (vec![place(0, &[4, 64], 0.0)], "message must be start first, got embeddings"),
@@ -207,6 +208,7 @@ async fn bad_requests_are_named_and_the_service_goes_on() {
         (vec![ask(&[written("a <image>")], greedy(1))], "prompt.parts[0].text contains <image>"),
         (vec![ask(&[], greedy(1))], "prompt.parts has no parts"),
         (vec![long], "positions of prompt and 4 requested"),
+        (vec![huge], "prompt must hold at most 98304 bytes of text (max_text_bytes), got 500000"),
         (vec![chat(&[&[written("hi")]])], "chat this model has no chat template"),
         (vec![asked(), place(1, &[4, 64], 0.0)], "embeddings.slot must be below 1"),
         (vec![asked(), place(0, &[4, 63], 0.0)], "embeddings[slot 0] shape must be [4, 64], got [4, 63]"),

@@ -109,10 +109,9 @@ impl Model {
         self.index.contains_key(text)
     }
 
-    /// Fewer ids than this a text cannot become: no piece is longer than the longest. Costs one pass over the bytes.
-    pub(super) fn min_ids(&self, text: &str) -> usize {
-        let spaces = text.bytes().filter(|&byte| byte == b' ').count() + 1;
-        (text.len() - (spaces - 1) + spaces * SPACE.len_utf8()).div_ceil(self.longest)
+    /// In bytes, with three for each space: an id never stands for more of a text.
+    pub(super) fn longest_piece(&self) -> usize {
+        self.longest
     }
 
     /// Appends the ids of `text`, which is not empty, to `ids`.
