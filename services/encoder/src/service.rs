@@ -137,6 +137,7 @@ impl Service {
             queue_ms: milliseconds(waited + queued),
             preprocess_ms: milliseconds(took),
             encode_ms: milliseconds(encode),
+            preprocessing_version: PREPROCESSING_VERSION,
         })
     }
 

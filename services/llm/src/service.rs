@@ -161,8 +161,13 @@ impl Conversation {
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
         let request = engine::Request { prompt, output, span: Span::current() };
         let mut generation = self.service.engine.submit(request)?;
-        let weights_digest = loaded.weights_digest.clone();
-        self.reply(Reply::Accepted(stage::LlmAccepted { prompt_positions, weights_digest })).await?;
+        self.reply(Reply::Accepted(stage::LlmAccepted {
+            prompt_positions,
+            weights_digest: loaded.weights_digest.clone(),
+            tokenizer_digest: loaded.tokenizer.digest().to_owned(),
+            template_version: TEMPLATE_VERSION,
+        }))
+        .await?;
         let mut listening = true;
         loop {
             // Begins anew with whatever happens, so that only a stretch in which nothing does counts.

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use emu2_proto::{
     stage::{
-        EncodeRequest, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings, RegressionParameters,
+        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings, RegressionParameters,
         encode_request::Source, llm_event::Event, llm_start,
     },
     v1,
@@ -61,7 +61,7 @@ impl Embeddings {
 
     /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
     pub(crate) async fn empty_prompt(&self) -> Result<Found, Stop> {
-        let key = self.negative_recipe(self.profile.llm.dtype()).key();
+        let key = negative_recipe(&self.profile.llm, self.profile.llm.dtype()).key();
         let work = self.clone();
         let compute = || work.regress().instrument(Span::current()).boxed();
         let found = self.cache.fetch(Kind::Negative, key, compute).await;
@@ -93,7 +93,8 @@ impl Embeddings {
         let encoding =
             stages::encode(&self.model.encoder, &encoder.weights_digest, request, deadline, &self.metrics);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
-        if answer.weights_digest != encoder.weights_digest {
+        let known = (&encoder.weights_digest, encoder.preprocessing_version);
+        if (&answer.weights_digest, answer.preprocessing_version) != known {
             lease.refresh().await;
         }
         let tensor = answer.embeddings.filter(is_whole);
@@ -101,7 +102,7 @@ impl Embeddings {
         let recipe = Recipe {
             kind,
             weights_digest: &answer.weights_digest,
-            preprocessing_version: encoder.preprocessing_version,
+            preprocessing_version: answer.preprocessing_version,
             n_query,
             dtype: tensor.dtype(),
             content: &content,
@@ -111,11 +112,15 @@ impl Embeddings {
 
     async fn regress(self) -> Computed {
         let deadline = Deadline::after(self.shared_work);
-        let regressed = deadline.run(self.regress_empty_prompt(deadline)).await.map_err(|_| too_slow())??;
-        Ok((self.negative_recipe(regressed.dtype()).key(), regressed))
+        let (accepted, regressed) =
+            deadline.run(self.regress_empty_prompt(deadline)).await.map_err(|_| too_slow())??;
+        // Under the names that came with it.
+        let LlmAccepted { tokenizer_digest, template_version, .. } = accepted;
+        let llm = LlmInfo { tokenizer_digest, template_version, ..(*self.profile.llm).clone() };
+        Ok((negative_recipe(&llm, regressed.dtype()).key(), regressed))
     }
 
-    async fn regress_empty_prompt(&self, deadline: Deadline) -> Result<v1::Tensor, Stop> {
+    async fn regress_empty_prompt(&self, deadline: Deadline) -> Result<(LlmAccepted, v1::Tensor), Stop> {
         let llm = &self.profile.llm;
         let start = LlmStart {
             input: Some(llm_start::Input::Prompt(LlmPrompt::default())),
@@ -125,30 +130,37 @@ impl Embeddings {
             stages::generate(&self.model.llm, &llm.weights_digest, start, deadline, &self.metrics).await?;
         let mut answers = call.answers;
         let mut rows = Rows::default();
+        let mut accepted = LlmAccepted::default();
         loop {
             match answers.next().await?.event {
                 // With other weights it is another model's negative: not worth the wait.
-                Some(Event::Accepted(accepted)) if accepted.weights_digest != llm.weights_digest => {
+                Some(Event::Accepted(other)) if other.weights_digest != llm.weights_digest => {
                     answers.lease().refresh().await;
                     return Err(Stop::Rolled);
                 }
+                Some(Event::Accepted(names)) => {
+                    let known = (&llm.tokenizer_digest, llm.template_version);
+                    if (&names.tokenizer_digest, names.template_version) != known {
+                        answers.lease().refresh().await;
+                    }
+                    accepted = names;
+                }
                 Some(Event::Embeddings(more)) => rows.push(more)?,
-                Some(Event::Finished(_)) => return Ok(rows.whole(llm.n_query)?),
-                Some(Event::Accepted(_) | Event::Text(_)) | None => {}
+                Some(Event::Finished(_)) => return Ok((accepted, rows.whole(llm.n_query)?)),
+                Some(Event::Text(_)) | None => {}
             }
         }
     }
+}
 
-    fn negative_recipe(&self, dtype: v1::Dtype) -> Recipe<'_> {
-        let llm = &self.profile.llm;
-        Recipe {
-            kind: Kind::Negative,
-            weights_digest: &llm.weights_digest,
-            preprocessing_version: llm.template_version,
-            n_query: llm.n_query,
-            dtype,
-            content: llm.tokenizer_digest.as_bytes(),
-        }
+fn negative_recipe(llm: &LlmInfo, dtype: v1::Dtype) -> Recipe<'_> {
+    Recipe {
+        kind: Kind::Negative,
+        weights_digest: &llm.weights_digest,
+        preprocessing_version: llm.template_version,
+        n_query: llm.n_query,
+        dtype,
+        content: llm.tokenizer_digest.as_bytes(),
     }
 }
 

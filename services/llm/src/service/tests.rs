@@ -74,7 +74,7 @@ fn config() -> Config {
 
 #[derive(Debug, Default)]
 struct Answer {
-    prompt_positions: u32,
+    accepted: stage::LlmAccepted,
     ids: Vec<u32>,
     texts: Vec<String>,
     embeddings: Vec<v1::Tensor>,
@@ -85,7 +85,7 @@ async fn collect(mut events: Streaming<LlmEvent>) -> Result<Answer, Status> {
     let mut answer = Answer::default();
     while let Some(event) = events.message().await? {
         match event.event.unwrap() {
-            Reply::Accepted(accepted) => answer.prompt_positions = accepted.prompt_positions,
+            Reply::Accepted(accepted) => answer.accepted = accepted,
             Reply::Text(text) => {
                 answer.ids.extend(text.token_ids);
                 answer.texts.push(text.text);
@@ -157,6 +157,10 @@ async fn info_says_what_is_served() {
     assert_eq!((info.n_query, info.v_query, info.embedding_width, info.max_positions), (16, 4, 64, 2048));
     assert!(info.instruct && info.weights_digest.len() == 64 && info.tokenizer_digest.len() == 64);
     assert_eq!((info.dtype(), info.max_beams, info.max_new_tokens), (v1::Dtype::F32, 8, 1024));
+    let accepted = running.answer(vec![ask(&[written("hi")], greedy(1))]).await.unwrap().accepted;
+    assert_eq!(accepted.weights_digest, info.weights_digest);
+    assert_eq!(accepted.tokenizer_digest, info.tokenizer_digest);
+    assert_eq!(accepted.template_version, info.template_version);
     running.end().await;
 }
 
@@ -166,7 +170,7 @@ async fn greedy_text_streams_and_beam_text_comes_at_once() {
     let prompt = [image(), written("Describe the image in details:")];
     let slot = place(0, &[4, 64], 0.25);
     let greedy = running.answer(vec![ask(&prompt, greedy(12)), slot.clone()]).await.unwrap();
-    assert_eq!(greedy.prompt_positions, 21);
+    assert_eq!(greedy.accepted.prompt_positions, 21);
     assert_eq!(greedy.ids.len(), greedy.finished.generated_tokens as usize);
     assert!(greedy.texts.len() >= greedy.ids.len(), "one event a token: {greedy:?}");
     let tokenizer = crate::tokenizer::Tokenizer::parse(&golden::tokenizer("emu2-base"), false).unwrap();
@@ -189,7 +193,7 @@ async fn an_image_comes_embedding_by_embedding() {
     assert!(text.embeddings.iter().all(|rows| rows.shape == [1, 64] && rows.dtype() == v1::Dtype::F32));
     assert!(text.finished.complete && text.finished.generated_tokens == 0);
     let empty = running.answer(vec![paint(&[])]).await.unwrap();
-    assert_eq!((empty.prompt_positions, empty.embeddings.len()), (2, 16));
+    assert_eq!((empty.accepted.prompt_positions, empty.embeddings.len()), (2, 16));
     running.end().await;
 }
 
@@ -242,7 +246,7 @@ async fn chats_are_answered_by_a_chat_model() {
     let running = Running::start("emu2-chat").await;
     let answer =
         running.answer(vec![chat(&[&[written("hi")], &[written("ho")], &[written("hu")]])]).await.unwrap();
-    assert!(answer.prompt_positions > 10 && !answer.ids.is_empty());
+    assert!(answer.accepted.prompt_positions > 10 && !answer.ids.is_empty());
     let status = running.answer(vec![chat(&[&[written("hi")], &[written("ho")]])]).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     running.end().await;

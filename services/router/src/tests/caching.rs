@@ -73,6 +73,18 @@ async fn new_weights_never_answer_for_old_ones() {
     assert_eq!(cat.embeddings, Some(tensor("e2", b"cat", N_QUERY)));
 }
 
+/// The same weights behind newer code, while the router still believes its last `Info`.
+#[tokio::test]
+async fn new_preprocessing_never_answers_for_the_old() {
+    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, info_timeout_ms: 2_000 };
+    let sandbox = Sandbox::with(|config| config.pool = pool).await;
+    sandbox.embed(b"cat").await.unwrap();
+    sandbox.encoder.rewrite(2);
+    assert!(sandbox.embed(b"dog").await.unwrap().cached, "computed once, kept under the new version");
+    assert!(!sandbox.embed(b"cat").await.unwrap().cached, "what the old version made is another value");
+    assert_eq!(sandbox.encoder.calls(), 3);
+}
+
 /// Pictures of one prompt are all encoded with one set of weights, though the first was cached under others.
 #[tokio::test]
 async fn one_request_uses_one_set_of_weights() {

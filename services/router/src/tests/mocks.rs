@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
 };
 
@@ -47,6 +47,8 @@ pub(super) struct Script(Arc<Shared>);
 
 pub(super) struct Shared {
     pub(super) digest: Mutex<String>,
+    /// Of the preprocessing, or of the templates.
+    pub(super) version: AtomicU32,
     /// Closed, it holds the stage at its one waiting point.
     pub(super) gate: watch::Sender<bool>,
     /// Answered in place of work.
@@ -76,6 +78,7 @@ impl Script {
     pub(super) fn new(digest: &str) -> Self {
         let shared = Shared {
             digest: Mutex::new(digest.into()),
+            version: AtomicU32::new(1),
             gate: watch::channel(true).0,
             fails: Mutex::default(),
             calls: AtomicUsize::new(0),
@@ -111,6 +114,15 @@ impl Script {
     /// Serves other weights from now on.
     pub(super) fn roll(&self, digest: &str) {
         *self.digest.lock().unwrap() = digest.into();
+    }
+
+    /// Reads pictures or prompts in another way from now on.
+    pub(super) fn rewrite(&self, version: u32) {
+        self.version.store(version, Ordering::SeqCst);
+    }
+
+    fn version(&self) -> u32 {
+        self.version.load(Ordering::SeqCst)
     }
 
     pub(super) fn fail(&self, status: Option<Status>) {
@@ -246,7 +258,7 @@ impl VisualEncoder for MockEncoder {
             width: WIDTH,
             image_size: 448,
             grid_side: 4,
-            preprocessing_version: 1,
+            preprocessing_version: self.0.version(),
             max_image_pixels: 1 << 20,
         }))
     }
@@ -271,8 +283,13 @@ impl VisualEncoder for MockEncoder {
                 }
                 let weights_digest = script.digest();
                 let embeddings = Some(tensor(&weights_digest, &content, request.n_query));
-                let answer =
-                    EncodeResponse { id: request.id, embeddings, weights_digest, ..Default::default() };
+                let answer = EncodeResponse {
+                    id: request.id,
+                    embeddings,
+                    weights_digest,
+                    preprocessing_version: script.version(),
+                    ..Default::default()
+                };
                 let _ = answers.send(Ok(answer)).await;
             }
             true
@@ -290,7 +307,7 @@ impl LanguageModel for MockLlm {
         Ok(Response::new(LlmInfo {
             weights_digest: self.0.digest(),
             tokenizer_digest: "t1".into(),
-            template_version: 1,
+            template_version: self.0.version(),
             dtype: Dtype::F32.into(),
             embedding_width: WIDTH,
             n_query: N_QUERY,
@@ -319,7 +336,12 @@ impl LanguageModel for MockLlm {
                 panic!("the first message is the start");
             };
             script.starts.lock().unwrap().push(start.clone());
-            let accepted = LlmAccepted { prompt_positions: 7, weights_digest: script.digest() };
+            let accepted = LlmAccepted {
+                prompt_positions: 7,
+                weights_digest: script.digest(),
+                tokenizer_digest: "t1".into(),
+                template_version: script.version(),
+            };
             send(llm_event::Event::Accepted(accepted)).await;
             for _ in 0..slots_of(&start) {
                 match requests.message().await {
