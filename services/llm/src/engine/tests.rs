@@ -3,6 +3,7 @@
 
 mod faults;
 mod parity;
+mod schedules;
 mod spans;
 
 use std::time::Duration;
