@@ -22,7 +22,7 @@ pub(crate) struct Limits {
     pub(crate) model: ModelInfo,
     pub(crate) max_image_side: usize,
     pub(crate) max_steps: usize,
-    max_guidance_scale: f32,
+    pub(crate) max_guidance_scale: f32,
     max_queries: usize,
 }
 

@@ -149,7 +149,7 @@ impl VisualDecoder for Service {
     type DecodeStream = Events<DecodeEvent>;
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
-        let Limits { model, max_image_side, max_steps, .. } = self.limits()?;
+        let Limits { model, max_image_side, max_steps, max_guidance_scale, .. } = self.limits()?;
         Ok(Response::new(DecoderInfo {
             weights_digest: model.weights_digest.clone(),
             dtype: v1::Dtype::from(model.dtype).into(),
@@ -160,6 +160,7 @@ impl VisualDecoder for Service {
             scale_factor: model.scale_factor as u32,
             max_image_side: *max_image_side as u32,
             max_steps: *max_steps as u32,
+            max_guidance_scale: *max_guidance_scale,
         }))
     }
 

@@ -101,9 +101,10 @@ pub fn input_late(what: &str, limit: Duration) -> Status {
 pub fn prompt_status(error: PromptError) -> Status {
     let violation = match error {
         PromptError::Invalid { field, problem } => Violation::new(field, problem.to_string()),
-        PromptError::TooManyBytes { field, bytes, limit } => {
-            Violation::new(field, format!("must hold at most {limit} bytes of text (max_text_bytes), got {bytes}"))
-        }
+        PromptError::TooManyBytes { field, bytes, limit } => Violation::new(
+            field,
+            format!("must hold at most {limit} bytes of text (max_text_bytes), got {bytes}"),
+        ),
         PromptError::TooLong { prompt, requested, limit } => Violation::new(
             "prompt",
             format!(

@@ -129,7 +129,8 @@ pub fn build(
     output: &Output,
 ) -> Result<Prompt, PromptError> {
     check_bytes(input, tokenizer.max_text_bytes(config.max_positions))?;
-    let mut layout = Layout { config, output, text: String::new(), slots: Vec::new(), positions: 0, regions: 0 };
+    let mut layout =
+        Layout { config, output, text: String::new(), slots: Vec::new(), positions: 0, regions: 0 };
     match input {
         Input::Prompt(parts) => layout.prompt(parts)?,
         Input::Chat { .. } if !tokenizer.instruct() => return Err(invalid("chat", Problem::NoChat)),

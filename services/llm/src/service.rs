@@ -108,8 +108,8 @@ impl LanguageModel for Service {
             v_query: loaded.v_query as u32,
             max_positions: loaded.max_positions as u32,
             instruct: loaded.tokenizer.instruct(),
-            max_new_tokens: self.limits.max_new_tokens,
-            max_beams: self.limits.max_beams,
+            max_text_bytes: loaded.tokenizer.max_text_bytes(loaded.max_positions) as u64,
+            ..self.limits.info()
         }))
     }
 
@@ -156,7 +156,8 @@ impl Conversation {
         // Tokenizing a long text takes tens of milliseconds, which other requests' streams must not wait for.
         let service = self.service.clone();
         let read = spawn_blocking(move || service.read(start)).await;
-        let (prompt, output, mut text) = read.map_err(|_| status::internal("the prompt could not be read"))??;
+        let (prompt, output, mut text) =
+            read.map_err(|_| status::internal("the prompt could not be read"))??;
         let prompt_positions = prompt.ids.len() as u32;
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
         let request = engine::Request { prompt, output, span: Span::current() };

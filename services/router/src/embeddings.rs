@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use emu2_proto::{
     stage::{
-        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings, RegressionParameters,
-        encode_request::Source, llm_event::Event, llm_start,
+        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings,
+        RegressionParameters, encode_request::Source, llm_event::Event, llm_start,
     },
     v1,
 };

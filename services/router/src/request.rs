@@ -82,8 +82,14 @@ pub(crate) fn check(
     profile: &Profile,
 ) -> Result<Generation, Vec<Violation>> {
     let seed = request.seed.unwrap_or_else(rand::random);
-    let mut checker =
-        Checker { profile, checks: Checks::default(), pictures: Vec::new(), paints: false, parts: 0 };
+    let mut checker = Checker {
+        profile,
+        checks: Checks::default(),
+        pictures: Vec::new(),
+        paints: false,
+        parts: 0,
+        text_bytes: 0,
+    };
     checker.paints = matches!(request.output, Some(Output::Image(_)));
     let autoencodes = checker.paints && is_one_image(request.input.as_ref());
     let input = checker.input(request.input);
@@ -179,6 +185,7 @@ struct Checker<'a> {
     /// Boxes are drawn for a painter and written for a reader.
     paints: bool,
     parts: usize,
+    text_bytes: usize,
 }
 
 impl Checker<'_> {
@@ -217,6 +224,7 @@ impl Checker<'_> {
             }
             turns.push(self.prompt(&field, turn.parts));
         }
+        self.text_bytes += chat.system_message.as_ref().map_or(0, String::len);
         LlmChat { turns, system_message: chat.system_message }
     }
 
@@ -233,7 +241,10 @@ impl Checker<'_> {
     /// One part, and what it puts into slots.
     fn part(&mut self, field: String, part: v1::Part) -> Option<LlmPart> {
         let kind = match part.kind {
-            Some(part::Kind::Text(text)) => llm_part::Kind::Text(text),
+            Some(part::Kind::Text(text)) => {
+                self.text_bytes += text.len();
+                llm_part::Kind::Text(text)
+            }
             Some(part::Kind::Image(image)) => {
                 self.picture(format!("{field}.image"), image.data, self.profile.llm.n_query);
                 llm_part::Kind::Image(ImageSlot {})
@@ -269,6 +280,7 @@ impl Checker<'_> {
                 self.checks.wrong(format!("{field}.box.{low_name}"), rule);
             }
         }
+        self.text_bytes += phrase.len();
         let slot = LlmBox { left, top, right, bottom, phrase: phrase.clone() };
         if self.paints {
             let n_query = self.profile.llm.n_query;
@@ -289,12 +301,19 @@ impl Checker<'_> {
     }
 
     fn counts(&mut self, limits: &LimitsConfig, input: Option<&llm_start::Input>) {
-        let (parts, images) = match input {
-            Some(llm_start::Input::Chat(_)) => ("chat.turns.parts", "chat.turns.parts.image"),
-            _ => ("prompt.parts", "prompt.parts.image"),
+        let (parts, images, texts) = match input {
+            Some(llm_start::Input::Chat(_)) => ("chat.turns.parts", "chat.turns.parts.image", "chat"),
+            _ => ("prompt.parts", "prompt.parts.image", "prompt"),
         };
         self.checks.at_most(parts, "limits.max_parts", limits.max_parts, self.parts);
         self.checks.at_most(images, "limits.max_images", limits.max_images, self.pictures.len());
+        let max_text_bytes = self.profile.llm.max_text_bytes;
+        if self.text_bytes as u64 > max_text_bytes {
+            let got = self.text_bytes;
+            let rule =
+                format!("must hold at most {max_text_bytes} bytes of text (max_text_bytes), got {got}");
+            self.checks.wrong(texts, rule);
+        }
     }
 
     fn text(&mut self, text: &TextOutput, seed: u64) -> TextParameters {
@@ -323,16 +342,29 @@ impl Checker<'_> {
                 max_new_tokens.saturating_add(1),
             ),
             num_beams,
-            length_penalty: checks.within("text.length_penalty", text.length_penalty, -1.0, -10.0, 10.0),
+            length_penalty: checks.within(
+                "text.length_penalty",
+                text.length_penalty,
+                -1.0,
+                llm.min_length_penalty,
+                llm.max_length_penalty,
+            ),
             do_sample: text.do_sample,
-            temperature: checks.above_zero("text.temperature", text.temperature, 1.0, 100.0),
+            temperature: checks.within(
+                "text.temperature",
+                text.temperature,
+                1.0,
+                llm.min_temperature,
+                llm.max_temperature,
+            ),
             top_k: text.top_k.map_or(0, |k| checks.within("text.top_k", Some(k), 0, 1, u32::MAX)),
-            top_p: text.top_p.map_or(0.0, |p| checks.above_zero("text.top_p", Some(p), 0.0, 1.0)),
-            repetition_penalty: checks.above_zero(
+            top_p: checks.probability("text.top_p", text.top_p),
+            repetition_penalty: checks.within(
                 "text.repetition_penalty",
                 text.repetition_penalty,
                 1.0,
-                10.0,
+                llm.min_repetition_penalty,
+                llm.max_repetition_penalty,
             ),
             grounding: text.grounding,
             keep_special_tokens: text.keep_special_tokens.unwrap_or(text.grounding),
@@ -357,7 +389,13 @@ impl Checker<'_> {
             height: side("image.height", image.height, decoder.default_height),
             width: side("image.width", image.width, decoder.default_width),
             steps: checks.within("image.steps", image.steps, decoder.max_steps.min(50), 1, decoder.max_steps),
-            guidance_scale: checks.within("image.guidance_scale", image.guidance_scale, 3.0, 0.0, 100.0),
+            guidance_scale: checks.within(
+                "image.guidance_scale",
+                image.guidance_scale,
+                decoder.max_guidance_scale.min(3.0),
+                0.0,
+                decoder.max_guidance_scale,
+            ),
             original_height: image.original_height.unwrap_or(ORIGINAL_SIDE),
             original_width: image.original_width.unwrap_or(ORIGINAL_SIDE),
             crop_top: image.crop_top.unwrap_or(0),

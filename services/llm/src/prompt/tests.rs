@@ -318,7 +318,9 @@ fn more_text_than_could_fit_is_refused_unread() {
     let long = |bytes: usize| text(&"a dog ".repeat(bytes / 6 + 1)[..bytes]);
     let refused = |field, bytes| Err(PromptError::TooManyBytes { field, bytes, limit });
     assert_eq!(prompt(&[long(limit + 1)], &TEXT), refused("prompt", limit + 1));
-    assert!(matches!(prompt(&[long(limit)], &TEXT), Err(PromptError::TooLong { prompt, .. }) if prompt > limit / 6));
+    assert!(
+        matches!(prompt(&[long(limit)], &TEXT), Err(PromptError::TooLong { prompt, .. }) if prompt > limit / 6)
+    );
     let phrase = region([0.0, 0.0, 1.0, 1.0], "phrase");
     assert_eq!(prompt(&[long(limit), Part::Image, phrase], &TEXT), refused("prompt", limit + 6));
     let input = Input::Chat { turns: vec![vec![long(limit)]], system_message: Some("system".to_owned()) };
@@ -337,7 +339,9 @@ fn huge_prompts_are_refused_before_they_are_laid_out() {
     };
     assert_eq!(positions, u32::MAX as usize * 6);
     let boxes = vec![region([0.0, 0.0, 1.0, 1.0], ""); 1_000_000];
-    let Err(PromptError::TooLong { prompt: positions, .. }) = prompt(&boxes, &TEXT) else { panic!("accepted") };
+    let Err(PromptError::TooLong { prompt: positions, .. }) = prompt(&boxes, &TEXT) else {
+        panic!("accepted")
+    };
     assert!((2_048 - 64..2_048).contains(&positions), "{positions}");
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }

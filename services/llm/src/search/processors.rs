@@ -71,9 +71,8 @@ impl Warpers {
     /// probability of 0.
     fn heat(&self, scores: &mut [f32]) {
         let finite = scores.iter().copied().filter(|score| score.is_finite());
-        let (best, largest) = finite.fold((f32::MIN, 0.0_f32), |(best, largest), score| {
-            (best.max(score), largest.max(score.abs()))
-        });
+        let (best, largest) = finite
+            .fold((f32::MIN, 0.0_f32), |(best, largest), score| (best.max(score), largest.max(score.abs())));
         let origin = if (largest / self.temperature).is_finite() { 0.0 } else { best };
         scores.iter_mut().for_each(|score| *score = (*score - origin) / self.temperature);
     }

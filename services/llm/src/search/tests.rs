@@ -81,11 +81,7 @@ fn processors_and_warpers_equal_the_golden_cases() {
 fn warpers(name: &str) -> Warpers {
     let fields: Vec<&str> = name.trim_end_matches(".probs").split('_').collect();
     let [t, k, p, "keep1"] = fields[..] else { panic!("{name}") };
-    Warpers {
-        temperature: t[1..].parse().unwrap(),
-        top_k: k[1..].parse().ok(),
-        top_p: p[1..].parse().ok(),
-    }
+    Warpers { temperature: t[1..].parse().unwrap(), top_k: k[1..].parse().ok(), top_p: p[1..].parse().ok() }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use emu2_proto::stage::{
-    self as stage, LlmPart, LlmPrompt, TextParameters as Message, llm_part::Kind, llm_start,
+    self as stage, LlmInfo, LlmPart, LlmPrompt, TextParameters as Message, llm_part::Kind, llm_start,
 };
 use emu2_serve::status::{self, Violation};
 use tonic::Status;
@@ -27,6 +27,21 @@ pub(super) struct Limits {
 }
 
 impl Limits {
+    /// As the router is told, which refuses by them before it asks.
+    pub(super) fn info(&self) -> LlmInfo {
+        LlmInfo {
+            max_new_tokens: self.max_new_tokens,
+            max_beams: self.max_beams,
+            min_length_penalty: *LENGTH_PENALTY.start(),
+            max_length_penalty: *LENGTH_PENALTY.end(),
+            min_temperature: *TEMPERATURE.start(),
+            max_temperature: *TEMPERATURE.end(),
+            min_repetition_penalty: *REPETITION_PENALTY.start(),
+            max_repetition_penalty: *REPETITION_PENALTY.end(),
+            ..LlmInfo::default()
+        }
+    }
+
     /// All mistakes at once.
     pub(super) fn check(&self, text: &Message) -> Result<TextParameters, Status> {
         let mut wrong = Vec::new();

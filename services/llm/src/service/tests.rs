@@ -157,6 +157,10 @@ async fn info_says_what_is_served() {
     assert_eq!((info.n_query, info.v_query, info.embedding_width, info.max_positions), (16, 4, 64, 2048));
     assert!(info.instruct && info.weights_digest.len() == 64 && info.tokenizer_digest.len() == 64);
     assert_eq!((info.dtype(), info.max_beams, info.max_new_tokens), (v1::Dtype::F32, 8, 1024));
+    assert_eq!((info.min_length_penalty, info.max_length_penalty), (-10.0, 10.0));
+    assert_eq!((info.min_temperature, info.max_temperature), (0.001, 100.0));
+    assert_eq!((info.min_repetition_penalty, info.max_repetition_penalty), (0.1, 10.0));
+    assert_eq!(info.max_text_bytes, 98_304);
     let accepted = running.answer(vec![ask(&[written("hi")], greedy(1))]).await.unwrap().accepted;
     assert_eq!(accepted.weights_digest, info.weights_digest);
     assert_eq!(accepted.tokenizer_digest, info.tokenizer_digest);
@@ -290,7 +294,8 @@ async fn a_caller_who_leaves_its_request_waiting_is_refused() {
     ] {
         // Nothing more comes, but the stream stays open.
         let (_sender, events) = running.open(messages).await;
-        let status = timeout(PATIENCE, collect(events)).await.expect("the service waits for ever").unwrap_err();
+        let status =
+            timeout(PATIENCE, collect(events)).await.expect("the service waits for ever").unwrap_err();
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
         assert!(status.message().starts_with(expected), "{status:?}");
     }

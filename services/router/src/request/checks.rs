@@ -28,11 +28,11 @@ impl Checks {
         value
     }
 
-    /// As `within`, for what must be above zero.
-    pub(super) fn above_zero(&mut self, field: &str, asked: Option<f32>, default: f32, max: f32) -> f32 {
-        let Some(value) = asked else { return default };
-        if !(value > 0.0 && value <= max) {
-            self.wrong(field, format!("must be above 0 to {max}, got {value}"));
+    /// Above 0, which stands for off, to 1.
+    pub(super) fn probability(&mut self, field: &str, asked: Option<f32>) -> f32 {
+        let Some(value) = asked else { return 0.0 };
+        if !(value > 0.0 && value <= 1.0) {
+            self.wrong(field, format!("must be above 0 to 1, got {value}"));
         }
         value
     }

@@ -16,6 +16,13 @@ fn profile() -> Profile {
         instruct: true,
         max_new_tokens: 1024,
         max_beams: 8,
+        min_length_penalty: -10.0,
+        max_length_penalty: 10.0,
+        min_temperature: 0.001,
+        max_temperature: 50.0,
+        min_repetition_penalty: 0.1,
+        max_repetition_penalty: 5.0,
+        max_text_bytes: 1000,
         ..Default::default()
     };
     let decoder = DecoderInfo {
@@ -24,6 +31,7 @@ fn profile() -> Profile {
         scale_factor: 8,
         max_image_side: 2048,
         max_steps: 1000,
+        max_guidance_scale: 20.0,
         ..Default::default()
     };
     Profile {
@@ -241,15 +249,15 @@ fn bad_text_parameters_are_refused() {
             "must be 1 with do_sample, got 2",
         ),
         (TextOutput { length_penalty: Some(nan), ..d }, "text.length_penalty", "must be -10 to 10, got NaN"),
-        (TextOutput { temperature: Some(0.0), ..d }, "text.temperature", "must be above 0 to 100, got 0"),
-        (TextOutput { temperature: Some(nan), ..d }, "text.temperature", "must be above 0 to 100, got NaN"),
+        (TextOutput { temperature: Some(0.0), ..d }, "text.temperature", "must be 0.001 to 50, got 0"),
+        (TextOutput { temperature: Some(nan), ..d }, "text.temperature", "must be 0.001 to 50, got NaN"),
         (TextOutput { top_k: Some(0), ..d }, "text.top_k", "must be 1 to 4294967295, got 0"),
         (TextOutput { top_p: Some(1.5), ..d }, "text.top_p", "must be above 0 to 1, got 1.5"),
         (TextOutput { top_p: Some(nan), ..d }, "text.top_p", "must be above 0 to 1, got NaN"),
         (
             TextOutput { repetition_penalty: Some(-1.0), ..d },
             "text.repetition_penalty",
-            "must be above 0 to 10, got -1",
+            "must be 0.1 to 5, got -1",
         ),
     ];
     for (output, field, description) in cases {
@@ -267,9 +275,9 @@ fn bad_image_parameters_are_refused() {
         (
             ImageOutput { guidance_scale: Some(f32::NAN), ..d },
             "image.guidance_scale",
-            "must be 0 to 100, got NaN",
+            "must be 0 to 20, got NaN",
         ),
-        (ImageOutput { guidance_scale: Some(-1.0), ..d }, "image.guidance_scale", "must be 0 to 100, got -1"),
+        (ImageOutput { guidance_scale: Some(-1.0), ..d }, "image.guidance_scale", "must be 0 to 20, got -1"),
         (ImageOutput { height: Some(1001), ..d }, "image.height", "must be a multiple of 8, got 1001"),
         (ImageOutput { width: Some(4096), ..d }, "image.width", "must be 8 to 2048, got 4096"),
     ];
@@ -291,6 +299,11 @@ fn bad_parts_are_refused() {
             vec![video(&[b"1", b""])],
             "prompt.parts[0].video.frames[1]",
             "must be an encoded picture, got 0 bytes",
+        ),
+        (
+            vec![text(&"a".repeat(996)), region(0.0, 0.0, 1.0, 1.0)],
+            "prompt",
+            "must hold at most 1000 bytes of text (max_text_bytes), got 1001",
         ),
         (vec![text("a"); 11], "prompt.parts", "must be at most 10 (limits.max_parts), got 11"),
         (vec![image(b"1"); 5], "prompt.parts.image", "must be at most 4 (limits.max_images), got 5"),

@@ -193,6 +193,8 @@ async fn models_tell_what_they_can_do() {
     let limits = painter.limits.unwrap();
     assert_eq!((limits.max_message_bytes, limits.max_images, limits.max_steps), (64 << 20, 256, 100));
     assert_eq!((limits.max_image_pixels, limits.max_image_side, limits.max_beams), (1 << 20, 128, 5));
+    assert_eq!((limits.min_temperature, limits.max_repetition_penalty), (0.001, 10.0));
+    assert_eq!((limits.max_text_bytes, limits.max_guidance_scale), (10_000, 100.0));
     assert_eq!((painter.default_height, painter.n_query, painter.v_query), (64, N_QUERY, 1));
     assert!(painter.ready && reader.ready);
 }

@@ -316,6 +316,13 @@ impl LanguageModel for MockLlm {
             instruct: self.1,
             max_new_tokens: 100,
             max_beams: 5,
+            min_length_penalty: -10.0,
+            max_length_penalty: 10.0,
+            min_temperature: 0.001,
+            max_temperature: 100.0,
+            min_repetition_penalty: 0.1,
+            max_repetition_penalty: 10.0,
+            max_text_bytes: 10_000,
         }))
     }
 
@@ -411,6 +418,7 @@ impl VisualDecoder for MockDecoder {
             scale_factor: 8,
             max_image_side: 128,
             max_steps: 100,
+            max_guidance_scale: 100.0,
         }))
     }
 

@@ -176,7 +176,11 @@ fn any_schedule_gives_every_request_what_it_gets_alone() {
         for (index, (caller, want)) in callers.iter().zip(&wanted).enumerate() {
             if caller.ended {
                 let got = &caller.answer;
-                assert_eq!((&got.ids, got.complete), (&want.ids, want.complete), "seed {seed}, request {index}");
+                assert_eq!(
+                    (&got.ids, got.complete),
+                    (&want.ids, want.complete),
+                    "seed {seed}, request {index}"
+                );
                 assert_eq!(got.embeddings.len(), want.embeddings.len());
                 for (got, want) in got.embeddings.iter().zip(&want.embeddings) {
                     assert!((got - want).abs() < 1e-3, "seed {seed}, request {index}: {got} {want}");

@@ -23,7 +23,8 @@ fn positive() -> impl Values<Value = f32> {
 
 fn warpers() -> impl Values<Value = Warpers> {
     let top_k = proptest::option::of(prop_oneof![1_usize..50, Just(u32::MAX as usize)]);
-    let top_p = proptest::option::of(prop_oneof![0.0_f32..1.0, Just(1.0), positive().prop_map(|p| p.min(1.0))]);
+    let top_p =
+        proptest::option::of(prop_oneof![0.0_f32..1.0, Just(1.0), positive().prop_map(|p| p.min(1.0))]);
     (positive(), top_k, top_p).prop_map(|(temperature, top_k, top_p)| Warpers { temperature, top_k, top_p })
 }
 
