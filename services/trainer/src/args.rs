@@ -1,7 +1,20 @@
 //! The command line of `emu2-trainer`.
 
-use anyhow::Result;
-use clap::{Parser, Subcommand};
+use std::{io::IsTerminal, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use emu2_serve::shutdown::Shutdown;
+
+use crate::{
+    data::World,
+    export::{self, Source},
+    model::{self, Model, Sections},
+    objective::{Autoencode, Denoise, Naming, Samples},
+    samples::TrainingWorld,
+    stage::{ObjectiveConfig, Stage},
+    train::{self, Ended, Run},
+};
 
 /// Train a small Emu2, and measure it.
 #[derive(Debug, Parser)]
@@ -15,6 +28,61 @@ pub struct Cli {
 pub enum Command {
     /// What the training data looks like.
     Data,
+    /// Train stages in their order, each from its last checkpoint; finished ones are passed over.
+    Train(Train),
+    /// Write what has been trained as a model folder.
+    Export(Export),
+}
+
+/// Where training reads and writes.
+#[derive(Debug, Args)]
+pub struct Places {
+    /// A folder of stages.
+    #[arg(long, default_value = "services/trainer/stages", value_name = "DIR")]
+    pub stages: PathBuf,
+    /// Checkpoints, logs and curves, a folder for each stage.
+    #[arg(long, value_name = "DIR")]
+    pub runs: PathBuf,
+    /// An exported model to begin with, in place of random weights.
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
+    #[arg(long, default_value = "deploy/models/nano/tokenizer.model", value_name = "FILE")]
+    pub tokenizer: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Train {
+    #[command(flatten)]
+    pub places: Places,
+    /// Only these stages, by name; default: all.
+    #[arg(long = "only", value_name = "STAGE")]
+    pub only: Vec<String>,
+    /// The folder that `deploy/fetch/drawings.py` prints.
+    #[arg(long, value_name = "DIR")]
+    pub drawings: PathBuf,
+    /// Stop after so long, to be resumed; default: when all is done.
+    #[arg(long)]
+    pub minutes: Option<f64>,
+    /// Threads of one torch operation; 0 means all.
+    #[arg(long, default_value_t = 0)]
+    pub cores: usize,
+    /// Threads that make batches.
+    #[arg(long, default_value_t = 1)]
+    pub loaders: usize,
+    /// Of the initial weights.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// `cpu` or `cuda:0`.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    #[command(flatten)]
+    pub places: Places,
+    #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 pub fn run(command: Command) -> Result<()> {
@@ -22,7 +90,72 @@ pub fn run(command: Command) -> Result<()> {
         Command::Data => {
             let side = crate::data::SIDE;
             println!("pictures of {side} x {side} pixels");
+            Ok(())
+        }
+        Command::Train(args) => train(args),
+        Command::Export(Export { places, out }) => {
+            let stages = Stage::read_all(&places.stages)?;
+            let source = Source { runs: places.runs, base: places.base };
+            export::export(&source, &model::nano(), &stages, &places.tokenizer, &out)
         }
     }
+}
+
+fn train(args: Train) -> Result<()> {
+    let stages = Stage::read_all(&args.places.stages)?;
+    for name in &args.only {
+        ensure!(stages.iter().any(|stage| stage.name == *name), "there is no stage {name}");
+    }
+    let device = emu2_nn::device::open(std::slice::from_ref(&args.device))?[0];
+    if args.cores > 0 {
+        tch::set_num_threads(args.cores.try_into().context("cores")?);
+    }
+    let sections = model::nano();
+    // Signals are heard by a thread of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let _entered = runtime.enter();
+    let run = Run {
+        runs: args.places.runs.clone(),
+        loader_threads: args.loaders,
+        time_max: args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),
+        shutdown: Shutdown::on_signals(),
+        bar: std::io::stdout().is_terminal(),
+    };
+    let source = Source { runs: args.places.runs.clone(), base: args.places.base.clone() };
+    for (index, stage) in stages.iter().enumerate() {
+        if !args.only.is_empty() && !args.only.contains(&stage.name) {
+            continue;
+        }
+        let model = source.model(&sections, &stages[..index], args.seed, device)?;
+        let world = World::open(&args.drawings, concepts(&sections)?, stage.seed, false)?;
+        if train_stage(stage, &model, world, &run)? == Ended::Stopped {
+            println!("{}: stopped; the same command goes on from here", stage.name);
+            break;
+        }
+        println!("{}: finished", stage.name);
+    }
     Ok(())
+}
+
+/// How many concepts a model learns, which its configuration says.
+fn concepts(sections: &Sections) -> Result<usize> {
+    let concepts = sections.get("concepts").and_then(serde_json::Value::as_u64);
+    Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
+}
+
+fn train_stage(stage: &Stage, model: &Model, world: World, run: &Run) -> Result<Ended> {
+    let grid_side = model.n_query().isqrt() as usize;
+    let samples: Arc<dyn Samples> = Arc::new(TrainingWorld { world, grid_side });
+    let seed = stage.seed;
+    match &stage.objective {
+        ObjectiveConfig::Naming { batch } => {
+            train::train(stage, model, &Naming::new(samples, *batch, model), run)
+        }
+        &ObjectiveConfig::Autoencode { batch, divergence_weight } => {
+            train::train(stage, model, &Autoencode { samples, batch, divergence_weight, seed }, run)
+        }
+        &ObjectiveConfig::Denoise { batch, dropped_share } => {
+            train::train(stage, model, &Denoise { samples, batch, dropped_share, seed }, run)
+        }
+    }
 }

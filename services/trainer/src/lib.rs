@@ -4,6 +4,27 @@
 //! |---|---|
 //! | [`args`] | the command line |
 //! | [`data`] | drawings → scenes → documents, endless and seeded; no torch |
+//! | [`stage`] | one stage of training, as its file says |
+//! | [`objective`], [`samples`] | a stage's batches: which samples, and what is drawn for them |
+//! | [`layout`], [`pixels`] | samples as the models read them |
+//! | [`model`] | all parts of Emu2 over one store of variables: the services' own code |
+//! | [`loss`] | what is minimised |
+//! | [`optimizer`] | AdamW, the learning rate's course, running averages |
+//! | [`train`] | a stage at work |
+//! | [`checkpoint`], [`log`] | what is kept of it, and how it goes |
+//! | [`export`] | what has been trained, as a folder that the services load |
 
 pub mod args;
+pub mod checkpoint;
 pub mod data;
+pub mod export;
+pub mod layout;
+pub mod log;
+pub mod loss;
+pub mod model;
+pub mod objective;
+pub mod optimizer;
+pub mod pixels;
+pub mod samples;
+pub mod stage;
+pub mod train;

@@ -1,0 +1,111 @@
+//! What a stage has come to, in one file that is replaced whole: a crash leaves the last one.
+//!
+//! Its tensors: `weights.` and the trained variables' names, `optimizer.` and the optimizer's state, and `progress`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use tch::Tensor;
+
+use crate::{
+    model::{Model, copy},
+    optimizer::AdamW,
+};
+
+const WEIGHTS: &str = "weights.";
+const OPTIMIZER: &str = "optimizer.";
+const PROGRESS: &str = "progress";
+/// Of a running average among the optimizer's state.
+const AVERAGE: &str = "optimizer.average.";
+
+/// How far a stage is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Done.
+    pub steps: u64,
+    pub samples: u64,
+    pub milliseconds: u64,
+    /// The step at which the optimizer last began without its state.
+    pub restarted: u64,
+}
+
+/// A stage's file among the runs.
+pub fn path(runs: &Path, stage: &str) -> PathBuf {
+    runs.join(stage).join("checkpoint.safetensors")
+}
+
+/// `trained`: the variables, heads included.
+pub fn save(
+    path: &Path,
+    trained: &BTreeMap<String, Tensor>,
+    optimizer: &AdamW,
+    progress: Progress,
+) -> Result<()> {
+    let Progress { steps, samples, milliseconds, restarted } = progress;
+    let progress = [steps, samples, milliseconds, restarted].map(|value| value as i64);
+    let mut tensors = vec![(PROGRESS.to_owned(), Tensor::from_slice(&progress))];
+    tensors.extend(trained.iter().map(|(name, tensor)| (format!("{WEIGHTS}{name}"), tensor.detach())));
+    tensors
+        .extend(optimizer.state().into_iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor)));
+    write(path, &tensors)
+}
+
+/// Writes tensors aside and renames.
+pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let aside = path.with_extension("new");
+    Tensor::write_safetensors(tensors, &aside)
+        .with_context(|| format!("cannot write {}", aside.display()))?;
+    fs::rename(&aside, path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Tensors by name.
+pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let tensors =
+        Tensor::read_safetensors(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(tensors.into_iter().collect())
+}
+
+/// Goes on from a file: the trained variables and the optimizer take its values.
+pub fn resume(
+    path: &Path,
+    trained: &mut BTreeMap<String, Tensor>,
+    optimizer: &mut AdamW,
+) -> Result<Progress> {
+    let tensors = read(path)?;
+    for (name, variable) in trained.iter_mut() {
+        let value =
+            tensors.get(&format!("{WEIGHTS}{name}")).with_context(|| format!("`{name}` is missing"))?;
+        copy(variable, value).with_context(|| format!("`{name}`"))?;
+    }
+    optimizer.restore(&under(&tensors, OPTIMIZER))?;
+    progress(&tensors)
+}
+
+/// What a stage gives on to the next: its weights, or their running averages where it keeps them.
+pub fn give_on(path: &Path, model: &Model) -> Result<Progress> {
+    let tensors = read(path)?;
+    let mut weights = under(&tensors, WEIGHTS);
+    weights.extend(under(&tensors, AVERAGE));
+    let of_model = weights.iter().filter(|(name, _)| !name.starts_with("heads."));
+    model.restore(of_model.map(|(name, tensor)| (name.as_str(), tensor)))?;
+    progress(&tensors)
+}
+
+fn progress(tensors: &BTreeMap<String, Tensor>) -> Result<Progress> {
+    let values = tensors.get(PROGRESS).map(Vec::<i64>::try_from).transpose()?.unwrap_or_default();
+    ensure!(values.len() == 4, "`{PROGRESS}` must be 4 numbers, got {}", values.len());
+    let [steps, samples, milliseconds, restarted] = [0, 1, 2, 3].map(|index| values[index] as u64);
+    Ok(Progress { steps, samples, milliseconds, restarted })
+}
+
+fn under(tensors: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
+    let named = tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)));
+    named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect()
+}

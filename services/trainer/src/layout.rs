@@ -1,0 +1,106 @@
+//! Sequences side by side, as numbers that name rows: what is read where, and what is predicted from where.
+//!
+//! Rows of a batch are counted through: row i of sequence s stands at s × tokens + i. Sequences are padded at their
+//! ends, which no row before them sees.
+
+use anyhow::{Result, ensure};
+
+use crate::data::{Picture, Sequence};
+
+/// Of what fills the ends: it is never looked at.
+const PADDING: i64 = 0;
+
+/// Positions of one batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    pub sequences: usize,
+    /// Of each, with padding.
+    pub tokens: usize,
+    /// [(sequences tokens)]
+    pub ids: Vec<i64>,
+    /// The row of each embedding of each picture, picture by picture.
+    pub slots: Vec<i64>,
+    /// Rows from which a token is predicted, and that token.
+    pub text: Predictions,
+    /// Rows from which an embedding is predicted, and which: a place in `slots`.
+    pub images: Predictions,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Predictions {
+    pub from: Vec<i64>,
+    pub what: Vec<i64>,
+}
+
+impl Predictions {
+    fn push(&mut self, from: usize, what: i64) {
+        self.from.push(from as i64);
+        self.what.push(what);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.from.is_empty()
+    }
+}
+
+impl Layout {
+    /// And the sequences' pictures, in the order of `slots`. All slots must have `queries` positions.
+    pub fn new(sequences: &[Sequence], queries: usize) -> Result<(Self, Vec<Picture>)> {
+        let tokens = sequences.iter().map(|sequence| sequence.ids.len()).max().unwrap_or_default();
+        let mut layout = Self { sequences: sequences.len(), tokens, ..Self::default() };
+        let mut pictures = Vec::new();
+        for (index, sequence) in sequences.iter().enumerate() {
+            let first = index * tokens;
+            let ids = sequence.ids.iter().map(|&id| i64::from(id));
+            layout.ids.extend(ids.chain(std::iter::repeat(PADDING)).take(tokens));
+            for position in (1..sequence.ids.len()).filter(|&position| sequence.learn[position]) {
+                layout.text.push(first + position - 1, i64::from(sequence.ids[position]));
+            }
+            for slot in &sequence.slots {
+                ensure!(
+                    slot.len == queries,
+                    "pictures must have {queries} embeddings each, one has {}",
+                    slot.len
+                );
+                for position in slot.start..slot.start + slot.len {
+                    if slot.learn {
+                        layout.images.push(first + position - 1, layout.slots.len() as i64);
+                    }
+                    layout.slots.push((first + position) as i64);
+                }
+                pictures.push(slot.picture.clone());
+            }
+        }
+        Ok((layout, pictures))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::PictureSlot;
+
+    #[test]
+    fn rows_are_counted_through_and_ends_are_padded() {
+        let picture = Picture::new(vec![7; Picture::BYTES]);
+        let slot = |start, learn| PictureSlot { start, len: 2, picture: picture.clone(), learn };
+        let long = Sequence {
+            ids: vec![1, 8, 9, 9, 10, 5],
+            learn: vec![false, true, false, false, false, true],
+            slots: vec![slot(2, true)],
+        };
+        let short = Sequence {
+            ids: vec![1, 9, 9, 2],
+            learn: vec![false, false, false, true],
+            slots: vec![slot(1, false)],
+        };
+        let (layout, pictures) = Layout::new(&[long.clone(), short], 2).unwrap();
+        assert_eq!((layout.sequences, layout.tokens, pictures.len()), (2, 6, 2));
+        assert_eq!(layout.ids, [1, 8, 9, 9, 10, 5, 1, 9, 9, 2, 0, 0]);
+        assert_eq!(layout.slots, [2, 3, 7, 8]);
+        assert_eq!(layout.text, Predictions { from: vec![0, 4, 8], what: vec![8, 5, 2] });
+        assert_eq!(layout.images, Predictions { from: vec![1, 2], what: vec![0, 1] });
+        let error = Layout::new(&[long], 3).unwrap_err().to_string();
+        assert!(error.contains("3 embeddings each, one has 2"), "{error}");
+    }
+}

@@ -1,0 +1,150 @@
+//! A curve as a PNG: samples across, loss up on a logarithmic scale.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use embedded_graphics::{
+    Drawable, Pixel,
+    draw_target::DrawTarget,
+    geometry::{OriginDimensions, Point, Size},
+    mono_font::{MonoTextStyle, ascii::FONT_9X15},
+    pixelcolor::{Rgb888, RgbColor},
+    primitives::{Line, Primitive, PrimitiveStyle},
+    text::{Alignment, Text},
+};
+use image::{Rgb, RgbImage};
+
+const WIDTH: u32 = 960;
+const HEIGHT: u32 = 540;
+/// Between the picture's edges and the axes.
+const LEFT: i32 = 80;
+const RIGHT: i32 = 40;
+const TOP: i32 = 40;
+const BOTTOM: i32 = 50;
+/// Labelled lines along each axis.
+const TICKS: i32 = 5;
+const GREY: Rgb888 = Rgb888::new(210, 210, 210);
+const BLUE: Rgb888 = Rgb888::new(30, 80, 170);
+
+/// `points`: samples and loss, in order.
+pub(super) fn draw(path: &Path, title: &str, points: &[(f64, f64)]) -> Result<()> {
+    let mut canvas = Canvas(RgbImage::from_pixel(WIDTH, HEIGHT, Rgb([255; 3])));
+    // What is not finite has no place; a loss of 0 has none on this scale.
+    let points: Vec<_> = points.iter().copied().filter(|&(_, loss)| loss.is_finite() && loss > 0.0).collect();
+    let axes = Axes::around(&points);
+    canvas.frame(title, &axes);
+    let curve: Vec<_> = points.iter().map(|&point| axes.place(point)).collect();
+    // Line by line: joints of a thick polyline overflow on sharp angles.
+    for ends in curve.windows(2) {
+        let line = Line::new(ends[0], ends[1]).into_styled(PrimitiveStyle::with_stroke(BLUE, 2));
+        line.draw(&mut canvas).expect("infallible");
+    }
+    canvas.0.save(path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// What the picture's edges stand for.
+struct Axes {
+    samples_max: f64,
+    /// Logarithms.
+    low: f64,
+    high: f64,
+}
+
+impl Axes {
+    fn around(points: &[(f64, f64)]) -> Self {
+        let samples_max = points.iter().map(|point| point.0).fold(1.0, f64::max);
+        let logarithms = || points.iter().map(|point| point.1.ln());
+        let (low, high) =
+            (logarithms().fold(f64::INFINITY, f64::min), logarithms().fold(f64::NEG_INFINITY, f64::max));
+        if low.is_finite() && high > low {
+            Self { samples_max, low, high }
+        } else {
+            // One point, or none: any scale around it.
+            let middle = if low.is_finite() { low } else { 0.0 };
+            Self { samples_max, low: middle - 1.0, high: middle + 1.0 }
+        }
+    }
+
+    fn place(&self, (samples, loss): (f64, f64)) -> Point {
+        let up = (loss.ln() - self.low) / (self.high - self.low);
+        Self::at(samples / self.samples_max, up)
+    }
+
+    /// Shares of the way across and up.
+    fn at(across: f64, up: f64) -> Point {
+        let (width, height) = (WIDTH as i32 - LEFT - RIGHT, HEIGHT as i32 - TOP - BOTTOM);
+        Point::new(LEFT + (across * f64::from(width)) as i32, TOP + ((1.0 - up) * f64::from(height)) as i32)
+    }
+}
+
+struct Canvas(RgbImage);
+
+impl Canvas {
+    /// Lines, numbers and titles.
+    fn frame(&mut self, title: &str, axes: &Axes) {
+        let grey = PrimitiveStyle::with_stroke(GREY, 1);
+        for tick in 0..=TICKS {
+            let share = f64::from(tick) / f64::from(TICKS);
+            let ends = [(share, 0.0, share, 1.0), (0.0, share, 1.0, share)];
+            for (x, y, x_end, y_end) in ends {
+                let line = Line::new(Axes::at(x, y), Axes::at(x_end, y_end));
+                line.into_styled(grey).draw(self).expect("infallible");
+            }
+            let samples = format!("{:.0}", share * axes.samples_max);
+            self.text(&samples, Axes::at(share, 0.0) + Point::new(0, 20), Alignment::Center);
+            let loss = format!("{:.3}", (axes.low + share * (axes.high - axes.low)).exp());
+            self.text(&loss, Axes::at(0.0, share) + Point::new(-8, 5), Alignment::Right);
+        }
+        self.text(title, Point::new(LEFT, 25), Alignment::Left);
+        self.text("samples", Axes::at(0.5, 0.0) + Point::new(0, 40), Alignment::Center);
+        self.text("loss", Point::new(LEFT - 8, 25), Alignment::Right);
+    }
+
+    fn text(&mut self, text: &str, at: Point, alignment: Alignment) {
+        let style = MonoTextStyle::new(&FONT_9X15, Rgb888::BLACK);
+        Text::with_alignment(text, at, style, alignment).draw(self).expect("infallible");
+    }
+}
+
+impl OriginDimensions for Canvas {
+    fn size(&self) -> Size {
+        Size::new(WIDTH, HEIGHT)
+    }
+}
+
+impl DrawTarget for Canvas {
+    type Color = Rgb888;
+    type Error = std::convert::Infallible;
+
+    /// What lies outside is left out.
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
+        for Pixel(Point { x, y }, colour) in pixels {
+            let inside = u32::try_from(x).ok().zip(u32::try_from(y).ok());
+            if let Some(pixel) = inside.and_then(|(x, y)| self.0.get_pixel_mut_checked(x, y)) {
+                *pixel = Rgb([colour.r(), colour.g(), colour.b()]);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_falls_and_odd_values_do_no_harm() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("loss.png");
+        for points in [vec![], vec![(10.0, 2.0)], vec![(10.0, f64::NAN), (20.0, 0.0)]] {
+            draw(&path, "few", &points).unwrap();
+        }
+        let points: Vec<_> = (1..=100).map(|i| (f64::from(i), 100.0 / f64::from(i))).collect();
+        draw(&path, "a curve", &points).unwrap();
+        let image = image::open(&path).unwrap().to_rgb8();
+        let blue = Rgb([BLUE.r(), BLUE.g(), BLUE.b()]);
+        let rows = |column: u32| (0..HEIGHT).find(|&row| *image.get_pixel(column, row) == blue);
+        let (first, last) = (rows(LEFT as u32 + 20).unwrap(), rows(WIDTH - RIGHT as u32 - 5).unwrap());
+        assert!(first < last, "{first} {last}");
+    }
+}

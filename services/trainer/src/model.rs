@@ -1,0 +1,137 @@
+//! All parts of a small Emu2 on one device, trainable: the services' own models over one store of variables.
+//!
+//! Names of variables are those of a native checkpoint, so a file of them is one.
+
+mod init;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeMap, path::Path, rc::Rc};
+
+use anyhow::{Context, Result, bail, ensure};
+use emu2_decoder::{
+    scheduler::{EulerDiscrete, SchedulerConfig},
+    unet::Unet,
+    vae::{Decoder, Encoder, VaeConfig},
+};
+use emu2_encoder::eva_vit::EvaVit;
+use emu2_llm::llama::Llama;
+use emu2_nn::checkpoint::{ModelDir, Part};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor, nn::VarStore};
+
+/// The sections of a model's config.json.
+pub type Sections = Map<String, Value>;
+
+/// The model that ships.
+pub fn nano() -> Sections {
+    serde_json::from_str(include_str!("../nano.json")).expect("the committed file is an object")
+}
+
+/// Every part, with its variables.
+#[derive(Debug)]
+pub struct Model {
+    pub tower: EvaVit,
+    pub llm: Llama,
+    pub unet: Unet,
+    pub vae: Vae,
+    /// Share of the image's variance that is left at each training timestep, [timesteps]
+    pub alphas_cumprod: Tensor,
+    variables: Rc<VarStore>,
+}
+
+#[derive(Debug)]
+pub struct Vae {
+    pub encoder: Encoder,
+    pub decoder: Decoder,
+}
+
+impl Model {
+    /// Initial values out of a seed.
+    pub fn new(sections: &Sections, seed: u64, device: Device) -> Result<Self> {
+        let dir = ModelDir::random(sections.clone(), seed);
+        let model = Self::build(&dir, device)?;
+        init::scale(&model.variables);
+        Ok(model)
+    }
+
+    /// The values of a folder that holds every part.
+    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+        Self::build(&ModelDir::open(folder)?, device)
+    }
+
+    fn build(dir: &Rc<ModelDir>, device: Device) -> Result<Self> {
+        let variables = Rc::new(VarStore::new(device));
+        let weights = |part| dir.trainable(part, &variables, Kind::Float);
+        let (tower, _) = EvaVit::build(dir, weights(Part::Visual))?;
+        let width = tower.config.width;
+        let (llm, _) = Llama::build(dir, dir.section("llama")?, width, &[device], weights(Part::Llm))?;
+        let w = weights(Part::Unet);
+        let unet = Unet::load(&w, dir.section("unet")?)?;
+        w.finish()?;
+        ensure!(
+            unet.config.cross_attention_dim == width,
+            "unet.cross_attention_dim is {}, vision.width {width}",
+            unet.config.cross_attention_dim
+        );
+        let (w, config) = (weights(Part::Vae), dir.section::<VaeConfig>("vae")?);
+        let vae = Vae { encoder: Encoder::load(&w, &config)?, decoder: Decoder::load(&w, &config)? };
+        w.finish()?;
+        let schedule = EulerDiscrete::new(&dir.section::<SchedulerConfig>("scheduler")?)?;
+        let alphas_cumprod = Tensor::from_slice(schedule.alphas_cumprod()).to_device(device);
+        Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables })
+    }
+
+    pub fn device(&self) -> Device {
+        self.variables.device()
+    }
+
+    /// Embeddings of an image.
+    pub fn n_query(&self) -> u32 {
+        self.tower.config.n_query
+    }
+
+    /// Every variable by its name.
+    pub fn variables(&self) -> BTreeMap<String, Tensor> {
+        self.variables.variables().into_iter().collect()
+    }
+
+    /// Variables under any of these names, such as `visual.`; gradients are kept for them alone.
+    pub fn train(&self, prefixes: &[String]) -> Result<BTreeMap<String, Tensor>> {
+        let mut trained = self.variables();
+        for prefix in prefixes {
+            ensure!(trained.keys().any(|name| name.starts_with(prefix)), "no weight begins with `{prefix}`");
+        }
+        trained.retain(|name, tensor| {
+            let trained = prefixes.iter().any(|prefix| name.starts_with(prefix));
+            let _ = tensor.set_requires_grad(trained);
+            trained
+        });
+        Ok(trained)
+    }
+
+    /// Takes over values by name; the others stay. Every name must be one of the model's.
+    pub fn restore<'a>(&self, values: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<()> {
+        let mut variables = self.variables();
+        for (name, value) in values {
+            let Some(variable) = variables.get_mut(name) else {
+                bail!("`{name}` is not a weight of this model")
+            };
+            copy(variable, value).with_context(|| format!("`{name}`"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes `value` into a variable.
+pub fn copy(variable: &mut Tensor, value: &Tensor) -> Result<()> {
+    let (want, got) = (variable.size(), value.size());
+    ensure!(want == got, "must be {want:?}, is {got:?}");
+    tch::no_grad(|| variable.copy_(value));
+    Ok(())
+}
+
+/// How many values are in tensors.
+pub fn count<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> usize {
+    tensors.into_iter().map(Tensor::numel).sum()
+}

@@ -1,0 +1,243 @@
+//! A stage's objective at work: which samples make its batches, and their loss.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::{Context, Result};
+use emu2_decoder::noise::standard_normal;
+use emu2_nn::layers::Linear;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha12Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    data::Picture,
+    loss::{self, Loss, NamingHeads, Noising},
+    model::Model,
+    pixels::Pixels,
+};
+
+/// Where samples come from. Each is a function of its number.
+pub trait Samples: Send + Sync + 'static {
+    fn scene(&self, number: u64) -> NamedScene;
+}
+
+/// A picture and what stands where in it.
+#[derive(Clone, Debug)]
+pub struct NamedScene {
+    pub picture: Picture,
+    /// Of each query, row by row: a concept's number, or [`NAMES`] for none.
+    pub names: Vec<i64>,
+    pub background: i64,
+    /// 1 to [`COUNTS`].
+    pub count: i64,
+}
+
+/// Concepts, named backgrounds, and the most things of a scene.
+pub const NAMES: i64 = crate::data::concept::CONCEPTS_MAX as i64;
+pub const BACKGROUNDS: i64 = crate::data::Background::ALL.len() as i64;
+pub const COUNTS: i64 = 4;
+
+/// Makes the batch of a number.
+pub type Maker<B> = Box<dyn Fn(u64) -> B + Send + Sync>;
+
+pub trait Objective {
+    type Batch: Batch;
+
+    /// For the loader's threads.
+    fn maker(&self) -> Maker<Self::Batch>;
+
+    /// `step`: the batch's number, which also decides what is drawn.
+    fn loss(&self, model: &Model, batch: &Self::Batch, step: u64) -> Loss;
+
+    /// Trained beside the model's weights and thrown away.
+    fn variables(&self) -> BTreeMap<String, Tensor> {
+        BTreeMap::new()
+    }
+}
+
+pub trait Batch: Send + 'static {
+    /// In it.
+    fn samples(&self) -> usize;
+}
+
+/// The number of a batch's sample `index`: stages never share samples, nor do steps.
+fn number(step: u64, batch: usize, index: usize) -> u64 {
+    step * batch as u64 + index as u64
+}
+
+/// Another seed for each use of a stage's.
+fn seed(stage: u64, step: u64, usage: u64) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    [stage, step, usage].iter().for_each(|value| {
+        hasher.update(&value.to_le_bytes());
+    });
+    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
+}
+
+/// What stands where: stage 0.
+pub struct Naming {
+    pub samples: Arc<dyn Samples>,
+    pub batch: usize,
+    heads: NamingHeads,
+}
+
+pub struct NamedScenes {
+    pixels: Pixels,
+    names: Vec<i64>,
+    backgrounds: Vec<i64>,
+    counts: Vec<i64>,
+}
+
+impl Batch for NamedScenes {
+    fn samples(&self) -> usize {
+        self.counts.len()
+    }
+}
+
+impl Naming {
+    pub fn new(samples: Arc<dyn Samples>, batch: usize, model: &Model) -> Self {
+        // Zeros: a linear layer's gradient does not need another beginning.
+        let width = model.tower.config.width;
+        let head = |classes: i64| Linear {
+            weight: zeros(&[classes, width], model.device()),
+            bias: Some(zeros(&[classes], model.device())),
+        };
+        let heads =
+            NamingHeads { names: head(NAMES + 1), background: head(BACKGROUNDS), count: head(COUNTS) };
+        Self { samples, batch, heads }
+    }
+}
+
+fn zeros(shape: &[i64], device: Device) -> Tensor {
+    Tensor::zeros(shape, (Kind::Float, device)).set_requires_grad(true)
+}
+
+impl Objective for Naming {
+    type Batch = NamedScenes;
+
+    fn maker(&self) -> Maker<NamedScenes> {
+        let (samples, batch) = (Arc::clone(&self.samples), self.batch);
+        Box::new(move |step| {
+            let scenes: Vec<_> = (0..batch).map(|index| samples.scene(number(step, batch, index))).collect();
+            NamedScenes {
+                names: scenes.iter().flat_map(|scene| scene.names.iter().copied()).collect(),
+                backgrounds: scenes.iter().map(|scene| scene.background).collect(),
+                counts: scenes.iter().map(|scene| scene.count - 1).collect(),
+                pixels: scenes.into_iter().map(|scene| scene.picture).collect(),
+            }
+        })
+    }
+
+    fn loss(&self, model: &Model, batch: &NamedScenes, _step: u64) -> Loss {
+        let device = model.device();
+        let truth = [&batch.names, &batch.backgrounds, &batch.counts]
+            .map(|truth| Tensor::from_slice(truth).to_device(device));
+        let [names, backgrounds, counts] = &truth;
+        let pixels = batch.pixels.normalised(device);
+        loss::naming(model, &self.heads, &pixels, [names, backgrounds, counts])
+    }
+
+    fn variables(&self) -> BTreeMap<String, Tensor> {
+        let heads = [
+            ("names", &self.heads.names),
+            ("background", &self.heads.background),
+            ("count", &self.heads.count),
+        ];
+        let mut variables = BTreeMap::new();
+        for (name, head) in heads {
+            let tensors = [("weight", Some(&head.weight)), ("bias", head.bias.as_ref())];
+            for (kind, tensor) in tensors {
+                variables
+                    .extend(tensor.map(|tensor| (format!("heads.{name}.{kind}"), tensor.shallow_clone())));
+            }
+        }
+        variables
+    }
+}
+
+/// Pictures through the VAE and back.
+pub struct Autoencode {
+    pub samples: Arc<dyn Samples>,
+    pub batch: usize,
+    pub divergence_weight: f64,
+    pub seed: u64,
+}
+
+pub struct Pictures(Pixels, usize);
+
+impl Batch for Pictures {
+    fn samples(&self) -> usize {
+        self.1
+    }
+}
+
+fn pictures(samples: &Arc<dyn Samples>, batch: usize) -> Maker<Pictures> {
+    let samples = Arc::clone(samples);
+    Box::new(move |step| {
+        let picture = |index| samples.scene(number(step, batch, index)).picture;
+        Pictures((0..batch).map(picture).collect(), batch)
+    })
+}
+
+/// Standard normal values of a shape.
+fn normal(shape: &[i64], seed: u64, device: Device) -> Tensor {
+    let count = shape.iter().product::<i64>() as usize;
+    Tensor::from_slice(&standard_normal(seed, count)).view(shape).to_device(device)
+}
+
+/// Of the latents of so many pictures.
+fn latents_shape(model: &Model, batch: usize, pixels: &Tensor) -> Result<[i64; 4]> {
+    let (_, _, height, width_px) = pixels.size4().context("pixels have four dimensions")?;
+    let levels = model.vae.decoder.up_blocks.len();
+    Ok([batch as i64, model.unet.config.in_channels, height >> (levels - 1), width_px >> (levels - 1)])
+}
+
+impl Objective for Autoencode {
+    type Batch = Pictures;
+
+    fn maker(&self) -> Maker<Pictures> {
+        pictures(&self.samples, self.batch)
+    }
+
+    fn loss(&self, model: &Model, batch: &Pictures, step: u64) -> Loss {
+        let pixels = batch.0.signed(model.device());
+        let shape = latents_shape(model, batch.1, &pixels).expect("pixels have been made with four");
+        let noise = normal(&shape, seed(self.seed, step, 1), model.device());
+        loss::autoencode(model, &pixels, &noise, self.divergence_weight)
+    }
+}
+
+/// Noise out of pictures' latents, given their embeddings.
+pub struct Denoise {
+    pub samples: Arc<dyn Samples>,
+    pub batch: usize,
+    pub dropped_share: f64,
+    pub seed: u64,
+}
+
+impl Objective for Denoise {
+    type Batch = Pictures;
+
+    fn maker(&self) -> Maker<Pictures> {
+        pictures(&self.samples, self.batch)
+    }
+
+    fn loss(&self, model: &Model, batch: &Pictures, step: u64) -> Loss {
+        let device = model.device();
+        let pixels = batch.0.signed(device);
+        let shape = latents_shape(model, batch.1, &pixels).expect("pixels have been made with four");
+        let [sampling, noise] = [2, 3].map(|usage| normal(&shape, seed(self.seed, step, usage), device));
+        let mut random = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 4));
+        let last = model.alphas_cumprod.size()[0];
+        let timesteps: Vec<i64> = (0..batch.1).map(|_| random.random_range(0..last)).collect();
+        let dropped: Vec<bool> = (0..batch.1).map(|_| random.random_bool(self.dropped_share)).collect();
+        let noising = Noising {
+            sampling,
+            noise,
+            offset: normal(&[shape[0], shape[1], 1, 1], seed(self.seed, step, 5), device),
+            timesteps: Tensor::from_slice(&timesteps).to_device(device),
+            dropped: Tensor::from_slice(&dropped).to_device(device),
+        };
+        loss::denoise(model, &batch.0.normalised(device), &pixels, &noising)
+    }
+}

@@ -1,0 +1,138 @@
+//! One stage of training, as its file in `stages/` says.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use crate::optimizer::OptimizerConfig;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// The file's name without its ending; stages build on those whose names sort before.
+    #[serde(skip)]
+    pub name: String,
+    /// Of the samples and of what is drawn for them.
+    pub seed: u64,
+    pub steps: u64,
+    /// How the names of the weights begin that are trained, and their share of the learning rate.
+    pub train: BTreeMap<String, f64>,
+    pub objective: ObjectiveConfig,
+    pub optimizer: OptimizerConfig,
+}
+
+/// What is minimised; see [`crate::loss`]. `batch`: samples of a step.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ObjectiveConfig {
+    Naming {
+        batch: usize,
+    },
+    Autoencode {
+        batch: usize,
+        /// Of the latents' divergence from standard normal.
+        divergence_weight: f64,
+    },
+    Denoise {
+        batch: usize,
+        /// Of the pictures whose embeddings are dropped, for guidance.
+        dropped_share: f64,
+    },
+}
+
+impl Stage {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let name = path.file_stem().and_then(|name| name.to_str()).context("a stage's file has no name")?;
+        Self::parse(name, &text).with_context(|| format!("stage {}", path.display()))
+    }
+
+    pub fn parse(name: &str, text: &str) -> Result<Self> {
+        let stage = Self { name: name.to_owned(), ..toml::from_str(text)? };
+        let problems = stage.problems();
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        Ok(stage)
+    }
+
+    /// All stages of a folder, in order.
+    pub fn read_all(folder: &Path) -> Result<Vec<Self>> {
+        let files = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        let mut paths = Vec::new();
+        for file in files {
+            let path = file?.path();
+            if path.extension().is_some_and(|ending| ending == "toml") {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        if paths.is_empty() {
+            bail!("{} holds no stage", folder.display());
+        }
+        paths.iter().map(|path| Self::read(path)).collect()
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.optimizer.problems();
+        let mut require = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        require(self.steps > 0, "steps must be at least 1, is 0".to_owned());
+        require(!self.train.is_empty(), "train names no weights".to_owned());
+        for (prefix, &share) in &self.train {
+            require(share > 0.0, format!("train.`{prefix}` must be above 0, is {share}"));
+        }
+        let mut batches = Vec::new();
+        let mut share = |name: &str, value: f64, max: f64| {
+            require((0.0..=max).contains(&value), format!("{name} must be 0 to {max}, is {value}"));
+        };
+        match &self.objective {
+            ObjectiveConfig::Naming { batch } => batches.push(*batch),
+            ObjectiveConfig::Autoencode { batch, divergence_weight } => {
+                share("divergence_weight", *divergence_weight, 1e6);
+                batches.push(*batch);
+            }
+            ObjectiveConfig::Denoise { batch, dropped_share } => {
+                share("dropped_share", *dropped_share, 1.0);
+                batches.push(*batch);
+            }
+        }
+        for batch in batches {
+            require((1..=65_536).contains(&batch), format!("batch must be 1 to 65536, is {batch}"));
+        }
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_stages_are_read_in_order() {
+        let stages = Stage::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("stages")).unwrap();
+        let names: Vec<_> = stages.iter().map(|stage| stage.name.as_str()).collect();
+        assert!(names.starts_with(&["0-tower"]) && names.is_sorted(), "{names:?}");
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_value() {
+        let text = r#"
+            seed = 1
+            steps = 0
+            train = { "visual." = 0.0 }
+            objective = { autoencode = { batch = 0, divergence_weight = -1.0 } }
+            optimizer = { learning_rate = 0.0, warm_up_steps = 1, betas = [0.9, 1.0], clip = 1.0 }
+        "#;
+        let error = Stage::parse("bad", text).unwrap_err().to_string();
+        for part in
+            ["steps", "train.`visual.`", "batch must be 1 to 65536, is 0", "is -1", "learning_rate", "betas"]
+        {
+            assert!(error.contains(part), "{part} not in {error}");
+        }
+        let error = Stage::parse("bad", &text.replace("seed", "sead")).unwrap_err().to_string();
+        assert!(error.contains("sead"), "{error}");
+    }
+}

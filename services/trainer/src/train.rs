@@ -1,0 +1,158 @@
+//! A stage at work: batches from the loader, steps, checkpoints, the log; until its steps are done, its time is up or
+//! a signal comes.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use emu2_serve::shutdown::Shutdown;
+use tch::Tensor;
+
+use crate::{
+    checkpoint::{self, Progress},
+    data::Loader,
+    log::Log,
+    model::Model,
+    objective::{Batch, Objective},
+    optimizer::AdamW,
+    stage::Stage,
+};
+
+/// Batches that each of the loader's threads keeps ready.
+const AHEAD: usize = 4;
+/// Between checkpoints.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+
+/// Where and how long to train.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// A folder with one folder for each stage.
+    pub runs: PathBuf,
+    /// Threads that make batches.
+    pub loader_threads: usize,
+    /// Ends the stage's turn, to be resumed.
+    pub time_max: Option<Duration>,
+    pub shutdown: Shutdown,
+    /// Whether a person watches: a bar, instead of lines.
+    pub bar: bool,
+}
+
+/// How a stage's turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    Finished,
+    /// Before its last step.
+    Stopped,
+}
+
+impl Run {
+    pub fn checkpoint(&self, stage: &str) -> PathBuf {
+        checkpoint::path(&self.runs, stage)
+    }
+}
+
+/// Trains from the stage's last checkpoint, or from the model as it is.
+pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<Ended> {
+    let checkpoint = run.checkpoint(&stage.name);
+    let mut state = State::begin(stage, model, objective, &checkpoint)?;
+    let mut log = Log::open(&run.runs.join(&stage.name), stage, state.progress, run.bar)?;
+    let mut batches = Loader::start(run.loader_threads, AHEAD, state.progress.steps, objective.maker());
+    let (began, mut saved) = (Instant::now(), Instant::now());
+    while state.progress.steps < stage.steps {
+        let timed_out = run.time_max.is_some_and(|time| began.elapsed() >= time);
+        if timed_out || run.shutdown.is_begun() {
+            state.save()?;
+            log.plot()?;
+            return Ok(Ended::Stopped);
+        }
+        let started = Instant::now();
+        let batch = batches.next().context("a thread that makes batches has failed")?;
+        let waited = started.elapsed();
+        let step = state.step(stage, model, objective, &batch);
+        state.progress.milliseconds += started.elapsed().as_millis() as u64;
+        log.step(state.progress, &step, waited)?;
+        if saved.elapsed() >= CHECKPOINT_EVERY {
+            state.save()?;
+            log.plot()?;
+            saved = Instant::now();
+        }
+    }
+    state.save()?;
+    log.plot()?;
+    Ok(Ended::Finished)
+}
+
+/// What one step did.
+#[derive(Debug)]
+pub struct StepDone {
+    pub parts: Vec<(&'static str, f64)>,
+    pub loss: f64,
+    pub gradient_norm: f64,
+    pub learning_rate: f64,
+}
+
+struct State<'a> {
+    checkpoint: &'a Path,
+    trained: BTreeMap<String, Tensor>,
+    optimizer: AdamW,
+    progress: Progress,
+}
+
+impl<'a> State<'a> {
+    fn begin<O: Objective>(
+        stage: &Stage,
+        model: &Model,
+        objective: &O,
+        checkpoint: &'a Path,
+    ) -> Result<Self> {
+        let prefixes: Vec<String> = stage.train.keys().cloned().collect();
+        let mut trained = model.train(&prefixes)?;
+        let share = |name: &str| {
+            let of = stage.train.iter().filter(|(prefix, _)| name.starts_with(prefix.as_str()));
+            // The longest prefix says it best; heads have the full rate.
+            of.max_by_key(|(prefix, _)| prefix.len()).map_or(1.0, |(_, &share)| share)
+        };
+        trained.extend(objective.variables());
+        let variables =
+            trained.iter().map(|(name, tensor)| (name.clone(), (tensor.shallow_clone(), share(name))));
+        let mut optimizer = AdamW::new(stage.optimizer.clone(), variables.collect());
+        let mut progress = Progress::default();
+        if checkpoint.exists() {
+            progress = checkpoint::resume(checkpoint, &mut trained, &mut optimizer)
+                .with_context(|| format!("cannot go on from {}", checkpoint.display()))?;
+        }
+        Ok(Self { checkpoint, trained, optimizer, progress })
+    }
+
+    fn step<O: Objective>(
+        &mut self,
+        stage: &Stage,
+        model: &Model,
+        objective: &O,
+        batch: &O::Batch,
+    ) -> StepDone {
+        let step = self.progress.steps;
+        let learning_rate = stage.optimizer.rate(step, stage.steps, self.progress.restarted);
+        let loss = objective.loss(model, batch, step);
+        loss.total.backward();
+        let gradient_norm = self.optimizer.step(learning_rate);
+        self.progress.steps += 1;
+        self.progress.samples += batch.samples() as u64;
+        StepDone {
+            loss: loss.total.double_value(&[]),
+            parts: loss.parts.iter().map(|(name, value)| (*name, value.double_value(&[]))).collect(),
+            gradient_norm,
+            learning_rate,
+        }
+    }
+
+    fn save(&self) -> Result<()> {
+        checkpoint::save(self.checkpoint, &self.trained, &self.optimizer, self.progress)
+    }
+}

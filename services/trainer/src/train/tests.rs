@@ -1,0 +1,161 @@
+//! A toy world and the smallest model: losses fall, and a resumed run is the run.
+
+use std::{fs, sync::Arc};
+
+use serde_json::json;
+use tch::Device;
+
+use super::*;
+use crate::{
+    data::Picture,
+    loss::Loss,
+    model::Sections,
+    objective::{Autoencode, Denoise, Maker, NAMES, NamedScene, Naming, Samples},
+};
+
+/// Pictures of one colour, the left half brighter where the first concept "stands".
+struct Toy;
+
+impl Samples for Toy {
+    fn scene(&self, number: u64) -> NamedScene {
+        let background = number % 3;
+        let shade = 60 * background as u8;
+        let pixel = |index: usize| if (index / 3) % 64 < 32 { shade + 80 } else { shade };
+        NamedScene {
+            picture: Picture::new((0..Picture::BYTES).map(pixel).collect()),
+            names: vec![0, NAMES, 0, NAMES],
+            background: background as i64,
+            count: 1,
+        }
+    }
+}
+
+fn tiny() -> Sections {
+    let sections = json!({
+        "vision": {
+            "image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0,
+            "n_query": 4, "v_query": 4,
+        },
+        "llama": {
+            "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "vocab_size": 64,
+        },
+        "unet": {
+            "sample_size": 32, "block_out_channels": [8, 16], "attention_head_dim": [1, 1],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 1],
+            "layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80, "norm_num_groups": 4,
+        },
+        "vae": { "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "scaling_factor": 1.0 },
+    });
+    sections.as_object().unwrap().clone()
+}
+
+fn stage(name: &str, steps: u64, train: &str, average: &str) -> Stage {
+    let text = format!(
+        "seed = 5\nsteps = {steps}\ntrain = {{ \"{train}\" = 1.0 }}\nobjective = {{ naming = {{ batch = 6 }} }}\n\
+         [optimizer]\nlearning_rate = 3e-3\nwarm_up_steps = 2\nbetas = [0.9, 0.95]\nclip = 5.0\n{average}"
+    );
+    Stage::parse(name, &text).unwrap()
+}
+
+fn run(runs: &Path) -> Run {
+    // Tests run side by side.
+    tch::set_num_threads(1);
+    Run { runs: runs.to_owned(), loader_threads: 2, time_max: None, shutdown: Shutdown::new(), bar: false }
+}
+
+fn model() -> Model {
+    Model::new(&tiny(), 1, Device::Cpu).unwrap()
+}
+
+/// The log's losses, step by step.
+fn losses(runs: &Path, stage: &str) -> Vec<f64> {
+    let text = fs::read_to_string(runs.join(stage).join("metrics.jsonl")).unwrap();
+    let loss =
+        |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
+    text.lines().map(loss).collect()
+}
+
+fn weights(model: &Model, prefix: &str) -> Vec<Tensor> {
+    model
+        .variables()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with(prefix))
+        .map(|(_, tensor)| tensor.copy())
+        .collect()
+}
+
+/// A signal comes during a step.
+struct Interrupted<O> {
+    objective: O,
+    step: u64,
+    shutdown: Shutdown,
+}
+
+impl<O: Objective> Objective for Interrupted<O> {
+    type Batch = O::Batch;
+
+    fn maker(&self) -> Maker<O::Batch> {
+        self.objective.maker()
+    }
+
+    fn loss(&self, model: &Model, batch: &O::Batch, step: u64) -> Loss {
+        if step == self.step {
+            self.shutdown.begin();
+        }
+        self.objective.loss(model, batch, step)
+    }
+}
+
+#[test]
+fn losses_of_every_objective_on_pictures_fall() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, samples): (_, Arc<dyn Samples>) = (run(folder.path()), Arc::new(Toy));
+    let check = |name: &str, share: f64| {
+        let losses = losses(folder.path(), name);
+        assert!(losses[losses.len() - 1] < share * losses[0], "{name}: {losses:?}");
+        assert!(folder.path().join(name).join("loss.png").exists());
+    };
+    let model = model();
+    let naming = Naming::new(Arc::clone(&samples), 6, &model);
+    assert_eq!(train(&stage("naming", 60, "visual.", ""), &model, &naming, &run).unwrap(), Ended::Finished);
+    check("naming", 0.5);
+    let autoencode = Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
+    train(&stage("vae", 40, "vae.", ""), &model, &autoencode, &run).unwrap();
+    check("vae", 0.8);
+    let denoise = Denoise { samples, batch: 2, dropped_share: 0.5, seed: 5 };
+    train(&stage("unet", 60, "unet.", "average_decay = 0.9"), &model, &denoise, &run).unwrap();
+    check("unet", 0.97);
+}
+
+#[test]
+fn a_resumed_run_has_the_same_losses_bit_for_bit() {
+    let samples: Arc<dyn Samples> = Arc::new(Toy);
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let stage = stage("unet", 45, "unet.", "average_decay = 0.9");
+    let denoise = Denoise { samples, batch: 2, dropped_share: 0.5, seed: 5 };
+    let straight = model();
+    train(&stage, &straight, &denoise, &run(folders[0].path())).unwrap();
+
+    // A signal in the 20th step; the model that goes on is a new one.
+    let first = run(folders[1].path());
+    let interrupted = Interrupted { objective: denoise, step: 19, shutdown: first.shutdown.clone() };
+    assert_eq!(train(&stage, &model(), &interrupted, &first).unwrap(), Ended::Stopped);
+    let denoise = interrupted.objective;
+    let second = model();
+    assert_eq!(train(&stage, &second, &denoise, &run(folders[1].path())).unwrap(), Ended::Finished);
+
+    assert_eq!(losses(folders[0].path(), "unet"), losses(folders[1].path(), "unet"));
+    for (one, other) in weights(&straight, "unet.").iter().zip(weights(&second, "unet.")) {
+        assert_eq!(*one, other);
+    }
+    let read = |folder: &tempfile::TempDir| {
+        let model = model();
+        checkpoint::give_on(&checkpoint::path(folder.path(), "unet"), &model).unwrap();
+        weights(&model, "unet.")
+    };
+    assert_eq!(read(&folders[0]), read(&folders[1]), "averages");
+    assert_ne!(read(&folders[0]), weights(&straight, "unet."), "averages are given on");
+}
