@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`args`] | the command line |
 //! | [`cluster`] | `emu2 up`: every service in one process; tests start clusters with it too |
+//! | [`loading`] | how far its stages are, on a terminal |
 //! | [`client`] | a connection to any cluster's public API |
 //! | [`parts`] | command-line words → parts of a prompt |
 //! | [`show`] | events of a running request → a terminal |
@@ -16,6 +17,7 @@ pub mod cluster;
 pub mod demo;
 pub mod draw;
 pub mod inspect;
+pub mod loading;
 pub mod parts;
 pub mod show;
 pub mod up;

@@ -11,41 +11,50 @@ use emu2_serve::{
 use crate::{
     args::Up,
     cluster::{Cluster, ClusterConfig},
+    loading::Bars,
 };
 
 pub async fn up(args: Up) -> Result<()> {
     let log = TelemetryConfig { log: args.log, otlp_endpoint: args.otlp_endpoint, ..Default::default() };
-    let telemetry = telemetry::init("emu2", &log)?;
+    let bars = Bars::on_standard_error();
+    let writer = bars.clone();
+    let telemetry = telemetry::init_to("emu2", &log, move || writer.clone())?;
     let random = args.random_weights.map(|size| PathBuf::from(format!("random:{size}")));
-    let outcome = serve(ClusterConfig {
+    let config = ClusterConfig {
         model_dirs: args.model_dirs.into_iter().chain(random).collect(),
         listen: args.listen,
         admin: Some(args.admin),
         devices: args.devices,
         redis_url: args.redis_url,
-    })
-    .await;
+    };
+    let outcome = serve(config, &bars).await;
     telemetry.shutdown().await;
     outcome
 }
 
-async fn serve(config: ClusterConfig) -> Result<()> {
+async fn serve(config: ClusterConfig, bars: &Bars) -> Result<()> {
     let shutdown = Shutdown::on_signals();
     let mut cluster = Cluster::start(config).await?;
     for stage in &cluster.stages {
         let admin = stage.admin.map(tracing::field::display);
         tracing::info!(model = stage.model, stage = stage.stage, addr = %stage.addr, admin, "started");
     }
+    let outcome = tokio::select! {
+        outcome = run(&mut cluster, bars) => outcome,
+        () = shutdown.begun() => Ok(()),
+    };
+    // Why it ends goes before what the rest says of its end.
+    outcome.and(cluster.stop().await)
+}
+
+/// Until a service ends by itself.
+async fn run(cluster: &mut Cluster, bars: &Bars) -> Result<()> {
+    let stages = cluster.stages.clone();
     tokio::select! {
-        ready = cluster.ready() => {
-            ready?;
-            let admin = cluster.admin.map(tracing::field::display);
-            tracing::info!(addr = %cluster.addr, admin, "ready: try `emu2 models`");
-        }
-        () = shutdown.begun() => return cluster.stop().await,
+        ready = cluster.ready() => ready?,
+        () = bars.follow(&stages) => {}
     }
-    tokio::select! {
-        failed = cluster.failed() => failed,
-        () = shutdown.begun() => cluster.stop().await,
-    }
+    let admin = cluster.admin.map(tracing::field::display);
+    tracing::info!(addr = %cluster.addr, admin, "ready: try `emu2 models`");
+    cluster.failed().await
 }

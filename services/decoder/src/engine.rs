@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use emu2_nn::{
-    checkpoint::ModelDir,
+    checkpoint::{ModelDir, Part, Progress},
     device,
     engine::{Ending, EngineFault, guarded, spawn},
 };
@@ -75,8 +75,8 @@ struct Job {
     queue: Span,
 }
 
-/// Starts the thread, which loads the model and runs one small image through it.
-pub fn start(config: &Config, metrics: Metrics) -> Started {
+/// Starts the thread, which loads the model and runs one small image through it; `progress` is told how far it is.
+pub fn start(config: &Config, progress: Progress, metrics: Metrics) -> Started {
     // Everything admitted fits, so a full queue means requests whose callers have left but that have not been let
     // go of yet.
     let (jobs, queue) = mpsc::channel(config.server.max_requests);
@@ -85,8 +85,10 @@ pub fn start(config: &Config, metrics: Metrics) -> Started {
     let (model_dir, devices) = (config.model_dir.clone(), config.devices.clone());
     let load = move || {
         let device = device::open(&devices)?[0];
-        let dir = ModelDir::open(&model_dir)?;
-        let (painter, info) = Painter::load(&dir, device, device::compute_kind(device))?;
+        let kind = device::compute_kind(device);
+        let dir = ModelDir::open_with(&model_dir, progress)?;
+        dir.prepare(&[Part::Unet, Part::Vae], device, kind)?;
+        let (painter, info) = Painter::load(&dir, device, kind)?;
         guarded(|| painter.warm_up())?;
         Ok((painter, info))
     };

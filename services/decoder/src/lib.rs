@@ -17,6 +17,7 @@
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
 use anyhow::Context;
+use emu2_nn::checkpoint::Progress;
 use emu2_serve::{
     server::{Listeners, Server},
     shutdown::Shutdown,
@@ -44,11 +45,12 @@ pub use config::Config;
 /// loaded, or when its device fails later.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
-    let started = engine::start(&config, metrics::Metrics::register(&mut registry));
+    let server = Server::new("emu2-decoder", &config.server, listeners);
+    let readiness = server.readiness();
+    let progress = Progress::observed(move |percent| readiness.loading(percent));
+    let started = engine::start(&config, progress, metrics::Metrics::register(&mut registry));
     let service = service::Service::new(&config, started.engine);
-    let server = Server::new("emu2-decoder", &config.server, listeners)
-        .service(service.clone().into_grpc())
-        .registry(registry);
+    let server = server.service(service.clone().into_grpc()).registry(registry);
     // Takes this handle of the service along, so that from then on only the server holds the engine.
     let load = async move {
         let model = started.loaded.await.context("the engine thread ended while loading")??;

@@ -9,7 +9,7 @@ use std::{
 
 use emu2_nn::{
     array,
-    checkpoint::ModelDir,
+    checkpoint::{ModelDir, Part, Progress},
     device,
     engine::{Ending, EngineFault, guarded, spawn},
 };
@@ -32,7 +32,7 @@ mod tests;
 #[derive(Debug)]
 pub struct Picture {
     pub pixels: Pixels,
-    /// Embeddings wanted; has a pooling stride.
+    /// Embeddings wanted; what pooling can leave.
     pub n_query: u32,
 }
 
@@ -107,12 +107,12 @@ struct Bounds {
 }
 
 impl Engine {
-    /// Starts the thread, which loads and warms the model.
-    pub fn start(config: &Config, metrics: Metrics) -> Started {
+    /// Starts the thread, which loads and warms the model; `progress` is told how far it is.
+    pub fn start(config: &Config, progress: Progress, metrics: Metrics) -> Started {
         let (dir, devices) = (config.model_dir.clone(), config.devices.clone());
         // Every waiting picture holds one of max_images, so the queue never is what is full.
         let bounds = Bounds { waiting: config.max_images, batch: config.max_batch_images };
-        Self::start_with(bounds, config.cores, metrics, move || load(dir, &devices))
+        Self::start_with(bounds, config.cores, metrics, move || load(dir, &devices, progress))
     }
 
     fn start_with<M: BatchEncoder>(
@@ -238,10 +238,11 @@ impl BatchEncoder for EvaVit {
 }
 
 /// Loads and warms the model; runs on the engine's thread.
-fn load(dir: PathBuf, devices: &[String]) -> Result<(EvaVit, ModelInfo), LoadError> {
+fn load(dir: PathBuf, devices: &[String], progress: Progress) -> Result<(EvaVit, ModelInfo), LoadError> {
     let device = device::open(devices)?[0];
     let kind = device::compute_kind(device);
-    let dir = ModelDir::open(&dir)?;
+    let dir = ModelDir::open_with(&dir, progress)?;
+    dir.prepare(&[Part::Visual], device, kind)?;
     let (model, weights_digest) = EvaVit::load(&dir, device, kind)?;
     let config = &model.config;
     // What is allocated or compiled at first use is, before anyone waits for it.

@@ -12,6 +12,7 @@
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
 use anyhow::Context;
+use emu2_nn::checkpoint::Progress;
 use emu2_serve::{
     server::{Listeners, Server},
     shutdown::Shutdown,
@@ -41,10 +42,12 @@ pub const NAME: &str = "emu2-encoder";
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
-    let Started { engine, loaded, ended } = Engine::start(&config, metrics.clone());
+    let server = Server::new(NAME, &config.server, listeners);
+    let readiness = server.readiness();
+    let progress = Progress::observed(move |percent| readiness.loading(percent));
+    let Started { engine, loaded, ended } = Engine::start(&config, progress, metrics.clone());
     let service = Service::new(&config, engine, metrics);
-    let server =
-        Server::new(NAME, &config.server, listeners).service(service.clone().into_grpc()).registry(registry);
+    let server = server.service(service.clone().into_grpc()).registry(registry);
     // The service's own handle ends with the load: from then on only the server's keep the engine.
     let load = async move {
         let model = loaded.await.context("the engine thread ended while loading")??;

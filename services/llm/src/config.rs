@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use emu2_nn::checkpoint::Progress;
 use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +72,7 @@ impl Config {
             kv_budget_bytes: self.kv_budget_bytes,
             prefill_chunk: self.prefill_chunk,
             max_waiting: self.max_waiting,
+            progress: Progress::default(),
         }
     }
 }

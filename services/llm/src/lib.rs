@@ -38,6 +38,7 @@ pub mod tokenizer;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
+use emu2_nn::checkpoint::Progress;
 use emu2_proto::stage::language_model_server::LanguageModelServer;
 use emu2_serve::{
     server::{Listeners, Server},
@@ -48,6 +49,7 @@ use prometheus_client::registry::Registry;
 pub use config::Config;
 use engine::{Engine, Started};
 use error::LoadError;
+use load::ModelConfig;
 use metrics::Metrics;
 use service::Service;
 
@@ -58,14 +60,17 @@ pub const NAME: &str = "emu2-llm";
 /// and Kubernetes starts it anew.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
-    let Started { engine, loaded: loading, ended } =
-        Engine::start(config.model(), Metrics::register(&mut registry));
+    let server = Server::new(NAME, &config.server, listeners);
+    let readiness = server.readiness();
+    let progress = Progress::observed(move |percent| readiness.loading(percent));
+    let model = ModelConfig { progress, ..config.model() };
+    let Started { engine, loaded: loading, ended } = Engine::start(model, Metrics::register(&mut registry));
     let loaded = Arc::new(OnceLock::new());
     let max_bytes = config.server.max_message_bytes;
     let service = LanguageModelServer::new(Service::new(&config, engine, Arc::clone(&loaded)))
         .max_decoding_message_size(max_bytes)
         .max_encoding_message_size(max_bytes);
-    let server = Server::new(NAME, &config.server, listeners).registry(registry).service(service);
+    let server = server.registry(registry).service(service);
 
     let load = async move {
         let model = loading.await.map_err(|_| LoadError::Ended)?.context("the model cannot be served")?;

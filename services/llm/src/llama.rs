@@ -66,7 +66,23 @@ impl LlamaConfig {
         4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden
     }
 
-    fn problem(&self) -> Option<String> {
+    fn outside_layers(&self, embedding_width: i64) -> i64 {
+        let (hidden, vocab) = (self.hidden_size, self.vocab_size);
+        2 * hidden * vocab + hidden + 2 * hidden * embedding_width
+    }
+
+    /// Parameters on each of so many devices.
+    pub(crate) fn spread_parameters(&self, embedding_width: i64, devices: usize) -> Vec<u64> {
+        let outside_layers = self.outside_layers(embedding_width);
+        let mut held = vec![0; devices];
+        held[0] = outside_layers as u64;
+        for place in spread_layers(self, outside_layers, devices) {
+            held[place] += self.layer_parameters() as u64;
+        }
+        held
+    }
+
+    pub(crate) fn problem(&self) -> Option<String> {
         let sizes = [
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -142,8 +158,7 @@ impl Llama {
         let lm = root.at("decoder").at("lm");
         let model = lm.at("model");
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let outside_layers = 2 * hidden * vocab + hidden + 2 * hidden * embedding_width;
-        let spread = spread_layers(&config, outside_layers, devices.len());
+        let spread = spread_layers(&config, config.outside_layers(embedding_width), devices.len());
         let layer = |(index, &place): (usize, &usize)| {
             Layer::load(&model.at("layers").at(index).on(devices[place]), &config, place)
         };

@@ -2,10 +2,15 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use emu2_nn::{array, checkpoint::ModelDir, device, engine::guarded};
+use emu2_nn::{
+    array,
+    checkpoint::{ModelDir, Part, Progress},
+    device,
+    engine::guarded,
+};
 use emu2_proto::array::Dtype;
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     budget,
@@ -25,6 +30,8 @@ pub struct ModelConfig {
     pub kv_budget_bytes: u64,
     pub prefill_chunk: usize,
     pub max_waiting: usize,
+    /// Told how far loading is.
+    pub progress: Progress,
 }
 
 /// What everyone else needs to know of the model.
@@ -64,11 +71,12 @@ impl Default for Vision {
 pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     let devices = device::open(&config.devices)?;
     let kind = device::compute_kind(devices[0]);
-    let dir = ModelDir::open(&config.model_dir)?;
+    let dir = ModelDir::open_with(&config.model_dir, config.progress.clone())?;
     let llama: LlamaConfig = dir.section("llama")?;
     let vision: Vision = dir.section("vision")?;
     let tokenizer = tokenizer(&dir)?;
     check(&dir, &llama, &vision, &tokenizer)?;
+    dir.prepare_spread(&[Part::Llm], &shares(&llama, &vision, &devices, kind), kind)?;
     let (model, weights_digest) = Llama::load(&dir, llama, vision.width, &devices, kind)?;
 
     let text_ids = TextIds { begin: tokenizer.special(Special::Bos), end: tokenizer.special(Special::Eos) };
@@ -86,6 +94,17 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
         kv_entries,
     };
     Ok((model, loaded))
+}
+
+/// Bytes of weights that each device takes.
+pub fn room(dir: &ModelDir, devices: &[Device], kind: Kind) -> Result<Vec<(Device, u64)>, LoadError> {
+    Ok(shares(&dir.section("llama")?, &dir.section("vision")?, devices, kind))
+}
+
+fn shares(llama: &LlamaConfig, vision: &Vision, devices: &[Device], kind: Kind) -> Vec<(Device, u64)> {
+    let parameters = llama.spread_parameters(vision.width, devices.len());
+    let bytes = parameters.into_iter().map(|count| count * kind.elt_size_in_bytes() as u64);
+    devices.iter().copied().zip(bytes).collect()
 }
 
 /// The folder's tokenizer; an added_tokens.json beside it must give its tokens the ids that are appended here.
@@ -113,6 +132,9 @@ fn check(
     tokenizer: &Tokenizer,
 ) -> Result<(), LoadError> {
     let problem = |text: String| Err(dir.unsupported(text).into());
+    if let Some(text) = llama.problem() {
+        return problem(text);
+    }
     if tokenizer.vocab_size() as i64 != llama.vocab_size {
         let (config, tokenizer) = (llama.vocab_size, tokenizer.vocab_size());
         return problem(format!("llama.vocab_size is {config}, but the tokenizer has {tokenizer} ids"));

@@ -43,8 +43,40 @@ pub fn compute_kind(device: Device) -> Kind {
     }
 }
 
+/// Weights that a device has no room for.
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[error("{} are needed on {place}, where {} are free", gigabytes(*.needed), gigabytes(*.free))]
+pub struct NoRoom {
+    pub place: String,
+    /// Bytes.
+    pub needed: u64,
+    pub free: u64,
+}
+
+/// Whether so many bytes fit each device; one that stands several times must hold the sum. Where nobody tells how
+/// much is free, the load itself will.
+pub fn check_room(needed: &[(Device, u64)]) -> Result<(), NoRoom> {
+    let mut sums: Vec<(Device, u64)> = Vec::new();
+    for &(device, bytes) in needed {
+        match sums.iter_mut().find(|(known, _)| *known == device) {
+            Some((_, sum)) => *sum += bytes,
+            None => sums.push((device, bytes)),
+        }
+    }
+    for (device, needed) in sums {
+        if let Some(free) = free_memory(device).filter(|free| *free < needed) {
+            return Err(NoRoom { place: name(device), needed, free });
+        }
+    }
+    Ok(())
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
 /// As a configuration names it.
-pub(crate) fn name(device: Device) -> String {
+fn name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_owned(),
         Device::Cuda(index) => format!("cuda:{index}"),
@@ -80,6 +112,15 @@ mod tests {
 
     fn opened(names: &[&str]) -> Result<Vec<Device>, DeviceError> {
         open(&names.iter().map(|name| name.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn what_one_device_is_to_hold_is_added_up() {
+        // Nobody tells of a device that does not exist.
+        assert_eq!(check_room(&[(Device::Cpu, 1), (Device::Cuda(4096), u64::MAX)]), Ok(()));
+        let error = check_room(&[(Device::Cpu, 1), (Device::Cpu, 1 << 60)]).unwrap_err();
+        assert_eq!((error.place.as_str(), error.needed), ("cpu", (1 << 60) + 1));
+        assert!(error.to_string().contains(" GB are needed on cpu, where "), "{error}");
     }
 
     #[test]

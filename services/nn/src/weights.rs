@@ -51,7 +51,7 @@ impl Weights {
     pub(crate) fn new(dir: Rc<ModelDir>, part: Part, device: Device, kind: Kind) -> Self {
         // On CUDA a part may be spread over several devices: only `ModelDir::prepare` knows them.
         let unchecked = dir.expect(part, kind) && device == Device::Cpu;
-        let refused = unchecked.then(|| dir.check_room(dir.bytes(part, kind), &[device]).err()).flatten();
+        let refused = unchecked.then(|| dir.check_room(&[(device, dir.bytes(part, kind))]).err()).flatten();
         let ledger = Ledger {
             dir,
             part,

@@ -32,6 +32,11 @@ impl Readiness {
         self.become_state(State::NotReady(reason.into()));
     }
 
+    /// How far the weights are in, as the reason.
+    pub fn loading(&self, percent: u8) {
+        self.not_ready(format!("loading {percent} %"));
+    }
+
     pub(crate) fn stop(&self) {
         self.become_state(State::Stopping);
     }
@@ -60,7 +65,12 @@ impl Readiness {
             if *state == State::Stopping || *state == next {
                 return false;
             }
-            tracing::info!(state = ?next, "readiness changed");
+            // A new reason alone is not worth a line: loading gives a hundred of them.
+            if std::mem::discriminant(state) == std::mem::discriminant(&next) {
+                tracing::debug!(state = ?next, "readiness changed");
+            } else {
+                tracing::info!(state = ?next, "readiness changed");
+            }
             *state = next;
             true
         });
@@ -79,6 +89,8 @@ mod tests {
         assert!(readiness.is_ready());
         readiness.not_ready("device lost");
         assert_eq!(readiness.state(), State::NotReady("device lost".into()));
+        readiness.loading(42);
+        assert_eq!(readiness.state(), State::NotReady("loading 42 %".into()));
         readiness.stop();
         readiness.ready();
         assert_eq!(readiness.state(), State::Stopping);

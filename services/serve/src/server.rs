@@ -373,12 +373,17 @@ impl Health {
 
     async fn follow(self, readiness: Readiness) {
         let mut changes = readiness.changes();
+        let mut told = None;
         loop {
             let state = changes.borrow_and_update().clone();
-            match state {
-                State::Ready => self.tell(ServingStatus::Serving).await,
-                State::NotReady(_) => self.tell(ServingStatus::NotServing).await,
-                State::Stopping => return self.tell(ServingStatus::NotServing).await,
+            let status =
+                if state == State::Ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+            // Whoever watches hears of changes, not of every new reason.
+            if told.replace(status) != Some(status) {
+                self.tell(status).await;
+            }
+            if state == State::Stopping {
+                return;
             }
             if changes.changed().await.is_err() {
                 return;

@@ -15,7 +15,7 @@ use tracing::{Level, Subscriber};
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::{FilterExt, ParseError, Targets, filter_fn},
-    fmt::format::JsonFields,
+    fmt::{MakeWriter, format::JsonFields},
     layer::SubscriberExt,
     registry::LookupSpan,
     util::SubscriberInitExt,
@@ -93,6 +93,16 @@ pub struct Telemetry {
 /// Installs logging and tracing for the process, once: a later call (tests start several services in one process)
 /// changes nothing and returns an empty guard. With an OTLP endpoint it needs a tokio runtime.
 pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
+    // Standard output belongs to a program's answers.
+    init_to(service, config, std::io::stderr)
+}
+
+/// As [`init`], with log lines written elsewhere: a program that draws on its terminal must make room for them.
+pub fn init_to(
+    service: &'static str,
+    config: &TelemetryConfig,
+    writer: impl for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
+) -> Result<Telemetry, TelemetryError> {
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     // A filter that drops a span would drop its request id from the log lines inside it.
     let spans_of_ours = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with(OWN_CRATES));
@@ -105,7 +115,7 @@ pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry
     let spans = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer(OWN_CRATES))
         .with_filter(Targets::new().with_target(OWN_CRATES, Level::INFO));
-    let logs = log_lines(config.log_format).with_filter(log_filter);
+    let logs = log_lines(config.log_format, writer).with_filter(log_filter);
     // Fails where the process has a subscriber of another making: then that one stays.
     let won = tracing_subscriber::registry().with(spans).with(logs).try_init().is_ok();
     *installed = true;
@@ -126,12 +136,14 @@ fn provider(service: &'static str, config: &TelemetryConfig) -> Result<SdkTracer
     Ok(builder.with_batch_exporter(exporter).build())
 }
 
-fn log_lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+fn log_lines<S>(
+    format: LogFormat,
+    writer: impl for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
+) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
-    // Standard output belongs to a program's answers.
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     match format {
         LogFormat::Json => lines.fmt_fields(JsonFields::new()).event_format(JsonLines).boxed(),
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),

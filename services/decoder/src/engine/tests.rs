@@ -201,7 +201,7 @@ fn stages_are_children_of_the_callers_span() {
 #[tokio::test]
 async fn an_engine_loads_paints_and_stops_with_its_last_handle() {
     let config = Config { model_dir: golden::model_dir("emu2-gen"), ..Config::default() };
-    let started = start(&config, Metrics::register(&mut Registry::default()));
+    let started = start(&config, Progress::default(), Metrics::register(&mut Registry::default()));
     assert_eq!(started.loaded.await.unwrap().unwrap().scale_factor, 8);
     let mut events = started.engine.submit(request(1, 2, 3.0)).unwrap();
     drop(started.engine);
@@ -216,7 +216,7 @@ async fn an_engine_loads_paints_and_stops_with_its_last_handle() {
 #[tokio::test]
 async fn a_model_without_a_decoder_is_a_load_error() {
     let config = Config { model_dir: golden::model_dir("emu2-base"), ..Config::default() };
-    let started = start(&config, Metrics::register(&mut Registry::default()));
+    let started = start(&config, Progress::default(), Metrics::register(&mut Registry::default()));
     let error = started.loaded.await.unwrap().unwrap_err().to_string();
     assert!(error.contains("unet"), "{error}");
 }

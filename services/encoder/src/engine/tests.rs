@@ -169,7 +169,8 @@ async fn a_panic_ends_its_batch_and_a_broken_device_the_engine() {
 #[test]
 fn one_batch_mixes_queries_and_the_mean_colour() {
     let _no_grad = tch::no_grad_guard();
-    let (model, info) = load(golden::model_dir("emu2-base"), &["cpu".to_owned()]).unwrap();
+    let (model, info) =
+        load(golden::model_dir("emu2-base"), &["cpu".to_owned()], Progress::default()).unwrap();
     assert_eq!((info.width, info.image_size, info.grid_side, info.dtype), (64, 56, 4, Dtype::F32));
     let golden = golden::file("vision.safetensors");
     let pixels = golden.tensor("pixels");

@@ -209,3 +209,63 @@ async fn a_model_that_cannot_be_loaded_ends_the_service_with_the_reason() {
     let error = format!("{:#}", ended.unwrap_err());
     assert!(error.contains("/nonexistent/model"), "{error}");
 }
+
+/// A checkpoint of a few large tensors and no others, sparse on the disk.
+fn write_incomplete_model(folder: &std::path::Path) {
+    const TENSORS: usize = 8;
+    const BYTES: usize = 8192 * 1024 * 4;
+    let entry = |index: usize| {
+        let range = [index * BYTES, (index + 1) * BYTES];
+        let entry = serde_json::json!({ "dtype": "F32", "shape": [8192, 1024], "data_offsets": range });
+        (format!("visual.blocks.{index}.mlp.fc1.weight"), entry)
+    };
+    let header = serde_json::Value::Object((0..TENSORS).map(entry).collect()).to_string();
+    let path = folder.join("model.safetensors");
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len((8 + header.len() + TENSORS * BYTES) as u64).unwrap();
+    let vision = serde_json::json!({ "width": 1024, "head_width": 64, "mlp_ratio": 8.0, "layers": TENSORS });
+    std::fs::write(folder.join("config.json"), serde_json::json!({ "vision": vision }).to_string()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_while_it_loads_hears_how_far_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    write_incomplete_model(folder.path());
+    let server = ServerConfig { admin: None, ..ServerConfig::on_port(0) };
+    let config = Config { model_dir: folder.path().to_owned(), server, ..Config::default() };
+    let listeners = Listeners::bind(&config.server).await.unwrap();
+    let endpoint = client::endpoint(format!("http://{}", listeners.grpc_addr())).unwrap();
+    let mut client = VisualEncoderClient::new(endpoint.connect_lazy());
+    let served = tokio::spawn(crate::run(config, listeners, Shutdown::new()));
+    let mut heard = Vec::new();
+    while !served.is_finished() {
+        let status = client.info(EncoderInfoRequest {}).await.unwrap_err();
+        let percent = status.message().strip_prefix("not ready: loading ");
+        heard.extend(percent.and_then(|percent| percent.strip_suffix(" %")?.parse::<u8>().ok()));
+    }
+    assert!(heard.iter().any(|percent| (1..100).contains(percent)), "{heard:?}");
+    assert!(heard.is_sorted(), "{heard:?}");
+    let error = format!("{:#}", served.await.unwrap().unwrap_err());
+    assert!(error.contains("`cls_token` is missing"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    // A terabyte of nothing, refused by its header alone.
+    let entry =
+        serde_json::json!({ "dtype": "F32", "shape": [1_u64 << 38], "data_offsets": [0, 1_u64 << 40] });
+    let header = serde_json::json!({ "visual.cls_token": entry }).to_string();
+    let path = folder.path().join("model.safetensors");
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(8 + header.len() as u64 + (1 << 40)).unwrap();
+    std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+    let server = ServerConfig { admin: None, ..ServerConfig::on_port(0) };
+    let config = Config { model_dir: folder.path().to_owned(), server, ..Config::default() };
+    let listeners = Listeners::bind(&config.server).await.unwrap();
+    let ended = tokio::time::timeout(PATIENCE, crate::run(config, listeners, Shutdown::new())).await.unwrap();
+    let error = format!("{:#}", ended.unwrap_err());
+    assert!(error.contains("1099.5 GB are needed on cpu, where "), "{error}");
+}

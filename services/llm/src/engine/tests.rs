@@ -8,7 +8,7 @@ mod spans;
 
 use std::time::Duration;
 
-use emu2_nn::golden;
+use emu2_nn::{checkpoint::Progress, golden};
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
@@ -34,6 +34,7 @@ fn config(model: &str) -> ModelConfig {
         kv_budget_bytes: 8192 * ENTRY_BYTES,
         prefill_chunk: 16,
         max_waiting: 64,
+        progress: Progress::default(),
     }
 }
 

@@ -192,6 +192,8 @@ fn layers_spread_as_upstream_does() {
     assert_eq!(counts(2), [29, 31]);
     assert_eq!(counts(4), [14, 15, 15, 16]);
     assert_eq!(outside + 60 * config.layer_parameters(), 36_906_513_152 - 4_350_093_568);
+    let held = config.spread_parameters(1792, 2);
+    assert_eq!(held, [(outside + 29 * 535_049_216) as u64, 31 * 535_049_216]);
 }
 
 #[test]

@@ -27,7 +27,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, nn::VarStore};
 
 use crate::{
-    device,
+    device::{self, NoRoom},
     random::{self, Random, Spec},
     weights::Weights,
 };
@@ -78,8 +78,8 @@ pub enum CheckpointError {
     /// A configuration that contradicts itself or asks for what is not built.
     #[error("{path}: configuration: {reason}")]
     Unsupported { path: PathBuf, reason: String },
-    #[error("{path}: needs {} on {place}, where {} are free", gigabytes(*.needed), gigabytes(*.free))]
-    NoRoom { path: PathBuf, place: String, needed: u64, free: u64 },
+    #[error("{path}: {source}")]
+    NoRoom { path: PathBuf, source: NoRoom },
     #[error("{path}: {reason}")]
     Tokenizer { path: PathBuf, reason: String },
     /// What stands after `random:` is not known.
@@ -269,10 +269,21 @@ impl ModelDir {
         &self.progress
     }
 
-    /// To be called before parts are loaded: refuses what does not fit the devices together, and lets the progress
-    /// count all of it from the start. Parts loaded without this are checked one by one, on the CPU only.
-    pub fn prepare(&self, parts: &[Part], devices: &[Device], kind: Kind) -> Result<(), CheckpointError> {
-        self.check_room(parts.iter().map(|&part| self.bytes(part, kind)).sum(), devices)?;
+    /// To be called before parts are loaded to one device: refuses what does not fit it together, and lets the
+    /// progress count all of it from the start. Parts loaded without this are checked one by one, on the CPU only.
+    pub fn prepare(&self, parts: &[Part], device: Device, kind: Kind) -> Result<(), CheckpointError> {
+        let needed = parts.iter().map(|&part| self.bytes(part, kind)).sum();
+        self.prepare_spread(parts, &[(device, needed)], kind)
+    }
+
+    /// As [`Self::prepare`], for parts of which each device takes so many bytes.
+    pub fn prepare_spread(
+        &self,
+        parts: &[Part],
+        shares: &[(Device, u64)],
+        kind: Kind,
+    ) -> Result<(), CheckpointError> {
+        self.check_room(shares)?;
         for &part in parts {
             self.expect(part, kind);
         }
@@ -311,22 +322,9 @@ impl ModelDir {
         new
     }
 
-    pub(crate) fn check_room(&self, needed: u64, devices: &[Device]) -> Result<(), CheckpointError> {
-        let mut distinct: Vec<Device> = Vec::new();
-        for device in devices {
-            if !distinct.contains(device) {
-                distinct.push(*device);
-            }
-        }
-        let free = distinct.iter().map(|&device| device::free_memory(device)).sum::<Option<u64>>();
-        match free {
-            Some(free) if free < needed => {
-                let place = distinct.into_iter().map(device::name).collect::<Vec<_>>().join(", ");
-                Err(CheckpointError::NoRoom { path: self.path.clone(), place, needed, free })
-            }
-            // Where nobody tells, the load itself will.
-            _ => Ok(()),
-        }
+    pub(crate) fn check_room(&self, needed: &[(Device, u64)]) -> Result<(), CheckpointError> {
+        device::check_room(needed)
+            .map_err(|source| CheckpointError::NoRoom { path: self.path.clone(), source })
     }
 
     fn entries_of(&self, part: Part) -> impl Iterator<Item = (&str, &Entry)> {
@@ -349,8 +347,4 @@ impl ModelDir {
         tracing::info!(model = dir.name(), "random weights: good for sizes and times, not for answers");
         dir
     }
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

@@ -193,7 +193,7 @@ mod golden {
     #[test]
     fn progress_reaches_the_end_whatever_is_skipped() {
         let dir = ModelDir::open(&model_dir("emu2-gen")).unwrap();
-        dir.prepare(&[Part::Unet, Part::Vae], &[Device::Cpu], Kind::Float).unwrap();
+        dir.prepare(&[Part::Unet, Part::Vae], Device::Cpu, Kind::Float).unwrap();
         let total = dir.bytes(Part::Unet, Kind::Float) + dir.bytes(Part::Vae, Kind::Float);
         assert_eq!((dir.progress().bytes_total(), dir.progress().percent()), (total, 0));
         load(&dir, Part::Unet).unwrap();
@@ -349,14 +349,19 @@ fn what_does_not_fit_is_refused_before_it_is_read() {
     let w = dir.weights(Part::Visual, Device::Cpu, Kind::BFloat16);
     assert_eq!(w.get("a", &[VALUES as i64]).size(), [VALUES as i64]);
     let error = w.finish().unwrap_err();
-    assert!(matches!(error, CheckpointError::NoRoom { needed, .. } if needed == 2 * VALUES), "{error}");
-    assert!(error.to_string().contains("needs 549.8 GB on cpu, where"), "{error}");
+    assert!(
+        matches!(&error, CheckpointError::NoRoom { source, .. } if source.needed == 2 * VALUES),
+        "{error}"
+    );
+    assert!(error.to_string().contains("549.8 GB are needed on cpu, where"), "{error}");
     assert_eq!(dir.progress().bytes_done(), 0);
-    let devices = [Device::Cpu, Device::Cpu];
-    assert!(matches!(
-        dir.prepare(&[Part::Visual], &devices, Kind::Float),
-        Err(CheckpointError::NoRoom { place, .. }) if place == "cpu"
-    ));
+    let shares = [(Device::Cpu, 1), (Device::Cpu, 4 * VALUES)];
+    for prepared in [
+        dir.prepare(&[Part::Visual], Device::Cpu, Kind::Float),
+        dir.prepare_spread(&[Part::Visual], &shares, Kind::Float),
+    ] {
+        assert!(matches!(prepared, Err(CheckpointError::NoRoom { source, .. }) if source.place == "cpu"));
+    }
 }
 
 #[test]
