@@ -112,7 +112,8 @@ fn chat(turns: Vec<Vec<v1::Part>>, output: v1::TextOutput) -> v1::GenerateReques
 async fn embeddings_equal_the_official_encoder() {
     let golden = golden::file("vision.safetensors");
     let mut client = shared().client().await;
-    for n_query in [1, 4, 8, 16] {
+    // The set's 8 becomes 16 in upstream's pooling; over the wire such a number is refused.
+    for n_query in [1, 4, 16] {
         let want = golden.tensor(&format!("encode_image.nq{n_query}"));
         for index in 0..2 {
             let image = Some(v1::Image { data: golden_png(index).into() });

@@ -30,8 +30,8 @@ pub enum EncodeError {
     Image(#[from] ImageError),
     #[error("source must be image or mean_colour, got nothing")]
     NoSource,
-    #[error("n_query must be 1 to {max}, got {got}")]
-    Queries { max: u32, got: u32 },
+    #[error("n_query {0}")]
+    Queries(String),
     #[error("all {max} places for images are taken (max_images)")]
     Full { max: usize },
     #[error("the model is still loading")]
@@ -52,7 +52,7 @@ impl From<EncodeError> for Status {
             EncodeError::NoSource => {
                 Violation::new("source", "must be image or mean_colour, got nothing").into()
             }
-            EncodeError::Queries { max, got } => Violation::out_of_range("n_query", 1, max, got).into(),
+            EncodeError::Queries(problem) => Violation::new("n_query", problem).into(),
             EncodeError::Full { .. } | EncodeError::Fault(EngineFault::OutOfMemory(_)) => {
                 exhausted(message, RETRY_AFTER)
             }

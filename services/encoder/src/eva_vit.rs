@@ -14,6 +14,7 @@ use emu2_nn::{
     layers::{Conv2d, LayerNorm, Linear},
     weights::Weights,
 };
+use emu2_proto::pooling;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -124,13 +125,10 @@ impl VisionConfig {
             self.layer_norm_eps > 0.0,
             format!("layer_norm_eps must be above 0, is {}", self.layer_norm_eps),
         );
-        if patch_size >= 1 {
-            let side = self.grid_side();
+        if (1..=4096).contains(&image_size) && (1..=image_size).contains(&patch_size) {
+            let side = self.grid_side() as u32;
             for (name, queries) in [("n_query", self.n_query), ("v_query", self.v_query)] {
-                check(
-                    pooling_stride(side, queries).is_some(),
-                    format!("{name} must be 1 to {}, is {queries}", side * side),
-                );
+                problems.extend(pooling::problem(side, queries).map(|problem| format!("{name} {problem}")));
             }
         }
         problems
@@ -310,13 +308,14 @@ impl Mlp {
 
 /// Means over squares of patches: [batch, tokens, width] -> [batch, queries, width], the class token dropped.
 ///
-/// There are ⌊side / stride⌋² queries, which is n_query only where the stride divides; patches beyond the last whole
-/// square are left out, as upstream does.
+/// There are ⌊side / stride⌋² queries, which is n_query only where [`pooling::problem`] finds none; patches beyond the
+/// last whole square are left out, as upstream does.
 ///
 /// # Panics
 /// When n_query has no pooling stride.
 pub fn pool(features: &Tensor, grid_side: i64, n_query: u32) -> Tensor {
-    let stride = pooling_stride(grid_side, n_query).expect("n_query has been checked");
+    // A grid's side is at most 4096.
+    let stride = pooling::stride(grid_side as u32, n_query).expect("n_query has been checked").into();
     let (batch, tokens, width) = features.size3().expect("features have three dimensions");
     let patches = features.narrow(1, 1, tokens - 1).transpose(1, 2);
     // [batch, width, (rows columns)] -> [batch, width, rows, columns]
@@ -324,13 +323,4 @@ pub fn pool(features: &Tensor, grid_side: i64, n_query: u32) -> Tensor {
     let pooled = grid.avg_pool2d([stride; 2], [stride; 2], [0; 2], false, true, None::<i64>);
     // [batch, width, rows, columns] -> [batch, (rows columns), width]
     pooled.flatten(2, 3).transpose(1, 2).contiguous()
-}
-
-/// ⌊side / √n_query⌋: the largest stride whose square times n_query fits the grid. `None` when that is 0, or for no
-/// query at all.
-pub fn pooling_stride(grid_side: i64, n_query: u32) -> Option<i64> {
-    if n_query == 0 {
-        return None;
-    }
-    (1..=grid_side).rev().find(|stride| stride * stride * i64::from(n_query) <= grid_side * grid_side)
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use emu2_proto::{
+    pooling,
     stage::{
         EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest,
         encode_request::Source,
@@ -189,10 +190,12 @@ impl VisualEncoder for Service {
     }
 }
 
-/// Any number up to one query per patch has a pooling stride.
 fn checked_queries(n_query: u32, model: &ModelInfo) -> Result<u32, EncodeError> {
-    let max = (model.grid_side * model.grid_side) as u32;
-    if (1..=max).contains(&n_query) { Ok(n_query) } else { Err(EncodeError::Queries { max, got: n_query }) }
+    // A grid's side is at most 4096.
+    match pooling::problem(model.grid_side as u32, n_query) {
+        None => Ok(n_query),
+        Some(problem) => Err(EncodeError::Queries(problem)),
+    }
 }
 
 fn milliseconds(duration: Duration) -> f64 {

@@ -8,7 +8,7 @@ use emu2_nn::{
     device,
     engine::guarded,
 };
-use emu2_proto::array::Dtype;
+use emu2_proto::{array::Dtype, pooling};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -56,14 +56,16 @@ pub struct Loaded {
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct Vision {
+    image_size: u32,
+    patch_size: u32,
     width: i64,
-    n_query: usize,
-    v_query: usize,
+    n_query: u32,
+    v_query: u32,
 }
 
 impl Default for Vision {
     fn default() -> Self {
-        Self { width: 1792, n_query: 64, v_query: 64 }
+        Self { image_size: 448, patch_size: 14, width: 1792, n_query: 64, v_query: 64 }
     }
 }
 
@@ -88,8 +90,8 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
         weights_digest,
         dtype: array::dtype(kind),
         embedding_width: vision.width as usize,
-        n_query: vision.n_query,
-        v_query: vision.v_query,
+        n_query: vision.n_query as usize,
+        v_query: vision.v_query as usize,
         max_positions: model.config().max_position_embeddings as usize,
         kv_entries,
     };
@@ -142,10 +144,17 @@ fn check(
     if vision.width < 1 {
         return problem(format!("vision.width must be at least 1, is {}", vision.width));
     }
+    let Some(side) = vision.image_size.checked_div(vision.patch_size) else {
+        return problem("vision.patch_size must be at least 1, is 0".to_owned());
+    };
     for (name, queries) in [("n_query", vision.n_query), ("v_query", vision.v_query)] {
         let most = llama.max_position_embeddings;
-        if queries < 1 || queries as i64 >= most {
+        if i64::from(queries) >= most {
             return problem(format!("vision.{name} must be 1 to {}, is {queries}", most - 1));
+        }
+        // Slots that the encoder could never fill.
+        if let Some(text) = pooling::problem(side, queries) {
+            return problem(format!("vision.{name} {text}"));
         }
     }
     Ok(())

@@ -9,9 +9,10 @@ mod tests;
 
 use bytes::Bytes;
 use emu2_proto::{
+    pooling,
     stage::{
-        DecodeStart, EncoderInfo, ImageSlot, LlmBox, LlmChat, LlmPart, LlmPrompt, TextParameters, VideoSlots,
-        llm_part, llm_start,
+        DecodeStart, ImageSlot, LlmBox, LlmChat, LlmPart, LlmPrompt, TextParameters, VideoSlots, llm_part,
+        llm_start,
     },
     v1::{
         self, EmbedRequest, GenerateRequest, ImageOutput, TextOutput,
@@ -100,9 +101,7 @@ pub(crate) fn check(
             input.map(|input| Task::Write { input, parameters })
         }
         (Some(Output::Image(image)), input) => {
-            let queries =
-                if autoencodes { rows(&profile.encoder, profile.llm.n_query) } else { profile.llm.n_query };
-            let start = checker.image(&image, seed, queries);
+            let start = checker.image(&image, seed, profile.llm.n_query);
             input.map(
                 |input| if autoencodes { Task::Autoencode { start } } else { Task::Paint { input, start } },
             )
@@ -126,20 +125,16 @@ pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<Pi
     if data.is_empty() {
         checks.wrong("image", "must be an encoded picture, got 0 bytes");
     }
-    let patches = profile.encoder.grid_side * profile.encoder.grid_side;
-    let n_query = checks.within("n_query", request.n_query, profile.llm.n_query, 1, patches);
+    let n_query = request.n_query.unwrap_or(profile.llm.n_query);
+    if let Some(problem) = pooling::problem(profile.encoder.grid_side, n_query) {
+        checks.wrong("n_query", problem);
+    }
     match checks.violations() {
         violations if violations.is_empty() => {
             Ok(Picture { subject: Subject::Sent(data), n_query, field: "image".into() })
         }
         violations => Err(violations),
     }
-}
-
-/// Rows that the encoder gives for `n_query`: it pools squares of floor(side / sqrt(n_query)) patches.
-fn rows(encoder: &EncoderInfo, n_query: u32) -> u32 {
-    let stride = (f64::from(encoder.grid_side) / f64::from(n_query).sqrt()).floor().max(1.0) as u32;
-    (encoder.grid_side / stride).pow(2)
 }
 
 /// The parameters of a text request as they took effect.

@@ -56,19 +56,6 @@ fn batched_equals_single() {
 }
 
 #[test]
-fn strides_are_floors() {
-    // The published grid is 32 by 32.
-    let cases = [(1, 32), (4, 16), (64, 4), (256, 2), (1024, 1), (2, 22), (3, 18), (8, 11), (63, 4), (65, 3)];
-    for (n_query, stride) in cases {
-        assert_eq!(pooling_stride(32, n_query), Some(stride), "{n_query}");
-        assert_eq!((32.0 / f64::from(n_query).sqrt()).floor() as i64, stride, "{n_query}");
-    }
-    assert_eq!(pooling_stride(32, 0), None);
-    assert_eq!(pooling_stride(32, 1025), None);
-    assert_eq!(pooling_stride(32, u32::MAX), None);
-}
-
-#[test]
 fn the_published_models_are_the_default() {
     let config = VisionConfig::default();
     assert_eq!(config.problems(), Vec::<String>::new());
@@ -95,6 +82,9 @@ fn contradictions_are_told_at_once() {
     {
         assert!(problems.iter().any(|problem| problem.contains(name)), "{name}: {problems:?}");
     }
+    let unpooled = VisionConfig { n_query: 50, v_query: 65, ..VisionConfig::default() };
+    let fit = "must be what pooling 32 x 32 patches can leave (1, 4, 9, 16, 25, 36, 64, 100, 256, 1024), got";
+    assert_eq!(unpooled.problems(), [format!("n_query {fit} 50"), format!("v_query {fit} 65")]);
     let nothing =
         VisionConfig { patch_size: 0, width: 0, head_width: 0, layers: -1, ..VisionConfig::default() };
     assert!(nothing.problems().len() >= 4);
@@ -106,9 +96,14 @@ fn a_contradiction_fails_the_load() {
     let source = golden::model_dir("emu2-base");
     std::os::unix::fs::symlink(source.join("model.safetensors"), folder.path().join("model.safetensors"))
         .unwrap();
-    std::fs::write(folder.path().join("config.json"), r#"{"vision": {"rope": true}}"#).unwrap();
-    let dir = ModelDir::open(folder.path()).unwrap();
-    let error = EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap_err();
-    assert!(matches!(error, CheckpointError::Unsupported { .. }), "{error}");
-    assert!(error.to_string().contains("rope must be false"), "{error}");
+    for (vision, problem) in [
+        (r#"{"rope": true}"#, "rope must be false"),
+        (r#"{"image_size": 56, "n_query": 8}"#, "n_query must be what pooling 4 x 4 patches can leave"),
+    ] {
+        std::fs::write(folder.path().join("config.json"), format!(r#"{{"vision": {vision}}}"#)).unwrap();
+        let dir = ModelDir::open(folder.path()).unwrap();
+        let error = EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap_err();
+        assert!(matches!(error, CheckpointError::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains(problem), "{error}");
+    }
 }
