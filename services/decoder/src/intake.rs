@@ -23,7 +23,7 @@ pub(crate) struct Limits {
     pub(crate) max_image_side: usize,
     pub(crate) max_steps: usize,
     pub(crate) max_guidance_scale: f32,
-    max_queries: usize,
+    pub(crate) max_queries: usize,
 }
 
 impl Limits {

@@ -149,7 +149,7 @@ impl VisualDecoder for Service {
     type DecodeStream = Events<DecodeEvent>;
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
-        let Limits { model, max_image_side, max_steps, max_guidance_scale, .. } = self.limits()?;
+        let Limits { model, max_image_side, max_steps, max_guidance_scale, max_queries } = self.limits()?;
         Ok(Response::new(DecoderInfo {
             weights_digest: model.weights_digest.clone(),
             dtype: v1::Dtype::from(model.dtype).into(),
@@ -161,6 +161,7 @@ impl VisualDecoder for Service {
             max_image_side: *max_image_side as u32,
             max_steps: *max_steps as u32,
             max_guidance_scale: *max_guidance_scale,
+            max_queries: *max_queries as u32,
         }))
     }
 

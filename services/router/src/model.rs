@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use emu2_proto::{
+    pooling,
     stage::{DecoderInfo, EncoderInfo, LlmInfo},
     v1::{self, Capability},
 };
@@ -75,11 +76,17 @@ impl Model {
         if paints && self.decoder.is_some() && profile.decoder.is_none() {
             return Err(missing("decoder"));
         }
-        profile.check_widths().map_err(|problem| {
-            tracing::error!(model = self.name, problem, "stages do not fit together");
-            status::unavailable(format!("the stages of model {:?} do not fit together: {problem}", self.name))
-        })?;
-        Ok(profile)
+        match profile.misfits(paints) {
+            misfits if misfits.is_empty() => Ok(profile),
+            misfits => {
+                let problem = misfits.join("; ");
+                tracing::error!(model = self.name, problem, "stages do not fit together");
+                let name = &self.name;
+                Err(status::unavailable(format!(
+                    "the stages of model {name:?} do not fit together: {problem}"
+                )))
+            }
+        }
     }
 
     /// As `ListModels` tells it.
@@ -122,21 +129,116 @@ impl Model {
             encoder_digest: encoder.weights_digest.clone(),
             llm_digest: llm.weights_digest.clone(),
             decoder_digest: decoder.weights_digest.clone(),
-            ready: self.is_ready(),
+            ready: self.is_ready() && self.profile(true).is_ok(),
         }
     }
 }
 
 impl Profile {
-    /// Embeddings of one width cross all cuts.
-    fn check_widths(&self) -> Result<(), String> {
-        let (encoder, llm) = (self.encoder.width, self.llm.embedding_width);
-        let decoder = self.decoder.as_ref().map_or(llm, |decoder| decoder.width);
-        if encoder == llm && llm == decoder {
-            return Ok(());
+    /// Why what one stage makes is not what the next one takes; `paints`: whether the decoder takes part.
+    fn misfits(&self, paints: bool) -> Vec<String> {
+        let Self { encoder, llm, decoder } = self;
+        let mut stages =
+            vec![("encoder", encoder.width, encoder.dtype()), ("llm", llm.embedding_width, llm.dtype())];
+        let decoder = decoder.as_ref().filter(|_| paints);
+        stages.extend(decoder.map(|decoder| ("decoder", decoder.width, decoder.dtype())));
+        let mut misfits = Vec::new();
+        for pair in stages.windows(2) {
+            let [(one, width, dtype), (other, other_width, other_dtype)] = [pair[0], pair[1]];
+            if width != other_width {
+                misfits
+                    .push(format!("embeddings are {width} wide in the {one}, {other_width} in the {other}"));
+            }
+            // An embedding is never narrowed on its way, so that it is the same computation wherever it goes on.
+            if dtype != other_dtype {
+                let (dtype, other_dtype) = (dtype_name(dtype), dtype_name(other_dtype));
+                misfits.push(format!("the {one} computes in {dtype}, the {other} in {other_dtype}"));
+            }
         }
-        Err(format!(
-            "embeddings are {encoder} wide in the encoder, {llm} in the llm, {decoder} in the decoder"
-        ))
+        for (name, queries) in [("n_query", llm.n_query), ("v_query", llm.v_query)] {
+            misfits.extend(
+                pooling::problem(encoder.grid_side, queries)
+                    .map(|problem| format!("the llm's {name} {problem} (the encoder's grid)")),
+            );
+        }
+        if let Some(most) = decoder.map(|decoder| decoder.max_queries).filter(|most| llm.n_query > *most) {
+            misfits.push(format!(
+                "the decoder takes {most} embeddings of an image, the llm gives {}",
+                llm.n_query
+            ));
+        }
+        misfits
+    }
+}
+
+fn dtype_name(dtype: v1::Dtype) -> &'static str {
+    match dtype {
+        v1::Dtype::F32 => "float32",
+        v1::Dtype::Bf16 => "bfloat16",
+        v1::Dtype::Unspecified => "a dtype that it does not name",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(change: impl FnOnce(&mut EncoderInfo, &mut LlmInfo, &mut DecoderInfo)) -> Profile {
+        let dtype = v1::Dtype::F32.into();
+        let mut encoder = EncoderInfo { dtype, width: 1792, grid_side: 32, ..Default::default() };
+        let mut llm =
+            LlmInfo { dtype, embedding_width: 1792, n_query: 256, v_query: 64, ..Default::default() };
+        let mut decoder = DecoderInfo { dtype, width: 1792, max_queries: 1024, ..Default::default() };
+        change(&mut encoder, &mut llm, &mut decoder);
+        Profile { encoder: encoder.into(), llm: llm.into(), decoder: Some(decoder.into()) }
+    }
+
+    #[test]
+    fn stages_that_fit_have_nothing_to_say() {
+        assert_eq!(profile(|_, _, _| {}).misfits(true), [""; 0]);
+    }
+
+    #[test]
+    fn every_misfit_names_both_sides() {
+        let bf16 = v1::Dtype::Bf16.into();
+        for (profile, misfits) in [
+            (
+                profile(|encoder, _, _| encoder.dtype = bf16),
+                &["the encoder computes in bfloat16, the llm in float32"][..],
+            ),
+            (
+                profile(|_, llm, _| llm.dtype = bf16),
+                &[
+                    "the encoder computes in float32, the llm in bfloat16",
+                    "the llm computes in bfloat16, the decoder in float32",
+                ],
+            ),
+            (
+                profile(|encoder, _, _| encoder.width = 64),
+                &["embeddings are 64 wide in the encoder, 1792 in the llm"],
+            ),
+            (
+                profile(|encoder, _, decoder| (encoder.grid_side, decoder.max_queries) = (16, 64)),
+                &["the decoder takes 64 embeddings of an image, the llm gives 256"],
+            ),
+            (
+                profile(|encoder, _, _| encoder.grid_side = 4),
+                &[
+                    "the llm's n_query must be what pooling 4 x 4 patches can leave (1, 4, 16), got 256 (the \
+                     encoder's grid)",
+                    "the llm's v_query must be what pooling 4 x 4 patches can leave (1, 4, 16), got 64 (the \
+                     encoder's grid)",
+                ],
+            ),
+        ] {
+            assert_eq!(profile.misfits(true), misfits);
+        }
+    }
+
+    #[test]
+    fn a_text_does_not_ask_the_decoder() {
+        let odd = profile(|_, _, decoder| decoder.width = 64);
+        assert_eq!(odd.misfits(false), [""; 0]);
+        assert_eq!(odd.misfits(true), ["embeddings are 1792 wide in the llm, 64 in the decoder"]);
     }
 }

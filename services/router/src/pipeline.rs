@@ -307,7 +307,9 @@ impl Job {
         Ok(event)
     }
 
+    /// Steps as they are done; the image once the decoder has said which weights painted it.
     async fn read_image(&self, mut answers: DecoderAnswers, client: &Client) -> Result<DecodeFinished, Stop> {
+        let mut result = None;
         loop {
             match answers.next().await.map_err(|status| of_decoder(&status))?.event {
                 Some(decode_event::Event::Step(step)) => {
@@ -315,10 +317,18 @@ impl Job {
                     client.progress(Event::DenoiseProgress(progress)).await?;
                 }
                 Some(decode_event::Event::Image(image)) => {
-                    let result = ImageResult { png: image.png, height: image.height, width: image.width };
-                    client.progress(Event::Image(result)).await?;
+                    result = Some(ImageResult { png: image.png, height: image.height, width: image.width });
                 }
-                Some(decode_event::Event::Finished(finished)) => return Ok(finished),
+                Some(decode_event::Event::Finished(finished)) => {
+                    let expected = self.embeddings.profile.decoder.as_ref().map(|info| &info.weights_digest);
+                    if expected != Some(&finished.weights_digest) {
+                        answers.lease().refresh().await;
+                        return Err(Stop::Rolled);
+                    }
+                    let result = result.ok_or_else(|| status::internal("the decoder sent no image"))?;
+                    client.progress(Event::Image(result)).await?;
+                    return Ok(finished);
+                }
                 None => {}
             }
         }

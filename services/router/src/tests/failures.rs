@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use emu2_proto::v1::{EmbedRequest, Image, ListModelsRequest};
+use emu2_proto::v1::{Dtype, EmbedRequest, Image, ListModelsRequest, generate_event::Event};
 use emu2_serve::status::{self, Violation};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
@@ -247,4 +247,54 @@ async fn other_failures_of_a_stage_keep_to_the_api() {
             assert_eq!(failed.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
         }
     }
+}
+
+/// A deployment half on CPUs, half on GPUs: embeddings of one stage are none of the other's.
+#[tokio::test]
+async fn stages_that_compute_differently_are_unavailable_with_the_reason() {
+    let sandbox = Sandbox::start().await;
+    let refused = async |request| {
+        let status = sandbox.events(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        status.message().to_owned()
+    };
+    sandbox.decoder.compute_in(Dtype::Bf16);
+    until("it is noticed", || async { sandbox.events(paint(vec![text("a")], 1.0)).await.is_err() }).await;
+    let message = refused(paint(vec![text("a")], 1.0)).await;
+    assert!(message.contains("the llm computes in float32, the decoder in bfloat16"), "{message}");
+    assert!(message.contains("\"emu2-gen\""), "{message}");
+    sandbox.events(ask(vec![text("no picture, no decoder")])).await.unwrap();
+    let models = sandbox.client().list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+    let ready: Vec<_> = models.iter().map(|model| (model.name.as_str(), model.ready)).collect();
+    assert_eq!(ready, [("emu2-gen", false), ("emu2", true)]);
+
+    sandbox.encoder.compute_in(Dtype::Bf16);
+    until("it is noticed", || async { sandbox.embed(b"cat").await.is_err() }).await;
+    let message = refused(ask(vec![image("cat")])).await;
+    assert!(message.contains("the encoder computes in bfloat16, the llm in float32"), "{message}");
+}
+
+/// The decoder came back with other weights between the router's two looks: its picture is not passed on.
+#[tokio::test]
+async fn a_picture_of_other_weights_than_it_began_with_is_not_shown() {
+    let sandbox = Sandbox::start().await;
+    sandbox.decoder.hold();
+    let mut stream = sandbox.client().generate(paint(vec![text("a")], 1.0)).await.unwrap().into_inner();
+    until("it is being painted", || async { sandbox.decoder.running() == 1 }).await;
+    sandbox.decoder.roll("d2");
+    sandbox.decoder.let_go();
+    let mut pictures = 0;
+    let status = loop {
+        match stream.message().await {
+            Ok(event) => {
+                let event = event.expect("a status comes first").event;
+                pictures += usize::from(matches!(event, Some(Event::Image(_))));
+            }
+            Err(status) => break status,
+        }
+    };
+    assert_eq!((status.code(), pictures), (Code::Unavailable, 0), "{status:?}");
+    assert!(status.message().contains("weights are being replaced"), "{}", status.message());
+    let events = sandbox.events(paint(vec![text("a")], 1.0)).await.unwrap();
+    assert!(events.iter().any(|event| matches!(event, Event::Image(_))));
 }

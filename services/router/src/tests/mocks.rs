@@ -49,6 +49,7 @@ pub(super) struct Shared {
     pub(super) digest: Mutex<String>,
     /// Of the preprocessing, or of the templates.
     pub(super) version: AtomicU32,
+    pub(super) dtype: Mutex<Dtype>,
     /// Closed, it holds the stage at its one waiting point.
     pub(super) gate: watch::Sender<bool>,
     /// Answered in place of work.
@@ -79,6 +80,7 @@ impl Script {
         let shared = Shared {
             digest: Mutex::new(digest.into()),
             version: AtomicU32::new(1),
+            dtype: Mutex::new(Dtype::F32),
             gate: watch::channel(true).0,
             fails: Mutex::default(),
             calls: AtomicUsize::new(0),
@@ -123,6 +125,15 @@ impl Script {
 
     fn version(&self) -> u32 {
         self.version.load(Ordering::SeqCst)
+    }
+
+    /// Says so; what it makes stays as it is.
+    pub(super) fn compute_in(&self, dtype: Dtype) {
+        *self.dtype.lock().unwrap() = dtype;
+    }
+
+    fn dtype(&self) -> i32 {
+        (*self.dtype.lock().unwrap()).into()
     }
 
     pub(super) fn fail(&self, status: Option<Status>) {
@@ -254,7 +265,7 @@ impl VisualEncoder for MockEncoder {
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
         Ok(Response::new(EncoderInfo {
             weights_digest: self.0.digest(),
-            dtype: Dtype::F32.into(),
+            dtype: self.0.dtype(),
             width: WIDTH,
             image_size: 448,
             grid_side: 4,
@@ -308,7 +319,7 @@ impl LanguageModel for MockLlm {
             weights_digest: self.0.digest(),
             tokenizer_digest: "t1".into(),
             template_version: self.0.version(),
-            dtype: Dtype::F32.into(),
+            dtype: self.0.dtype(),
             embedding_width: WIDTH,
             n_query: N_QUERY,
             v_query: 1,
@@ -411,7 +422,7 @@ impl VisualDecoder for MockDecoder {
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
         Ok(Response::new(DecoderInfo {
             weights_digest: self.0.digest(),
-            dtype: Dtype::F32.into(),
+            dtype: self.0.dtype(),
             width: WIDTH,
             default_height: 64,
             default_width: 64,
@@ -419,6 +430,7 @@ impl VisualDecoder for MockDecoder {
             max_image_side: 128,
             max_steps: 100,
             max_guidance_scale: 100.0,
+            max_queries: 16,
         }))
     }
 
