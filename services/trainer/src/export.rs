@@ -170,7 +170,8 @@ mod tests {
             (Source { runs: folder.path().join("runs"), base: None }, folder.path().join("nano"));
         let tokenizer = emu2_nn::golden::model_dir("emu2-chat").join("tokenizer.model");
         let mut sections = nano();
-        sections["llama"]["vocab_size"] = json!(Tokenizer::load(&tokenizer, true).unwrap().vocab_size());
+        sections["llama"]["vocab_size"] =
+            json!(Tokenizer::parse(&fs::read(&tokenizer).unwrap(), true).unwrap().vocab_size());
         let stages = [stage("0-a")];
         trained(&source, &sections, &stages[0], 0.1);
         export(&source, &sections, &stages, &tokenizer, &out).unwrap();
@@ -187,6 +188,7 @@ mod tests {
             kv_budget_bytes: 1 << 30,
             prefill_chunk: 256,
             max_waiting: 1,
+            progress: Default::default(),
         };
         let (_, loaded) = emu2_llm::load::load(&config).unwrap();
         assert_eq!((loaded.n_query, loaded.v_query, loaded.max_positions), (16, 16, 2048));
