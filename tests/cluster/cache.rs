@@ -39,6 +39,19 @@ impl Redis {
         }
         panic!("redis-server does not listen on {}", redis.addr);
     }
+
+    /// Returns once something is written: that is off a request's path.
+    async fn holds_a_key(&self) {
+        let client = redis::Client::open(format!("redis://{}", self.addr)).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        for _ in 0..400 {
+            if redis::cmd("DBSIZE").query_async::<u64>(&mut connection).await.unwrap() > 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        panic!("nothing was written to Redis");
+    }
 }
 
 impl Drop for Redis {
@@ -79,8 +92,7 @@ async fn routers_share_what_is_encoded_through_redis() {
     let png = fresh_png(60);
     let encoded = embed(one.addr, &png).await;
     assert!(!encoded.cached);
-    // The write is off the path: give it time before the only question that counts.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    redis.holds_a_key().await;
     let shared = embed(other.addr, &png).await;
     assert!(shared.cached, "the other router did not find it in Redis");
     assert_eq!(shared.embeddings, encoded.embeddings);

@@ -79,7 +79,12 @@ fn an_engine_never_sees_a_grpc_type() {
 fn a_main_is_three_steps() {
     for service in ["router", "encoder", "llm", "decoder"] {
         let main = root().join("services").join(service).join("src/main.rs");
-        let lines = fs::read_to_string(&main).unwrap().lines().count();
+        let source = fs::read_to_string(&main).unwrap();
+        let steps = ["config::from_args()", "telemetry::init(", "run(config, listeners"];
+        let found =
+            steps.map(|step| source.find(step).unwrap_or_else(|| panic!("{}: no {step}", main.display())));
+        assert!(found.is_sorted(), "{}: not in the order of {steps:?}", main.display());
+        let lines = source.lines().count();
         assert!(lines <= 40, "{}: {lines} lines", main.display());
     }
 }

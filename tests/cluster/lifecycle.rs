@@ -1,6 +1,9 @@
 //! The real binaries: start, serve, and end in order.
 
-use emu2_proto::v1::{self, generate_event::Event};
+use std::{net::SocketAddr, time::Duration};
+
+use emu2_proto::v1::{self, emu2_client::Emu2Client, generate_event::Event};
+use tonic::{Code, Status, transport::Endpoint};
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
@@ -16,11 +19,19 @@ async fn four_processes_serve_and_drain_on_sigterm() {
     answer(&mut api, asked).await.unwrap();
 
     // A request that is running when SIGTERM comes finishes; the router wants no other.
-    let output = v1::ImageOutput { steps: Some(40), ..Default::default() };
+    let output = v1::ImageOutput { steps: Some(250), ..Default::default() };
     let mut running = api.generate(draw(vec![text("a dog")], output)).await.unwrap().into_inner();
     while !matches!(running.message().await.unwrap().unwrap().event, Some(Event::DenoiseProgress(_))) {}
     cluster.router.terminate();
-    let mut last = None;
+    let told = async { while cluster.router.health().await == Some(ServingStatus::Serving) {} };
+    tokio::time::timeout(Duration::from_secs(20), told).await.expect("the router stops saying SERVING");
+    let late = client_of_its_own(cluster.router.addr).await;
+    assert_eq!(late.unwrap_err().code(), Code::Unavailable);
+    let mut last = running.message().await.unwrap().unwrap().event;
+    assert!(
+        matches!(last, Some(Event::DenoiseProgress(_))),
+        "the request ended before it was asked: {last:?}"
+    );
     while let Some(event) = running.message().await.unwrap() {
         last = event.event;
     }
@@ -36,16 +47,24 @@ async fn four_processes_serve_and_drain_on_sigterm() {
     }
 }
 
+/// A call on a new connection.
+async fn client_of_its_own(router: SocketAddr) -> Result<(), Status> {
+    let channel = Endpoint::from_shared(format!("http://{router}")).unwrap().connect_lazy();
+    Emu2Client::new(channel).list_models(v1::ListModelsRequest {}).await.map(drop)
+}
+
 #[tokio::test]
 async fn a_service_that_cannot_load_ends_with_an_error() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["emu2-encoder", "emu2-llm", "emu2-decoder"] {
         let mut service = Process::start(dir.path(), name, "model_dir = \"/no/such/model\"\n");
         assert!(!service.ended().await.success(), "{name}");
+        assert!(service.errors().contains("/no/such/model"), "{name}: {}", service.errors());
     }
     // An unknown key is refused, not ignored.
     let mut router = Process::start(dir.path(), "emu2-router", "modles = []\n");
     assert!(!router.ended().await.success());
+    assert!(router.errors().contains("modles"), "{}", router.errors());
 }
 
 #[tokio::test]
@@ -56,7 +75,7 @@ async fn a_router_without_its_stages_is_not_ready() {
     let router = Process::start(dir.path(), "emu2-router", &models);
     for _ in 0..100 {
         match router.health().await {
-            None => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+            None => tokio::time::sleep(Duration::from_millis(50)).await,
             Some(health) => {
                 assert_eq!(health, ServingStatus::NotServing);
                 return;

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ExitStatus, Stdio},
     time::Duration,
 };
@@ -20,6 +20,8 @@ use crate::support::binary;
 pub(crate) struct Process {
     child: Child,
     pub(crate) addr: SocketAddr,
+    /// What it writes to standard error.
+    errors: PathBuf,
 }
 
 /// Router, encoder, llm and decoder of the tiny Emu2-Gen.
@@ -62,10 +64,10 @@ impl Process {
             config.split_once("\n[").map_or((config, String::new()), |(k, t)| (k, format!("\n[{t}")));
         let server = format!("\n[server]\nlisten = \"{addr}\"\nadmin = \"{admin}\"\n");
         fs::write(&file, format!("{keys}{server}{tables}")).unwrap();
+        let errors = dir.join(format!("{name}.errors"));
         let mut command = binary(name);
-        let child =
-            command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        Self { child, addr }
+        command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(fs::File::create(&errors).unwrap());
+        Self { child: command.spawn().unwrap(), addr, errors }
     }
 
     /// Waits until its health says SERVING.
@@ -84,6 +86,10 @@ impl Process {
         let channel = Endpoint::from_shared(format!("http://{}", self.addr)).unwrap().connect().await.ok()?;
         let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()?.into_inner();
         Some(health.status())
+    }
+
+    pub(crate) fn errors(&self) -> String {
+        fs::read_to_string(&self.errors).unwrap()
     }
 
     pub(crate) fn terminate(&self) {
