@@ -24,6 +24,8 @@ pub trait Validate {
 pub enum ConfigError {
     #[error("configuration cannot be read: {0}")]
     Read(#[from] config::ConfigError),
+    #[error("{file} cannot be parsed: {problem}")]
+    Syntax { file: String, problem: String },
     #[error("defaults cannot be written as JSON: {0}")]
     Defaults(#[source] serde_json::Error),
     #[error("configuration is invalid: {}", .0.join("; "))]
@@ -81,11 +83,19 @@ where
     if !problems.is_empty() {
         return Err(ConfigError::Invalid(problems));
     }
-    let config: T = builder.build()?.try_deserialize()?;
+    let config: T = builder.build().map_err(without_source)?.try_deserialize()?;
     match config.problems() {
         problems if problems.is_empty() => Ok(config),
         problems => Err(ConfigError::Invalid(problems)),
     }
+}
+
+/// Where and why a file cannot be parsed, without the line that the parser quotes between bars: it may hold a password.
+fn without_source(error: config::ConfigError) -> ConfigError {
+    let config::ConfigError::FileParse { uri, cause } = error else { return error.into() };
+    let cause = cause.to_string();
+    let said: Vec<_> = cause.lines().map(str::trim).filter(|line| !line.contains('|')).collect();
+    ConfigError::Syntax { file: uri.unwrap_or_else(|| "configuration".into()), problem: said.join(": ") }
 }
 
 /// A variable's text in the shape that its key's default has; serde turns text into numbers and booleans.

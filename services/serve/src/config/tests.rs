@@ -112,7 +112,20 @@ fn all_mistakes_are_told_at_once() {
 fn wrong_types_and_missing_files_are_refused() {
     assert!(matches!(read("", &[("EMU2__CORES", "many")]), Err(ConfigError::Read(_))));
     assert!(matches!(read("cores = -1", &[]), Err(ConfigError::Read(_))));
-    assert!(matches!(read("cores = ", &[]), Err(ConfigError::Read(_))));
+    assert!(matches!(read("cores = ", &[]), Err(ConfigError::Syntax { .. })));
     let missing = load_from::<Sample>(Some(Path::new("/nowhere/emu2.toml")), std::iter::empty());
     assert!(matches!(missing, Err(ConfigError::Read(_))));
+}
+
+#[test]
+fn a_line_that_cannot_be_parsed_is_named_and_not_quoted() {
+    for line in [
+        "redis_url = redis://:hunter2@cache",
+        "redis_url = \"redis://:hunter2@cache",
+        "redis://:hunter2@cache",
+    ] {
+        let error = read(&format!("name = \"emu2\"\n{line}\n"), &[]).unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
+    }
 }
