@@ -15,7 +15,6 @@ use emu2_proto::{
     v1,
 };
 use emu2_serve::{
-    admission::Admission,
     deadline::Deadline,
     message,
     status::{ErrorCode, invalid, unavailable},
@@ -47,7 +46,6 @@ const EVENTS: usize = 4;
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     engine: Engine,
-    admission: Admission,
     config: Arc<Config>,
     /// Once the model is loaded.
     limits: Arc<OnceLock<Limits>>,
@@ -55,12 +53,7 @@ pub(crate) struct Service {
 
 impl Service {
     pub(crate) fn new(config: &Config, engine: Engine) -> Self {
-        Self {
-            engine,
-            admission: Admission::new(config.server.max_requests),
-            config: Arc::new(config.clone()),
-            limits: Arc::default(),
-        }
+        Self { engine, config: Arc::new(config.clone()), limits: Arc::default() }
     }
 
     pub(crate) fn loaded(&self, model: ModelInfo) {
@@ -169,8 +162,7 @@ impl VisualDecoder for Service {
         &self,
         request: Request<Streaming<DecodeRequest>>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
-        let permit = self.admission.try_enter()?;
-        let (sender, events) = stream::channel(EVENTS, Deadline::of(&request), permit);
+        let (sender, events) = stream::channel(EVENTS, Deadline::of(&request));
         let call = self.clone().call(request.into_inner(), sender);
         tokio::spawn(call.instrument(Span::current()));
         Ok(Response::new(events))

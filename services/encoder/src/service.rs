@@ -15,7 +15,6 @@ use emu2_proto::{
     v1,
 };
 use emu2_serve::{
-    admission::Admission,
     deadline::Deadline,
     message,
     stream::{self, Events, Sender},
@@ -49,7 +48,6 @@ pub(crate) struct Service {
     /// Set before the service is ready.
     model: Arc<OnceLock<ModelInfo>>,
     preprocessor: Preprocessor,
-    admission: Admission,
     /// A permit for each image from its arrival to its answer, before it is decoded.
     images: Arc<Semaphore>,
     config: Arc<Config>,
@@ -62,7 +60,6 @@ impl Service {
             engine,
             model: Arc::default(),
             preprocessor: Preprocessor::new(config.preprocess_threads, config.image.clone()),
-            admission: Admission::new(config.server.max_requests),
             images: Arc::new(Semaphore::new(config.max_images)),
             config: Arc::new(config.clone()),
             metrics,
@@ -182,8 +179,7 @@ impl VisualEncoder for Service {
         &self,
         request: Request<Streaming<EncodeRequest>>,
     ) -> Result<Response<Self::EncodeStream>, Status> {
-        let permit = self.admission.try_enter()?;
-        let (sender, events) = stream::channel(ANSWERS, Deadline::of(&request), permit);
+        let (sender, events) = stream::channel(ANSWERS, Deadline::of(&request));
         let call = self.clone().call(request.into_inner(), sender);
         tokio::spawn(call.instrument(Span::current()));
         Ok(Response::new(events))

@@ -18,7 +18,6 @@ use emu2_proto::{
     v1,
 };
 use emu2_serve::{
-    admission::Admission,
     deadline::Deadline,
     message, status,
     status::Violation,
@@ -50,7 +49,6 @@ pub(crate) struct Service {
     engine: Engine,
     /// Set before the service is ready.
     loaded: Arc<OnceLock<Loaded>>,
-    admission: Admission,
     limits: Limits,
     /// See [`Config::input_wait_ms`].
     input_wait: Duration,
@@ -60,7 +58,7 @@ impl Service {
     pub(crate) fn new(config: &Config, engine: Engine, loaded: Arc<OnceLock<Loaded>>) -> Self {
         let limits = Limits { max_new_tokens: config.max_new_tokens, max_beams: config.max_beams };
         let input_wait = Duration::from_millis(config.input_wait_ms);
-        Self { engine, loaded, admission: Admission::new(config.server.max_requests), limits, input_wait }
+        Self { engine, loaded, limits, input_wait }
     }
 
     fn loaded(&self) -> Result<&Loaded, Status> {
@@ -120,8 +118,7 @@ impl LanguageModel for Service {
         request: Request<Streaming<LlmRequest>>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         self.loaded()?;
-        let permit = self.admission.try_enter()?;
-        let (sender, events) = stream::channel(REPLIES, Deadline::of(&request), permit);
+        let (sender, events) = stream::channel(REPLIES, Deadline::of(&request));
         // The stream is answered at once: a caller may wait for that before it says anything.
         let conversation = Conversation { service: self.clone(), sender };
         tokio::spawn(conversation.hold(request.into_inner()).instrument(Span::current()));

@@ -7,7 +7,6 @@ use emu2_proto::v1::{
     emu2_server::Emu2, generate_request::Output,
 };
 use emu2_serve::{
-    admission::Admission,
     deadline::Deadline,
     status,
     stream::{self, Events},
@@ -35,7 +34,6 @@ pub(crate) struct Router {
     by_name: Arc<HashMap<String, Arc<Model>>>,
     cache: Cache,
     metrics: Metrics,
-    admission: Admission,
 }
 
 impl Router {
@@ -45,7 +43,6 @@ impl Router {
         let models = models.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Self {
             cache: Cache::open(&config.cache, metrics.clone())?,
-            admission: Admission::new(config.server.max_requests),
             by_name: Arc::new(models.iter().map(|model| (model.name.clone(), Arc::clone(model))).collect()),
             models: Arc::new(models),
             config: Arc::new(config),
@@ -124,17 +121,15 @@ impl Emu2 for Router {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let permit = self.admission.try_enter()?;
         let (deadline, request_id) = (Deadline::of(&request), RequestId::of(&request));
         let job = self.job(request.into_inner(), request_id, deadline)?;
-        let (sender, events) = stream::channel(self.config.limits.waiting_events, deadline, permit);
+        let (sender, events) = stream::channel(self.config.limits.waiting_events, deadline);
         // Ends by itself once nobody listens to `events`.
         tokio::spawn(Box::pin(job.run(sender)).in_current_span());
         Ok(Response::new(events))
     }
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
-        let _permit = self.admission.try_enter()?;
         let deadline = Deadline::of(&request);
         let embedding = Box::pin(self.embedding(request.into_inner()));
         Ok(Response::new(deadline.run(embedding).await??))

@@ -1,68 +1,183 @@
-//! Permits: work is bounded at the door. A full service says so at once, so that its caller can go elsewhere; a queue
-//! that nobody sees would only turn overload into timeouts.
+//! Permits: work is bounded at the door, before a message is read. A full service says so at once, so that its caller
+//! can go elsewhere; a queue that nobody sees would only turn overload into timeouts.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::Status;
+use tonic::{Status, body::Body};
 
-use crate::status;
+use crate::{server::ServerConfig, status};
 
 /// Long enough for a text request to leave, short enough that a caller's own deadline survives it.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// The door: cloning shares its permits.
+/// The door: so many requests at a time, and so many bytes of them.
 #[derive(Clone, Debug)]
-pub struct Admission {
-    permits: Arc<Semaphore>,
-    max: usize,
+pub(crate) struct Admission {
+    requests: Arc<Semaphore>,
+    max_requests: usize,
+    bytes: Arc<Semaphore>,
+    max_held_bytes: usize,
 }
 
-/// The right to occupy the service; given back when dropped.
+/// The right to occupy the service, and the bytes that the request holds; both given back when dropped.
 #[derive(Debug)]
-pub struct Permit(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+pub(crate) struct Permit {
+    _request: Option<OwnedSemaphorePermit>,
+    held: Arc<Held>,
+}
+
+#[derive(Debug)]
+struct Held {
+    admission: Admission,
+    bytes: AtomicUsize,
+}
 
 impl Admission {
-    /// At most `max` requests at a time.
-    pub fn new(max: usize) -> Self {
-        Self { permits: Arc::new(Semaphore::new(max)), max }
+    pub(crate) fn new(config: &ServerConfig) -> Self {
+        Self {
+            requests: Arc::new(Semaphore::new(config.max_requests)),
+            max_requests: config.max_requests,
+            bytes: Arc::new(Semaphore::new(config.max_held_bytes)),
+            max_held_bytes: config.max_held_bytes,
+        }
     }
 
     /// A permit now, or RESOURCE_EXHAUSTED with RetryInfo.
-    pub fn try_enter(&self) -> Result<Permit, Status> {
-        match Arc::clone(&self.permits).try_acquire_owned() {
-            Ok(permit) => Ok(Permit(permit)),
+    pub(crate) fn try_enter(&self) -> Result<Permit, Status> {
+        let _request = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
+            let max = self.max_requests;
+            status::exhausted(
+                format!("all {max} permits of this service are taken (server.max_requests)"),
+                RETRY_AFTER,
+            )
+        })?;
+        Ok(Permit { _request: Some(_request), held: self.held() })
+    }
+
+    /// For a question that costs nothing: a full service still says what it is. Its bytes count all the same.
+    pub(crate) fn question(&self) -> Permit {
+        Permit { _request: None, held: self.held() }
+    }
+
+    fn held(&self) -> Arc<Held> {
+        Arc::new(Held { admission: self.clone(), bytes: AtomicUsize::new(0) })
+    }
+}
+
+impl Permit {
+    /// The request's body, its bytes counted as they come: tonic collects a whole message before any handler sees it.
+    pub(crate) fn hold(&self, body: Body) -> Body {
+        Body::new(HeldBody { inner: body, held: Arc::clone(&self.held) })
+    }
+}
+
+impl Held {
+    fn take(&self, bytes: usize) -> Result<(), Status> {
+        let Admission { bytes: budget, max_held_bytes, .. } = &self.admission;
+        // A frame is never longer than HTTP/2's 24 bits.
+        match budget.try_acquire_many(u32::try_from(bytes).unwrap_or(u32::MAX)) {
+            Ok(taken) => {
+                taken.forget();
+                self.bytes.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            }
             Err(_) => Err(status::exhausted(
-                format!("all {} permits of this service are taken (server.max_requests)", self.max),
+                format!("the requests of this service hold {max_held_bytes} bytes (server.max_held_bytes)"),
                 RETRY_AFTER,
             )),
         }
     }
+}
 
-    /// Permits taken now.
-    pub fn in_flight(&self) -> usize {
-        self.max - self.permits.available_permits()
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.admission.bytes.add_permits(*self.bytes.get_mut());
+    }
+}
+
+struct HeldBody {
+    inner: Body,
+    held: Arc<Held>,
+}
+
+impl http_body::Body for HeldBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+            && let Err(full) = self.held.take(data.len())
+        {
+            return Poll::Ready(Some(Err(full)));
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt;
     use tonic::Code;
     use tonic_types::StatusExt;
 
     use super::*;
 
+    fn door(max_requests: usize, max_held_bytes: usize) -> Admission {
+        Admission::new(&ServerConfig { max_requests, max_held_bytes, ..ServerConfig::default() })
+    }
+
+    fn body(bytes: usize) -> Body {
+        Body::new(http_body_util::Full::new(Bytes::from(vec![0; bytes])))
+    }
+
     #[test]
     fn a_full_service_refuses_at_once_and_opens_again_when_a_permit_is_dropped() {
-        let admission = Admission::new(2);
+        let admission = door(2, 1 << 20);
         let first = admission.try_enter().unwrap();
         let _second = admission.try_enter().unwrap();
         let refused = admission.try_enter().unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert_eq!(refused.get_details_retry_info().unwrap().retry_delay, Some(RETRY_AFTER));
-        assert_eq!(admission.in_flight(), 2);
         drop(first);
-        assert_eq!(admission.in_flight(), 1);
         admission.try_enter().unwrap();
+    }
+
+    #[tokio::test]
+    async fn bytes_are_held_until_the_permit_is_dropped() {
+        let admission = door(8, 100);
+        let permit = admission.try_enter().unwrap();
+        permit.hold(body(60)).collect().await.unwrap();
+        let other = admission.try_enter().unwrap();
+        let refused = other.hold(body(60)).collect().await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+        assert!(refused.message().contains("hold 100 bytes (server.max_held_bytes)"), "{refused:?}");
+        assert!(refused.get_details_retry_info().is_some());
+        other.hold(body(40)).collect().await.unwrap();
+        drop(permit);
+        other.hold(body(60)).collect().await.unwrap();
     }
 }

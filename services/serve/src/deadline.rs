@@ -57,14 +57,6 @@ impl Deadline {
         Ok(Self::after(budget))
     }
 
-    /// The earlier of the two.
-    pub fn earlier(self, other: Self) -> Self {
-        match (self.0, other.0) {
-            (Some(a), Some(b)) => Self(Some(a.min(b))),
-            (a, b) => Self(a.or(b)),
-        }
-    }
-
     /// What is left; zero once passed, `None` without a deadline.
     pub fn remaining(self) -> Option<Duration> {
         self.0.map(|at| at.saturating_duration_since(Instant::now()))
@@ -183,6 +175,5 @@ mod tests {
         assert_eq!(cut.code(), Code::DeadlineExceeded);
         assert!(deadline.is_passed());
         assert_eq!(deadline.remaining(), Some(Duration::ZERO));
-        assert_eq!(deadline.earlier(Deadline::none()), deadline);
     }
 }

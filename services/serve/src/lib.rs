@@ -8,20 +8,20 @@
 //! | [`server`] | [`server::Server`]: gRPC with health, reflection and the layers below, and the admin port |
 //! | [`readiness`] | whether this replica wants work, as health checks and `/readyz` tell it |
 //! | [`shutdown`] | SIGTERM and SIGINT as one token that everything watches |
-//! | [`admission`] | permits: full is answered at once, never waited for unseen |
 //! | [`deadline`] | the caller's `grpc-timeout` as a budget that is handed down |
 //! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its sender told when nobody listens |
 //! | [`message`] | what tonic says of bad or oversized messages, put in the API's terms |
 //! | [`status`] | errors as `google.rpc.Status` with details |
 //! | [`client`] | the channel that a caller inside the cluster opens |
 //! | [`metrics`] | names and buckets of the metrics that every service has |
+//! | `admission` | permits for requests and their bytes: full is answered at once, never waited for unseen |
+//! | `methods` | what the contracts say of each RPC |
 //! | `rpc` | the layer around every RPC: id, span, deadline, count, and the end of it all |
 //! | `admin` | `/metrics`, `/healthz`, `/readyz` |
 //! | `logs` | a log line as JSON |
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
 
-pub mod admission;
 pub mod client;
 pub mod config;
 pub mod deadline;
@@ -36,7 +36,9 @@ pub mod telemetry;
 pub mod trace;
 
 mod admin;
+mod admission;
 mod logs;
+mod methods;
 mod rpc;
 
 #[cfg(test)]

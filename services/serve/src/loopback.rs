@@ -26,7 +26,6 @@ use tonic::{
 };
 
 use crate::{
-    admission::Admission,
     client,
     deadline::Deadline,
     message,
@@ -44,7 +43,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// The handlers of the test server. `EmbedRequest.model` says what becomes of a call.
 #[derive(Clone)]
 pub(crate) struct Probe {
-    pub(crate) admission: Admission,
     /// A stream sends one event for each permit added here.
     pub(crate) steps: Arc<Semaphore>,
     /// Streams whose sender has seen that nobody listens.
@@ -52,12 +50,8 @@ pub(crate) struct Probe {
 }
 
 impl Probe {
-    pub(crate) fn new(max_requests: usize) -> Self {
-        Self {
-            admission: Admission::new(max_requests),
-            steps: Arc::new(Semaphore::new(0)),
-            closed_streams: watch::Sender::new(0),
-        }
+    pub(crate) fn new() -> Self {
+        Self { steps: Arc::new(Semaphore::new(0)), closed_streams: watch::Sender::new(0) }
     }
 }
 
@@ -72,8 +66,7 @@ impl Emu2 for Probe {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let permit = self.admission.try_enter()?;
-        let (sender, events) = stream::channel(4, Deadline::of(&request), permit);
+        let (sender, events) = stream::channel(4, Deadline::of(&request));
         let count = request.into_inner().seed();
         let probe = self.clone();
         tokio::spawn(async move {
@@ -165,7 +158,7 @@ impl Loopback {
         exported();
         let listeners = Listeners::bind(&config).await.unwrap();
         let (address, admin) = (listeners.grpc_addr(), listeners.admin_addr().unwrap());
-        let probe = Probe::new(config.max_requests);
+        let probe = Probe::new();
         let limit = config.max_message_bytes;
         let emu2 = v1::emu2_server::Emu2Server::new(probe.clone()).max_decoding_message_size(limit);
         let encoder = stage::visual_encoder_server::VisualEncoderServer::new(probe.clone());

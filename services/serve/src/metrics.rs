@@ -2,7 +2,6 @@
 //! gives it to the server, which adds these and exposes all of them at `/metrics`.
 
 use std::{
-    collections::HashSet,
     sync::{Arc, atomic::AtomicI64},
     time::Duration,
 };
@@ -17,11 +16,9 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use prost::{DecodeError, Message};
-use prost_types::FileDescriptorSet;
 use tonic::Code;
 
-use crate::status::code_name;
+use crate::{methods::Methods, status::code_name};
 
 /// Finished RPCs by method and code; exposed as `emu2_rpc_requests_total`.
 pub const RPC_REQUESTS: &str = "emu2_rpc_requests";
@@ -54,17 +51,16 @@ pub(crate) struct RpcMetrics {
     requests: Family<Rpc, Counter>,
     duration: Family<Rpc, Histogram, fn() -> Histogram>,
     in_flight: Gauge,
-    /// `package.Service/Method` of all that could be asked here.
-    methods: Arc<HashSet<String>>,
+    methods: Arc<Methods>,
 }
 
 /// One RPC in flight; leaves the gauge when dropped.
 pub(crate) struct InFlight(Gauge<i64, AtomicI64>);
 
 impl RpcMetrics {
-    pub(crate) fn register(registry: &mut Registry) -> Result<Self, DecodeError> {
+    pub(crate) fn register(registry: &mut Registry, methods: &Arc<Methods>) -> Self {
         let metrics = Self {
-            methods: Arc::new(methods()?),
+            methods: Arc::clone(methods),
             requests: Family::default(),
             duration: Family::new_with_constructor(duration_histogram),
             in_flight: Gauge::default(),
@@ -73,7 +69,7 @@ impl RpcMetrics {
         let help = "Time from an RPC's arrival to its end";
         registry.register_with_unit(RPC_DURATION, help, Unit::Seconds, metrics.duration.clone());
         registry.register(RPC_IN_FLIGHT, "RPCs that have arrived and not ended", metrics.in_flight.clone());
-        Ok(metrics)
+        metrics
     }
 
     pub(crate) fn arrived(&self) -> InFlight {
@@ -82,22 +78,11 @@ impl RpcMetrics {
     }
 
     pub(crate) fn ended(&self, method: &str, code: Code, duration: Duration) {
-        let method = if self.methods.contains(method) { method } else { UNKNOWN_METHOD };
+        let method = if self.methods.get(method).is_some() { method } else { UNKNOWN_METHOD };
         let labels = Rpc { method: method.to_owned(), code: code_name(code) };
         self.requests.get_or_create(&labels).inc();
         self.duration.get_or_create(&labels).observe(duration.as_secs_f64());
     }
-}
-
-fn methods() -> Result<HashSet<String>, DecodeError> {
-    let descriptors = FileDescriptorSet::decode(emu2_proto::DESCRIPTORS)?;
-    let names = descriptors.file.iter().flat_map(|file| {
-        file.service.iter().flat_map(move |service| {
-            let name = format!("{}.{}", file.package(), service.name());
-            service.method.iter().map(move |method| format!("{name}/{}", method.name()))
-        })
-    });
-    Ok(names.collect())
 }
 
 impl Drop for InFlight {

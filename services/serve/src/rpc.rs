@@ -1,4 +1,4 @@
-//! The layer around every RPC. On the way in: request id, deadline, span, readiness. On the way out: request id in
+//! The layer around every RPC. On the way in: request id, deadline, span, readiness, permit. On the way out: request id in
 //! metadata and details, tonic's codes for bad messages corrected, one count, one log line. In between: whatever the
 //! handler does is stopped at the deadline, and at the end of the shutdown grace.
 //!
@@ -24,8 +24,10 @@ use tower::{Layer, Service};
 use tracing::{Instrument, Span, field::Empty};
 
 use crate::{
+    admission::{Admission, Permit},
     deadline::Deadline,
     message,
+    methods::{Method, Methods},
     metrics::{InFlight, RpcMetrics},
     readiness::{Readiness, State},
     status::{self, code_name},
@@ -41,8 +43,10 @@ const PROBE: &str = "/Info";
 /// What the layer needs to know of the server.
 pub(crate) struct Shared {
     pub(crate) service: &'static str,
+    pub(crate) methods: Arc<Methods>,
     pub(crate) metrics: RpcMetrics,
     pub(crate) readiness: Readiness,
+    pub(crate) admission: Admission,
     /// Shutdown has begun.
     pub(crate) draining: CancellationToken,
     /// The shutdown grace is over.
@@ -85,12 +89,15 @@ impl Service<Request<Body>> for Rpc {
             });
         }
         let request_id = RequestId::of_headers(request.headers());
-        let ending = Ending::begin(&self.shared, &request, request_id.as_ref().ok());
+        let mut ending = Ending::begin(&self.shared, &request, request_id.as_ref().ok());
         let span = ending.span.clone();
         // Fixed here, before tonic starts its own timer for the same header: ours must be the one that fires, because
         // tonic would answer CANCELLED.
         let deadline = request_id.and_then(|_| Deadline::of_headers(request.headers()));
-        let admitted = deadline.and_then(|deadline| admit(&self.shared.readiness).map(|()| deadline));
+        let admitted = deadline.and_then(|deadline| {
+            ending.permit = self.shared.admit(&mut request)?;
+            Ok(deadline)
+        });
         let stop = stop(*admitted.as_ref().unwrap_or(&Deadline::none()), self.shared.cut.clone());
         let response: BoxFuture<'static, Result<Response<Body>, Infallible>> = match admitted {
             Ok(deadline) => {
@@ -101,7 +108,6 @@ impl Service<Request<Body>> for Rpc {
             Err(refusal) => Box::pin(std::future::ready(Ok(refusal.into_http()))),
         };
         let answered = async move {
-            let mut ending = ending;
             let mut response = answer(response, stop).await;
             ending.settle(response.headers_mut());
             response.headers_mut().insert(REQUEST_ID, ending.request_id.header());
@@ -111,12 +117,27 @@ impl Service<Request<Body>> for Rpc {
     }
 }
 
-fn admit(readiness: &Readiness) -> Result<(), Status> {
-    match readiness.state() {
+impl Shared {
+    /// What the call occupies while it is served; nothing for a method that nobody serves.
+    fn admit(&self, request: &mut Request<Body>) -> Result<Option<Permit>, Status> {
         // While stopping, calls that were on their way when the connection was told to go are still served.
-        State::Ready | State::Stopping => Ok(()),
-        State::NotReady(reason) => Err(status::unavailable(format!("not ready: {reason}"))),
+        if let State::NotReady(reason) = self.readiness.state() {
+            return Err(status::unavailable(format!("not ready: {reason}")));
+        }
+        let Some(method) = self.methods.get(method_of(request)) else { return Ok(None) };
+        let Method { asks_nothing, streams_in } = method;
+        let permit = if asks_nothing { self.admission.question() } else { self.admission.try_enter()? };
+        if !streams_in {
+            let body = std::mem::take(request.body_mut());
+            *request.body_mut() = permit.hold(body);
+        }
+        Ok(Some(permit))
     }
+}
+
+/// `package.Service/Method`
+fn method_of(request: &Request<Body>) -> &str {
+    request.uri().path().trim_start_matches('/')
 }
 
 type Stop = Pin<Box<dyn Future<Output = Status> + Send>>;
@@ -219,13 +240,14 @@ struct Ending {
     metrics: RpcMetrics,
     /// Known once the status has passed through; a response dropped before that is one whose caller left.
     code: Option<Code>,
+    permit: Option<Permit>,
     _in_flight: InFlight,
 }
 
 impl Ending {
     fn begin(shared: &Shared, request: &Request<Body>, request_id: Option<&RequestId>) -> Self {
         let request_id = request_id.cloned().unwrap_or_else(RequestId::generate);
-        let method = request.uri().path().trim_start_matches('/').to_owned();
+        let method = method_of(request).to_owned();
         let span =
             if method.ends_with(PROBE) { Span::none() } else { Self::span(shared, &method, &request_id) };
         if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
@@ -233,7 +255,16 @@ impl Ending {
         }
         let _in_flight = shared.metrics.arrived();
         let metrics = shared.metrics.clone();
-        Self { request_id, method, span, begun: Instant::now(), metrics, code: None, _in_flight }
+        Self {
+            request_id,
+            method,
+            span,
+            begun: Instant::now(),
+            metrics,
+            code: None,
+            permit: None,
+            _in_flight,
+        }
     }
 
     fn span(shared: &Shared, method: &str, request_id: &RequestId) -> Span {

@@ -21,8 +21,10 @@ use tower::Service;
 
 use crate::{
     admin,
+    admission::Admission,
     client::{CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAM_WINDOW_BYTES},
     config::Validate,
+    methods::Methods,
     metrics::RpcMetrics,
     readiness::{Readiness, State},
     rpc::{RpcLayer, Shared},
@@ -50,8 +52,11 @@ pub struct ServerConfig {
     pub reflection: bool,
     /// Largest message, in or out: a request of many photographs fits; buffers are bounded by it.
     pub max_message_bytes: usize,
-    /// Requests at a time; one more is refused at once.
+    /// Requests at a time; one more is refused at once, before its message is read.
     pub max_requests: usize,
+    /// Bytes of requests that are held at a time, over all of them: `max_requests` of the largest messages would be
+    /// more than a machine has. Streams of messages are read one message at a time and are not counted.
+    pub max_held_bytes: usize,
     /// How long running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
     pub shutdown_grace_ms: u64,
 }
@@ -66,6 +71,7 @@ impl ServerConfig {
             reflection: true,
             max_message_bytes: 64 << 20,
             max_requests: 256,
+            max_held_bytes: 1 << 30,
             shutdown_grace_ms: 30_000,
         }
     }
@@ -87,6 +93,7 @@ impl Validate for ServerConfig {
         };
         range("max_message_bytes", 1 << 10, 1 << 30, self.max_message_bytes as u64);
         range("max_requests", 1, 65_536, self.max_requests as u64);
+        range("max_held_bytes", self.max_message_bytes as u64, 1 << 40, self.max_held_bytes as u64);
         range("shutdown_grace_ms", 0, 3_600_000, self.shutdown_grace_ms);
         if self.admin == Some(self.listen) && self.listen.port() != 0 {
             problems.push(format!("server.admin must not be server.listen, got {}", self.listen));
@@ -249,10 +256,13 @@ impl Server {
     /// what is left is cut with UNAVAILABLE.
     pub async fn run(self, shutdown: Shutdown) -> anyhow::Result<()> {
         let Self { name, config, listeners, routes, services, mut registry, readiness } = self;
+        let methods = Arc::new(Methods::read()?);
         let shared = Arc::new(Shared {
             service: name,
-            metrics: RpcMetrics::register(&mut registry)?,
+            metrics: RpcMetrics::register(&mut registry, &methods),
+            methods,
             readiness: readiness.clone(),
+            admission: Admission::new(&config),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
         });

@@ -11,13 +11,13 @@ use futures::{Future, Stream};
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::{admission::Permit, deadline::Deadline, status};
+use crate::{deadline::Deadline, status};
 
-/// A response stream of at most `capacity` waiting events. The permit is given back when the stream is dropped.
-pub fn channel<T>(capacity: usize, deadline: Deadline, permit: Permit) -> (Sender<T>, Events<T>) {
+/// A response stream of at most `capacity` waiting events.
+pub fn channel<T>(capacity: usize, deadline: Deadline) -> (Sender<T>, Events<T>) {
     let (queue, events) = mpsc::channel(capacity);
     let passed = Box::pin(deadline.passed());
-    (Sender { queue, deadline }, Events { events, passed, ended: false, _permit: permit })
+    (Sender { queue, deadline }, Events { events, passed, ended: false })
 }
 
 /// The computing end; the stream ends when every clone of it is dropped.
@@ -32,16 +32,6 @@ pub struct Sender<T> {
 #[error("the caller has left or its deadline has passed")]
 pub struct Closed;
 
-/// Why an event could not be queued at once.
-#[derive(Debug, thiserror::Error)]
-pub enum TrySendError<T> {
-    /// The caller reads more slowly than we compute; the event is handed back.
-    #[error("the stream's queue is full")]
-    Full(Result<T, Status>),
-    #[error(transparent)]
-    Closed(#[from] Closed),
-}
-
 impl<T> Sender<T> {
     /// Waits for room.
     pub async fn send(&self, event: Result<T, Status>) -> Result<(), Closed> {
@@ -50,18 +40,6 @@ impl<T> Sender<T> {
             () = self.deadline.passed() => Err(Closed),
             sent = self.queue.send(event) => sent.map_err(|_| Closed),
         }
-    }
-
-    /// Never waits, so that one caller who does not read cannot hold an engine up: give the stream room for all that
-    /// one request can produce, or treat `Full` as the caller's failure.
-    pub fn try_send(&self, event: Result<T, Status>) -> Result<(), TrySendError<T>> {
-        if self.is_closed() {
-            return Err(Closed.into());
-        }
-        self.queue.try_send(event).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(event) => TrySendError::Full(event),
-            mpsc::error::TrySendError::Closed(_) => Closed.into(),
-        })
     }
 
     /// Whether work for this stream is wasted. Cheap: once a step.
@@ -98,7 +76,6 @@ pub struct Events<T> {
     events: mpsc::Receiver<Result<T, Status>>,
     passed: Pin<Box<dyn Future<Output = ()> + Send>>,
     ended: bool,
-    _permit: Permit,
 }
 
 impl<T> Stream for Events<T> {
@@ -131,28 +108,19 @@ mod tests {
     use tonic::Code;
 
     use super::*;
-    use crate::admission::Admission;
-
-    fn open(capacity: usize, deadline: Deadline) -> (Sender<u32>, Events<u32>, Admission) {
-        let admission = Admission::new(1);
-        let (sender, events) = channel(capacity, deadline, admission.try_enter().unwrap());
-        (sender, events, admission)
-    }
-
     #[tokio::test]
     async fn events_arrive_in_order_and_the_last_sender_ends_the_stream() {
-        let (sender, events, admission) = open(4, Deadline::none());
+        let (sender, events) = channel(4, Deadline::none());
         sender.send(Ok(1)).await.unwrap();
-        sender.clone().try_send(Ok(2)).unwrap();
+        sender.clone().send(Ok(2)).await.unwrap();
         drop(sender);
         let got: Vec<_> = events.map(Result::unwrap).collect().await;
         assert_eq!(got, [1, 2]);
-        assert_eq!(admission.in_flight(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_deadline_ends_the_stream_and_closes_the_sender() {
-        let (sender, mut events, admission) = open(4, Deadline::after(Duration::from_secs(5)));
+        let (sender, mut events) = channel(4, Deadline::after(Duration::from_secs(5)));
         sender.send(Ok(1)).await.unwrap();
         assert_eq!(events.next().await.unwrap().unwrap(), 1);
         let error = events.next().await.unwrap().unwrap_err();
@@ -162,33 +130,29 @@ mod tests {
         sender.closed().await;
         assert_eq!(sender.closed_status().code(), Code::DeadlineExceeded);
         assert_eq!(sender.send(Ok(2)).await, Err(Closed));
-        assert_eq!(admission.in_flight(), 1, "the permit stays until the stream is dropped");
-        drop(events);
-        assert_eq!(admission.in_flight(), 0);
     }
 
     #[tokio::test]
     async fn dropping_the_stream_closes_the_sender() {
-        let (sender, events, _) = open(1, Deadline::none());
+        let (sender, events) = channel::<u32>(1, Deadline::none());
         assert!(!sender.is_closed());
         drop(events);
         assert!(sender.is_closed());
         sender.closed().await;
-        assert!(matches!(sender.try_send(Ok(1)), Err(TrySendError::Closed(Closed))));
+        assert_eq!(sender.send(Ok(1)).await, Err(Closed));
         assert_eq!(sender.closed_status().code(), Code::Cancelled);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_reader_is_waited_for_but_not_past_the_deadline() {
-        let (sender, _events, _) = open(1, Deadline::after(Duration::from_secs(5)));
-        sender.try_send(Ok(1)).unwrap();
-        assert!(matches!(sender.try_send(Ok(2)), Err(TrySendError::Full(Ok(2)))));
+        let (sender, _events) = channel(1, Deadline::after(Duration::from_secs(5)));
+        sender.send(Ok(1)).await.unwrap();
         assert_eq!(sender.send(Ok(2)).await, Err(Closed));
     }
 
     #[tokio::test]
     async fn an_error_is_the_last_event() {
-        let (sender, mut events, _) = open(4, Deadline::none());
+        let (sender, mut events) = channel(4, Deadline::none());
         sender.send(Err(status::internal("engine stopped"))).await.unwrap();
         sender.send(Ok(1)).await.unwrap();
         assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Internal);

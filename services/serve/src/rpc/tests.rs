@@ -143,15 +143,18 @@ fn with_timeout<T>(message: T, timeout: &'static str) -> Request<T> {
 /// Without a connection, whose client side would end the call by itself, and on paused time.
 #[tokio::test(start_paused = true)]
 async fn a_deadline_ends_a_unary_call() {
+    let methods = Arc::new(Methods::read().unwrap());
     let shared = Shared {
         service: "probe",
-        metrics: RpcMetrics::register(&mut Registry::default()).unwrap(),
+        metrics: RpcMetrics::register(&mut Registry::default(), &methods),
+        methods,
         readiness: Readiness::new(),
+        admission: Admission::new(&ServerConfig::default()),
         draining: CancellationToken::new(),
         cut: CancellationToken::new(),
     };
     shared.readiness.ready();
-    let routes = Routes::new(v1::emu2_server::Emu2Server::new(Probe::new(1)));
+    let routes = Routes::new(v1::emu2_server::Emu2Server::new(Probe::new()));
     let mut client = v1::emu2_client::Emu2Client::new(RpcLayer(Arc::new(shared)).layer(routes));
     let error = client.embed(with_timeout(embed("wait"), "20S")).await.unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
@@ -187,10 +190,74 @@ async fn a_dropped_stream_reaches_the_sender_and_frees_its_permit() {
     let refused = server.client().generate(v1::GenerateRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert!(refused.get_details_retry_info().is_some());
+    // A full service still says what it is.
+    server.client().list_models(v1::ListModelsRequest {}).await.unwrap();
     drop(events);
     tokio::time::timeout(PATIENCE, closed.wait_for(|&count| count == 1)).await.unwrap().unwrap();
-    assert_eq!(server.probe.admission.in_flight(), 0);
-    server.generate(0).await;
+    let begun = Instant::now();
+    while server.client().generate(v1::GenerateRequest::default()).await.is_err() {
+        assert!(begun.elapsed() < PATIENCE, "the permit was not given back");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The headers alone: a caller whose message has not come holds a permit, and one more is refused without its message.
+#[tokio::test]
+async fn a_permit_is_taken_before_the_message() {
+    let server = Loopback::start(ServerConfig { max_requests: 1, ..ServerConfig::default() }).await;
+    let unsent = async || {
+        let mut grpc = tonic::client::Grpc::new(server.channel());
+        grpc.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<v1::EmbedRequest, v1::EmbedResponse>::default();
+        let path = http::uri::PathAndQuery::from_static("/emu2.v1.Emu2/Embed");
+        grpc.streaming(Request::new(futures::stream::pending()), path, codec).await.map(drop)
+    };
+    let refusal = async {
+        let begun = Instant::now();
+        loop {
+            let call = tokio::time::timeout(Duration::from_millis(100), unsent()).await;
+            match call {
+                Ok(answer) => break answer.unwrap_err(),
+                Err(_) => assert!(begun.elapsed() < PATIENCE, "nothing is refused"),
+            }
+        }
+    };
+    let (waits, refused) = (unsent(), refusal);
+    let refused = tokio::select! {
+        answer = waits => panic!("the call without a message ended: {answer:?}"),
+        refused = refused => refused,
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+}
+
+#[tokio::test]
+async fn messages_over_what_the_service_can_hold_are_refused() {
+    let config =
+        ServerConfig { max_message_bytes: 1 << 20, max_held_bytes: 1 << 20, ..ServerConfig::default() };
+    let server = Loopback::start(config).await;
+    let request = || v1::EmbedRequest {
+        model: "wait".into(),
+        image: Some(v1::Image { data: vec![0; 600 << 10].into() }),
+        ..Default::default()
+    };
+    let mut client = server.client();
+    let mut first = Box::pin(client.embed(request()));
+    let begun = Instant::now();
+    let refused = loop {
+        // Gives the first its time to arrive; the second is refused as soon as it has.
+        let mut second = server.client();
+        tokio::select! {
+            answer = &mut first => panic!("`wait` ended: {answer:?}"),
+            answer = tokio::time::timeout(Duration::from_millis(200), second.embed(request())) => {
+                if let Ok(answer) = answer { break answer.unwrap_err() }
+            }
+        }
+        assert!(begun.elapsed() < PATIENCE, "nothing is refused");
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    assert!(refused.message().contains("server.max_held_bytes"), "{refused:?}");
+    drop(first);
+    server.client().list_models(v1::ListModelsRequest {}).await.unwrap();
 }
 
 #[tokio::test]
