@@ -39,8 +39,10 @@ up: libtorch
 local: build redis
 	deploy/local/run.sh $(BIN) $(MODEL_DIR)
 
-# Some tests start the real binaries, so they are built first.
-test: build redis
+# Some tests start the real binaries, so they are built first: as all targets, because binaries alone would be built
+# with other features than the tests, and everything twice.
+test: libtorch redis
+	cargo build --workspace --all-targets
 	cargo test --workspace
 
 build: libtorch
