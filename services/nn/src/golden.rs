@@ -7,8 +7,10 @@ use std::{
 
 use tch::{Kind, Tensor};
 
+mod bench;
 mod layouts;
 
+pub use bench::{Bench, Tolerance};
 pub use layouts::{diffusers, hugging_face};
 
 /// Tensors of one golden file by name.

@@ -1,6 +1,6 @@
 use emu2_nn::{
     checkpoint::{ModelDir, Part},
-    golden::{self, Golden, assert_close, forward_tolerance},
+    golden::{self, Bench, Golden, Tolerance, assert_close, forward_tolerance},
 };
 use serde_json::json;
 use tch::Device;
@@ -9,11 +9,18 @@ use super::*;
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
+/// The first convolution, three levels down, the middle, three levels up, the last convolution.
+const BLOCKS: u32 = 9;
+
 fn unet() -> Unet {
+    unet_on(Bench::GOLDEN)
+}
+
+fn unet_on(bench: Bench) -> Unet {
     // Tests run side by side.
     tch::set_num_threads(1);
     let dir = ModelDir::open(&golden::model_dir("emu2-gen")).unwrap();
-    let w = dir.weights(Part::Unet, Device::Cpu, Kind::Float);
+    let w = dir.weights(Part::Unet, bench.device, bench.kind);
     let unet = Unet::load(&w, dir.section("unet").unwrap()).unwrap();
     w.finish().unwrap();
     unet
@@ -30,16 +37,73 @@ fn assert_forward(name: &str, got: &Tensor, want: &Tensor) {
 
 #[test]
 fn predictions_are_the_official_ones_at_every_size() {
-    let (golden, unet) = (golden::file("unet.safetensors"), unet());
-    let embeddings = golden.tensor("encoder_hidden_states");
+    predictions_are_the_official_ones(Bench::of_environment());
+}
+
+#[test]
+fn predictions_are_the_official_ones_at_every_size_in_bfloat16() {
+    predictions_are_the_official_ones(Bench::BF16);
+}
+
+fn predictions_are_the_official_ones(bench: Bench) {
+    let (golden, unet) = (golden::file("unet.safetensors"), unet_on(bench));
+    let embeddings = bench.put(&golden.tensor("encoder_hidden_states"));
     for (size, timesteps) in [("sq", &[1, 51, 500, 981][..]), ("rect", &[500, 981]), ("odd", &[500, 981])] {
-        let (sample, ids) = (golden.tensor(&format!("{size}.sample")), time_ids(&golden, size));
+        let sample = bench.put(&golden.tensor(&format!("{size}.sample")));
+        let ids = time_ids(&golden, size).to_device(bench.device);
         for &timestep in timesteps {
             let name = format!("{size}.t{timestep}.out");
-            let got = unet.forward(&sample, &Tensor::full([2], timestep, CPU), &embeddings, &ids);
-            assert_forward(&name, &got, &golden.tensor(&name));
+            let timesteps = Tensor::full([2], timestep, (Kind::Float, bench.device));
+            let got = unet.forward(&sample, &timesteps, &embeddings, &ids);
+            let want = golden.tensor(&name);
+            let tolerance = Tolerance::after(BLOCKS, forward_tolerance(&want), &want);
+            bench.assert_close(&name, &got, &want, tolerance);
         }
     }
+}
+
+/// Each block on its own, given the same rounded inputs in both kinds: what it adds in rounding, and no mistake
+/// hides behind what the whole network makes of it.
+#[test]
+fn each_block_in_bfloat16_is_what_it_is_in_float32() {
+    let golden = golden::file("unet.safetensors");
+    let (exact, half) = (unet(), unet_on(Bench::BF16));
+    let close = |name: &str, got: &Tensor, want: &Tensor| {
+        Bench::BF16.assert_close(name, got, want, Tolerance::new(0.0, want));
+        round(want)
+    };
+    let embeddings = round(&golden.tensor("encoder_hidden_states"));
+    let told = exact.embed(&Tensor::full([2], 981, CPU), &embeddings, &time_ids(&golden, "sq")).silu();
+    let time = round(&told);
+    let (half_time, half_embeddings) = (Bench::BF16.put(&time), Bench::BF16.put(&embeddings));
+    let sample = round(&golden.tensor("sq.sample"));
+    let mut x =
+        close("conv_in", &half.conv_in.forward(&Bench::BF16.put(&sample)), &exact.conv_in.forward(&sample));
+    let mut skips = vec![x.shallow_clone()];
+    for (level, (exact, half)) in exact.down_blocks.iter().zip(&half.down_blocks).enumerate() {
+        let mut half_skips = halves(&skips);
+        let got = half.forward(Bench::BF16.put(&x), &half_time, &half_embeddings, &mut half_skips);
+        x = close(&format!("down{level}"), &got, &exact.forward(x, &time, &embeddings, &mut skips));
+        skips = skips.iter().map(round).collect();
+    }
+    let got = half.mid_block.forward(&Bench::BF16.put(&x), &half_time, &half_embeddings);
+    x = close("mid", &got, &exact.mid_block.forward(&x, &time, &embeddings));
+    for (index, (exact, half)) in exact.up_blocks.iter().zip(&half.up_blocks).enumerate() {
+        let mut half_skips = halves(&skips);
+        let got = half.forward(Bench::BF16.put(&x), &half_time, &half_embeddings, &mut half_skips);
+        x = close(&format!("up{index}"), &got, &exact.forward(x, &time, &embeddings, &mut skips));
+    }
+    let out = |unet: &Unet, x: &Tensor| unet.conv_out.forward(&unet.conv_norm_out.forward(x).silu());
+    let _ = close("out", &out(&half, &Bench::BF16.put(&x)), &out(&exact, &x));
+}
+
+/// To what bfloat16 keeps, in float32.
+fn round(x: &Tensor) -> Tensor {
+    x.to_kind(Kind::BFloat16).to_kind(Kind::Float)
+}
+
+fn halves(skips: &[Tensor]) -> Vec<Tensor> {
+    skips.iter().map(|skip| Bench::BF16.put(skip)).collect()
 }
 
 #[test]

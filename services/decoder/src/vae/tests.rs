@@ -2,12 +2,15 @@ use std::rc::Rc;
 
 use emu2_nn::{
     checkpoint::{ModelDir, Part},
-    golden::{self, assert_close, forward_tolerance},
+    golden::{self, Bench, Tolerance, assert_close, forward_tolerance},
 };
 use serde_json::json;
 use tch::Device;
 
 use super::*;
+
+/// The first convolutions, the middle, four levels up, the last convolution.
+const BLOCKS: u32 = 7;
 
 fn model() -> (Rc<ModelDir>, VaeConfig) {
     // Tests run side by side.
@@ -17,9 +20,9 @@ fn model() -> (Rc<ModelDir>, VaeConfig) {
     (dir, config)
 }
 
-fn decoder() -> Decoder {
+fn decoder(bench: Bench) -> Decoder {
     let (dir, config) = model();
-    let w = dir.weights(Part::Vae, Device::Cpu, Kind::Float);
+    let w = dir.weights(Part::Vae, bench.device, bench.kind);
     let decoder = Decoder::load(&w, &config).unwrap();
     Encoder::NAMES.iter().for_each(|name| w.skip(name));
     w.finish().unwrap();
@@ -32,9 +35,21 @@ fn assert_forward(name: &str, got: &Tensor, want: &Tensor) {
 
 #[test]
 fn decoding_is_official_stage_by_stage() {
-    let (golden, vae) = (golden::file("vae.safetensors"), decoder());
-    let check = |name: &str, got: &Tensor| assert_forward(name, got, &golden.tensor(name));
-    let x = vae.post_quant_conv.forward(&golden.tensor("sq.z"));
+    stages_of_decoding_are_official(Bench::of_environment());
+}
+
+#[test]
+fn decoding_is_official_stage_by_stage_in_bfloat16() {
+    stages_of_decoding_are_official(Bench::BF16);
+}
+
+fn stages_of_decoding_are_official(bench: Bench) {
+    let (golden, vae) = (golden::file("vae.safetensors"), decoder(bench));
+    let check = |name: &str, got: &Tensor| {
+        let want = golden.tensor(name);
+        bench.assert_close(name, got, &want, Tolerance::after(BLOCKS, forward_tolerance(&want), &want));
+    };
+    let x = vae.post_quant_conv.forward(&bench.put(&golden.tensor("sq.z")));
     check("sq.post_quant_conv", &x);
     let x = vae.conv_in.forward(&x);
     check("sq.conv_in", &x);
@@ -46,8 +61,28 @@ fn decoding_is_official_stage_by_stage() {
     check("sq.up0", &x);
     check("sq.up1", &vae.up_blocks[1].forward(x));
     for size in ["sq", "rect"] {
-        check(&format!("{size}.decoded"), &vae.forward(&golden.tensor(&format!("{size}.z"))));
+        check(&format!("{size}.decoded"), &vae.forward(&bench.put(&golden.tensor(&format!("{size}.z")))));
     }
+}
+
+/// Each block on its own, given the same rounded inputs in both kinds.
+#[test]
+fn each_block_in_bfloat16_is_what_it_is_in_float32() {
+    let (exact, half) = (decoder(Bench::GOLDEN), decoder(Bench::BF16));
+    let close = |name: &str, got: &Tensor, want: &Tensor| {
+        Bench::BF16.assert_close(name, got, want, Tolerance::new(0.0, want));
+        // To what bfloat16 keeps, in float32.
+        want.to_kind(Kind::BFloat16).to_kind(Kind::Float)
+    };
+    let x = golden::file("vae.safetensors").tensor("sq.z").to_kind(Kind::BFloat16).to_kind(Kind::Float);
+    let begin = |vae: &Decoder, x: &Tensor| vae.conv_in.forward(&vae.post_quant_conv.forward(x));
+    let mut x = close("conv_in", &begin(&half, &Bench::BF16.put(&x)), &begin(&exact, &x));
+    x = close("mid", &half.mid_block.forward(&Bench::BF16.put(&x)), &exact.mid_block.forward(&x));
+    for (index, (exact, half)) in exact.up_blocks.iter().zip(&half.up_blocks).enumerate() {
+        x = close(&format!("up{index}"), &half.forward(Bench::BF16.put(&x)), &exact.forward(x));
+    }
+    let out = |vae: &Decoder, x: &Tensor| vae.conv_out.forward(&vae.conv_norm_out.forward(x).silu());
+    let _ = close("out", &out(&half, &Bench::BF16.put(&x)), &out(&exact, &x));
 }
 
 #[test]

@@ -1,36 +1,50 @@
 //! Against the official model's numbers on tiny random weights (golden-a, vision.safetensors).
 
-use emu2_nn::golden::{self, assert_close, forward_tolerance};
+use emu2_nn::golden::{self, Bench, Tolerance, assert_close, forward_tolerance};
 
 use super::*;
 
-fn model() -> EvaVit {
+fn model_on(bench: Bench) -> EvaVit {
     let dir = ModelDir::open(&golden::model_dir("emu2-base")).unwrap();
-    EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap().0
+    EvaVit::load(&dir, bench.device, bench.kind).unwrap().0
+}
+
+fn model() -> EvaVit {
+    model_on(Bench::GOLDEN)
 }
 
 #[test]
 fn every_intermediate_is_upstreams() {
+    intermediates_are_upstreams(Bench::of_environment());
+}
+
+#[test]
+fn every_intermediate_is_upstreams_in_bfloat16() {
+    intermediates_are_upstreams(Bench::BF16);
+}
+
+fn intermediates_are_upstreams(bench: Bench) {
     let _no_grad = tch::no_grad_guard();
     let golden = golden::file("vision.safetensors");
-    let model = model();
+    let model = model_on(bench);
     let close = |name: &str, got: &Tensor| {
         let want = golden.tensor(name);
-        assert_close(name, got, &want, forward_tolerance(&want));
+        bench.assert_close(name, got, &want, Tolerance::new(forward_tolerance(&want), &want));
     };
-    let pixels = golden.tensor("pixels");
+    let given = |name: &str| bench.put(&golden.tensor(name));
+    let pixels = given("pixels");
     close("patch_embed", &model.patch_embed.forward(&pixels));
     let mut x = model.embed(&pixels);
     close("embed_plus_pos", &x);
     for (index, block) in model.blocks.iter().enumerate() {
         if index == 0 {
             // Each piece on upstream's own input, so that one mistake does not hide behind another.
-            let attn = block.attn.forward(&golden.tensor("embed_plus_pos"));
+            let attn = block.attn.forward(&given("embed_plus_pos"));
             close("block0.attn", &attn);
-            close("block0.norm1", &block.norm1.forward(&golden.tensor("block0.attn")));
-            let mlp = block.mlp.forward(&(golden.tensor("embed_plus_pos") + golden.tensor("block0.norm1")));
+            close("block0.norm1", &block.norm1.forward(&given("block0.attn")));
+            let mlp = block.mlp.forward(&(given("embed_plus_pos") + given("block0.norm1")));
             close("block0.mlp", &mlp);
-            close("block0.norm2", &block.norm2.forward(&golden.tensor("block0.mlp")));
+            close("block0.norm2", &block.norm2.forward(&given("block0.mlp")));
         }
         x = block.forward(&x);
         close(&format!("block{index}"), &x);

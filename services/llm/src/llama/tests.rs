@@ -1,4 +1,4 @@
-use emu2_nn::golden::{self, Golden, assert_close, forward_tolerance};
+use emu2_nn::golden::{self, Bench, Golden, Tolerance, assert_close, forward_tolerance};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 use tch::IndexOp;
@@ -38,29 +38,39 @@ fn random(model: &Llama, random: &mut ChaCha12Rng, tokens: i64) -> Tensor {
 
 #[test]
 fn hidden_states_and_logits_equal_the_official_models() {
-    let model = model("emu2-base", 1);
+    states_and_logits_equal_the_official_models(Bench::of_environment());
+}
+
+#[test]
+fn hidden_states_and_logits_equal_the_official_models_in_bfloat16() {
+    states_and_logits_equal_the_official_models(Bench::BF16);
+}
+
+fn states_and_logits_equal_the_official_models(bench: Bench) {
+    let dir = ModelDir::open(&golden::model_dir("emu2-base")).unwrap();
+    let config = dir.section("llama").unwrap();
+    let model = Llama::load(&dir, config, 64, &[bench.device], bench.kind).unwrap().0;
     let golden = golden::file("lm.safetensors");
+    let close = |name: &str, got: &Tensor, want: &Tensor, float32| {
+        bench.assert_close(name, got, want, Tolerance::new(float32, want));
+    };
     for (name, row) in [("lm.single", 0), ("lm.batch", 0), ("lm.batch", 1)] {
         let (x, want) = unpadded(&golden, name, row, 3);
-        let hidden = whole(&model, &x);
-        assert_close(name, &hidden, &want, forward_tolerance(&want));
+        let hidden = whole(&model, &bench.put(&x));
+        close(name, &hidden, &want, forward_tolerance(&want));
         let want = golden.tensor(&format!("{name}.logits")).i(row).slice(0, -x.size()[0], None, 1);
-        assert_close(name, &model.logits(&hidden), &want, LOGITS_TOLERANCE);
+        close(name, &model.logits(&hidden), &want, LOGITS_TOLERANCE);
     }
     // The two rows of the batch in one ragged forward, without their padding.
     let [first, second] = [0, 1].map(|row| unpadded(&golden, "lm.batch", row, 3));
     let (mut a, mut b) = (model.kv_cache(62), model.kv_cache(62));
-    let x = Tensor::cat(&[&first.0, &second.0], 0);
+    let x = bench.put(&Tensor::cat(&[&first.0, &second.0], 0));
     let hidden = model.forward(&x, &mut [line(&mut a, first.0.size()[0]), line(&mut b, second.0.size()[0])]);
     let want = Tensor::cat(&[&first.1, &second.1], 0);
-    assert_close("ragged", &hidden, &want, forward_tolerance(&want));
+    close("ragged", &hidden, &want, forward_tolerance(&want));
     let last = model.logits(&hidden.i(-1));
-    assert_close(
-        "generate()'s positions",
-        &last,
-        &golden.tensor("lm.batch.logits_last_genpos").i(1),
-        LOGITS_TOLERANCE,
-    );
+    let want = golden.tensor("lm.batch.logits_last_genpos").i(1);
+    close("generate()'s positions", &last, &want, LOGITS_TOLERANCE);
 }
 
 #[test]
