@@ -21,6 +21,9 @@ use crate::{
     tokenizer::{Special, Tokenizer},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// What the engine needs of the service's configuration; see [`crate::config::Config`].
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
