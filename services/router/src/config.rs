@@ -18,7 +18,8 @@ pub struct Config {
     pub telemetry: TelemetryConfig,
 }
 
-/// One model that clients may name.
+/// One model that clients may name. Models that name the same replicas of a stage share its pool; with the same
+/// visual weights they also share the embeddings of pictures, which are kept by the weights' digest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -193,6 +194,12 @@ impl RedisUrl {
     /// The secret itself.
     pub fn reveal(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<String> for RedisUrl {
+    fn from(url: String) -> Self {
+        Self(url)
     }
 }
 

@@ -12,16 +12,34 @@ use tonic::Status;
 
 use crate::{
     config::{Config, ModelConfig},
-    pool::Pool,
+    pool::{Pool, Pools},
     stages::{Decoder, Encoder, Llm},
 };
 
 pub(crate) struct Model {
     pub(crate) name: String,
-    pub(crate) encoder: Pool<Encoder>,
-    pub(crate) llm: Pool<Llm>,
+    pub(crate) encoder: Arc<Pool<Encoder>>,
+    pub(crate) llm: Arc<Pool<Llm>>,
     /// Absent in a model that only writes.
-    pub(crate) decoder: Option<Pool<Decoder>>,
+    pub(crate) decoder: Option<Arc<Pool<Decoder>>>,
+}
+
+/// The pools of all models.
+pub(crate) struct StagePools {
+    encoders: Pools<Encoder>,
+    llms: Pools<Llm>,
+    decoders: Pools<Decoder>,
+}
+
+impl StagePools {
+    pub(crate) fn new(config: &Config) -> Self {
+        let (pool, bytes) = (&config.pool, config.server.max_message_bytes);
+        Self {
+            encoders: Pools::new(pool, bytes),
+            llms: Pools::new(pool, bytes),
+            decoders: Pools::new(pool, bytes),
+        }
+    }
 }
 
 /// What a model's stages say of themselves. A request goes by one profile from its check to its end, so that it sees
@@ -36,16 +54,15 @@ pub(crate) struct Profile {
 
 impl Model {
     /// Begins to watch the model's replicas.
-    pub(crate) fn start(model: &ModelConfig, config: &Config) -> anyhow::Result<Self> {
-        let bytes = config.server.max_message_bytes;
+    pub(crate) fn start(model: &ModelConfig, pools: &mut StagePools) -> anyhow::Result<Self> {
         let decoder = match model.decoder.as_slice() {
             [] => None,
-            endpoints => Some(Pool::start(endpoints, &config.pool, bytes)?),
+            endpoints => Some(pools.decoders.get(endpoints)?),
         };
         Ok(Self {
             name: model.name.clone(),
-            encoder: Pool::start(&model.encoder, &config.pool, bytes)?,
-            llm: Pool::start(&model.llm, &config.pool, bytes)?,
+            encoder: pools.encoders.get(&model.encoder)?,
+            llm: pools.llms.get(&model.llm)?,
             decoder,
         })
     }
@@ -61,7 +78,9 @@ impl Model {
 
     /// Whether every stage has a replica that answers now.
     pub(crate) fn is_ready(&self) -> bool {
-        self.encoder.is_ready() && self.llm.is_ready() && self.decoder.as_ref().is_none_or(Pool::is_ready)
+        self.encoder.is_ready()
+            && self.llm.is_ready()
+            && self.decoder.as_ref().is_none_or(|pool| pool.is_ready())
     }
 
     /// What a new request goes by; UNAVAILABLE while a stage that it needs has not answered.
@@ -71,7 +90,7 @@ impl Model {
         let profile = Profile {
             encoder: self.encoder.info().ok_or_else(|| missing("encoder"))?,
             llm: self.llm.info().ok_or_else(|| missing("llm"))?,
-            decoder: self.decoder.as_ref().and_then(Pool::info),
+            decoder: self.decoder.as_ref().and_then(|pool| pool.info()),
         };
         if paints && self.decoder.is_some() && profile.decoder.is_none() {
             return Err(missing("decoder"));
@@ -92,7 +111,7 @@ impl Model {
     /// As `ListModels` tells it.
     pub(crate) fn describe(&self, config: &Config) -> v1::Model {
         let (encoder, llm) = (self.encoder.info().unwrap_or_default(), self.llm.info().unwrap_or_default());
-        let decoder = self.decoder.as_ref().and_then(Pool::info).unwrap_or_default();
+        let decoder = self.decoder.as_ref().and_then(|pool| pool.info()).unwrap_or_default();
         let has = [
             (Capability::Embed, true),
             (Capability::Text, true),

@@ -5,6 +5,7 @@
 //! and routers that see different loads do not all run to the same replica.
 
 use std::{
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
@@ -43,6 +44,14 @@ pub(crate) struct Pool<S: Stage> {
     _watchers: JoinSet<()>,
 }
 
+/// The pools of one stage of all models. Models that name the same replicas share a pool: each replica is watched
+/// once, and its load is all that this router sends it.
+pub(crate) struct Pools<S: Stage> {
+    config: PoolConfig,
+    max_message_bytes: usize,
+    started: HashMap<BTreeSet<String>, Arc<Pool<S>>>,
+}
+
 struct Replica<S: Stage> {
     endpoint: String,
     client: S::Client,
@@ -65,13 +74,26 @@ pub(crate) struct Lease<S: Stage> {
     replica: Arc<Replica<S>>,
 }
 
+impl<S: Stage> Pools<S> {
+    pub(crate) fn new(config: &PoolConfig, max_message_bytes: usize) -> Self {
+        Self { config: config.clone(), max_message_bytes, started: HashMap::new() }
+    }
+
+    /// The pool of these endpoints, in any order; begins to watch them when nobody has asked for it yet.
+    pub(crate) fn get(&mut self, endpoints: &[String]) -> anyhow::Result<Arc<Pool<S>>> {
+        let names = endpoints.iter().cloned().collect();
+        if let Some(pool) = self.started.get(&names) {
+            return Ok(Arc::clone(pool));
+        }
+        let pool = Arc::new(Pool::start(endpoints, &self.config, self.max_message_bytes)?);
+        self.started.insert(names, Arc::clone(&pool));
+        Ok(pool)
+    }
+}
+
 impl<S: Stage> Pool<S> {
     /// Begins to ask every endpoint for its `Info`. The endpoints were checked with the configuration.
-    pub(crate) fn start(
-        endpoints: &[String],
-        config: &PoolConfig,
-        max_message_bytes: usize,
-    ) -> anyhow::Result<Self> {
+    fn start(endpoints: &[String], config: &PoolConfig, max_message_bytes: usize) -> anyhow::Result<Self> {
         let (answered, _) = watch::channel(false);
         let mut watchers = JoinSet::new();
         let mut replicas = Vec::with_capacity(endpoints.len());
@@ -234,6 +256,27 @@ async fn watch<S: Stage>(replica: Arc<Replica<S>>, answered: watch::Sender<bool>
         tokio::select! {
             () = sleep(pause) => {}
             () = replica.doubted.notified() => sleep(first_retry).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stages::Encoder;
+
+    #[tokio::test]
+    async fn models_that_name_the_same_replicas_share_a_pool() {
+        let mut pools = Pools::<Encoder>::new(&PoolConfig::default(), 1 << 20);
+        let mut pool = |endpoints: &[&str]| {
+            let endpoints: Vec<_> = endpoints.iter().map(|it| format!("http://{it}")).collect();
+            pools.get(&endpoints).unwrap()
+        };
+        let (one, two) = (pool(&["a:1", "b:1"]), pool(&["b:1", "a:1"]));
+        assert!(Arc::ptr_eq(&one, &two));
+        assert_eq!(one.replicas.len(), 2);
+        for other in [pool(&["a:1"]), pool(&["a:1", "b:2"])] {
+            assert!(!Arc::ptr_eq(&one, &other));
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     embeddings::Embeddings,
     error::Stop,
     metrics::Metrics,
-    model::{Model, Profile},
+    model::{Model, Profile, StagePools},
     pipeline::{Job, MAX_BEGINNINGS},
     request,
 };
@@ -39,7 +39,8 @@ pub(crate) struct Router {
 impl Router {
     /// Begins to watch every model's replicas.
     pub(crate) fn start(config: Config, metrics: Metrics) -> anyhow::Result<Self> {
-        let models = config.models.iter().map(|model| Ok(Arc::new(Model::start(model, &config)?)));
+        let mut pools = StagePools::new(&config);
+        let models = config.models.iter().map(|model| Ok(Arc::new(Model::start(model, &mut pools)?)));
         let models = models.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Self {
             cache: Cache::open(&config.cache, metrics.clone())?,
