@@ -85,7 +85,7 @@ async fn a_second_identical_image_is_not_encoded_again() {
 async fn routers_share_what_is_encoded_through_redis() {
     let redis = Redis::start().await;
     let config = || ClusterConfig {
-        redis_url: Some(format!("redis://{}", redis.addr)),
+        redis_url: Some(format!("redis://{}", redis.addr).into()),
         ..ClusterConfig::local(vec![golden::model_dir("emu2-base")])
     };
     let (one, other) = tokio::join!(start(config()), start(config()));
@@ -105,7 +105,7 @@ async fn routers_share_what_is_encoded_through_redis() {
 async fn a_dead_redis_is_bypassed() {
     let redis = Redis::start().await;
     let config = ClusterConfig {
-        redis_url: Some(format!("redis://{}", redis.addr)),
+        redis_url: Some(format!("redis://{}", redis.addr).into()),
         ..ClusterConfig::local(vec![golden::model_dir("emu2-base")])
     };
     let cluster = start(config).await;

@@ -8,6 +8,7 @@
 //! | `cancel.rs` | a client that leaves, or whose time is up, frees every stage |
 //! | `invariants.rs` | the architecture's rules, read from the sources |
 //! | `layouts.rs` | the same weights in another published layout are the same model |
+//! | `models.rs` | several models: what they share, and what each refuses |
 //! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
 //! | `parity.rs` | the official model's numbers, through the wire |
 //! | `pictures.rs` | pictures of every kind are read as Pillow reads them |
@@ -20,6 +21,7 @@ mod cancel;
 mod invariants;
 mod layouts;
 mod lifecycle;
+mod models;
 mod parity;
 mod pictures;
 mod processes;

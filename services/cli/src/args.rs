@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use emu2_router::config::RedisUrl;
 
 use crate::parts::BoxArg;
 
@@ -58,9 +59,14 @@ pub struct Target {
 
 #[derive(Debug, Args)]
 pub struct Up {
-    /// A model folder: config.json, *.safetensors, tokenizer.model. Repeat for several models.
-    #[arg(long = "model-dir", required_unless_present = "random_weights", value_name = "DIR")]
+    /// A model folder: config.json, *.safetensors, tokenizer.model. Repeat for several models; those with the same
+    /// visual weights share an encoder.
+    #[arg(long = "model-dir", required_unless_present_any = ["random_weights", "models"], value_name = "DIR")]
     pub model_dirs: Vec<PathBuf>,
+    /// Models by name in a TOML file: [[models]] with dir and, where they differ, name and the devices of encoder, llm
+    /// and decoder.
+    #[arg(long, value_name = "FILE")]
+    pub models: Option<PathBuf>,
     /// A model of this size with weights out of a seed, for sizing and for measuring time: emu2-37b, emu2-third (a
     /// third of the width) or emu2-tiny; add ,seed=N for another.
     #[arg(long, value_name = "SIZE")]
@@ -76,7 +82,7 @@ pub struct Up {
     pub devices: Vec<String>,
     /// Share encoded pictures with other routers through Redis (redis://…); in this process alone otherwise.
     #[arg(long, env = "EMU2_REDIS_URL", hide_env_values = true)]
-    pub redis_url: Option<String>,
+    pub redis_url: Option<RedisUrl>,
     /// Send traces here (OTLP over gRPC, http://…).
     #[arg(long, env = "EMU2_OTLP_ENDPOINT")]
     pub otlp_endpoint: Option<String>,
@@ -190,4 +196,26 @@ pub struct Demo {
     pub out: PathBuf,
     #[arg(long, default_value = "cpu", value_delimiter = ',')]
     pub devices: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_password_of_redis_is_not_printed() {
+        let words =
+            ["emu2", "up", "--model-dir", "x", "--redis-url", "redis://:hunter2@localhost", "--log", "off"];
+        let Command::Up(up) = Cli::parse_from(words).command else { panic!("another command") };
+        assert!(!format!("{up:?}").contains("hunter2"));
+        assert_eq!(up.redis_url.unwrap().reveal(), "redis://:hunter2@localhost");
+    }
+
+    #[test]
+    fn a_cluster_needs_a_model() {
+        assert!(Cli::try_parse_from(["emu2", "up"]).is_err());
+        for model in [["--model-dir", "x"], ["--models", "models.toml"], ["--random-weights", "emu2-tiny"]] {
+            assert!(Cli::try_parse_from(["emu2", "up"].into_iter().chain(model)).is_ok());
+        }
+    }
 }

@@ -3,46 +3,47 @@
 //! The services are the same `run` functions that their binaries call and speak the same gRPC; only the process is
 //! shared, and with it the cores.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    thread,
-};
+use std::{net::SocketAddr, path::PathBuf};
 
-use anyhow::{Context, Result, bail};
-use emu2_nn::checkpoint::{ModelDir, Part};
+use anyhow::{Context, Result, bail, ensure};
 use emu2_router::config::{ModelConfig, RedisUrl};
-use emu2_serve::{
-    server::{Listeners, ServerConfig},
-    shutdown::Shutdown,
-    telemetry::TelemetryConfig,
-};
+use emu2_serve::{config::Validate, server::Listeners, shutdown::Shutdown};
 use tokio::task::JoinSet;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+use crate::plan::{ModelSource, Plan, Service};
+
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
-    pub model_dirs: Vec<PathBuf>,
+    pub models: Vec<ModelSource>,
     /// Of the router; port 0 takes a free one.
     pub listen: SocketAddr,
     pub admin: Option<SocketAddr>,
-    /// The llm's layers are spread over them; encoders and decoders take the first.
-    pub devices: Vec<String>,
-    pub redis_url: Option<String>,
+    pub redis_url: Option<RedisUrl>,
 }
 
 impl ClusterConfig {
     /// On the CPU and free loopback ports, with the cache in process.
     pub fn local(model_dirs: Vec<PathBuf>) -> Self {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { model_dirs, listen: free, admin: Some(free), devices: vec!["cpu".to_owned()], redis_url: None }
+        let cpu = ["cpu".to_owned()];
+        let models = model_dirs.into_iter().map(|dir| ModelSource::new(dir, &cpu)).collect();
+        Self { models, listen: free, admin: Some(free), redis_url: None }
+    }
+
+    fn router(&self) -> emu2_router::config::Config {
+        let mut router = emu2_router::config::Config::default();
+        router.server.listen = self.listen;
+        router.server.admin = self.admin;
+        router.cache.redis_url = self.redis_url.clone();
+        router
     }
 }
 
-/// A service of a running cluster.
+/// A stage of a model in a running cluster. Models that share an encoder name the same address.
 #[derive(Clone, Debug)]
 pub struct Member {
     pub model: String,
@@ -68,31 +69,23 @@ pub struct Cluster {
 impl Cluster {
     /// Starts every service; they load while this returns. [`Cluster::ready`] waits for them.
     pub async fn start(config: ClusterConfig) -> Result<Self> {
-        let plans = config.model_dirs.iter().map(|dir| Plan::of(dir)).collect::<Result<Vec<_>>>()?;
-        let engines: usize = plans.iter().map(|plan| plan.stages.len()).sum();
-        let cores = (thread::available_parallelism().map_or(1, |all| all.get()) / engines.max(1)).max(1);
-        let mut starting = Starting {
-            devices: config.devices,
-            cores,
-            stop: Shutdown::new(),
-            services: JoinSet::new(),
-            members: Vec::new(),
-        };
-        let mut models = Vec::new();
-        for plan in &plans {
-            models.push(starting.model(plan).await?);
+        let router = config.router();
+        // May read two visual encoders to see whether they are one.
+        let plan = tokio::task::spawn_blocking(move || Plan::of(&config.models)).await;
+        let plan = plan.context("planning the cluster panicked")??;
+        let mut starting = Starting::default();
+        match starting.start(plan, router).await {
+            Ok((addr, admin)) => {
+                let Starting { members, stop_router, stop_stages, router, services } = starting;
+                Ok(Self { addr, admin, stages: members, stop_router, stop_stages, router, services })
+            }
+            Err(error) => {
+                starting.stop_stages.begin();
+                // Why it did not start says more than how the rest ended.
+                let _ = all(&mut starting.services).await;
+                Err(error)
+            }
         }
-        let stop_router = Shutdown::new();
-        let mut router_config = emu2_router::config::Config { models, ..Default::default() };
-        router_config.server.listen = config.listen;
-        router_config.server.admin = config.admin;
-        router_config.cache.redis_url = config.redis_url.map(RedisUrl::new);
-        let listeners = Listeners::bind(&router_config.server).await?;
-        let (addr, admin) = (listeners.grpc_addr(), listeners.admin_addr());
-        let mut router = JoinSet::new();
-        router.spawn(emu2_router::run(router_config, listeners, stop_router.clone()));
-        let Starting { stop, services, members, .. } = starting;
-        Ok(Self { addr, admin, stages: members, stop_router, stop_stages: stop, router, services })
     }
 
     /// Waits until the router serves every model, or for the first service that failed.
@@ -147,75 +140,56 @@ async fn all(services: &mut JoinSet<Result<()>>) -> Result<()> {
     outcome
 }
 
-/// A model folder and the stages it has weights for.
-struct Plan {
-    dir: PathBuf,
-    name: String,
-    stages: Vec<&'static str>,
-}
-
-impl Plan {
-    fn of(dir: &Path) -> Result<Self> {
-        let model = ModelDir::open(dir)?;
-        let stages = [(Part::Visual, "encoder"), (Part::Llm, "llm"), (Part::Unet, "decoder")];
-        let stages =
-            stages.into_iter().filter(|(part, _)| model.has(*part)).map(|(_, stage)| stage).collect();
-        Ok(Self { dir: dir.to_owned(), name: model.name().to_owned(), stages })
-    }
-}
-
-/// The stages started so far, and what they share.
+/// What has been started so far.
+#[derive(Default)]
 struct Starting {
-    devices: Vec<String>,
-    cores: usize,
-    stop: Shutdown,
-    services: JoinSet<Result<()>>,
     members: Vec<Member>,
+    stop_router: Shutdown,
+    stop_stages: Shutdown,
+    router: JoinSet<Result<()>>,
+    services: JoinSet<Result<()>>,
 }
 
 impl Starting {
-    /// Starts a model's stages and returns how the router reaches them.
-    async fn model(&mut self, plan: &Plan) -> Result<ModelConfig> {
-        let name = plan.name.clone();
-        let mut model = ModelConfig { name, encoder: Vec::new(), llm: Vec::new(), decoder: Vec::new() };
-        for &stage in &plan.stages {
-            let endpoint = self.stage(plan, stage).await?;
-            match stage {
-                "encoder" => model.encoder.push(endpoint),
-                "llm" => model.llm.push(endpoint),
-                _ => model.decoder.push(endpoint),
-            }
+    /// The addresses of the router, gRPC and admin.
+    async fn start(
+        &mut self,
+        plan: Plan,
+        mut router: emu2_router::config::Config,
+    ) -> Result<(SocketAddr, Option<SocketAddr>)> {
+        let mut router_models = Vec::with_capacity(plan.models.len());
+        let mut places = Vec::with_capacity(plan.services.len());
+        for service in plan.services {
+            places.push(self.service(service).await?);
         }
-        Ok(model)
+        for model in plan.models {
+            let stages =
+                [("encoder", Some(model.encoder)), ("llm", Some(model.llm)), ("decoder", model.decoder)];
+            for (stage, place) in stages {
+                let Some((addr, admin)) = place.map(|place| places[place]) else { continue };
+                self.members.push(Member { model: model.name.clone(), stage, addr, admin });
+            }
+            let endpoint = |place: usize| vec![format!("http://{}", places[place].0)];
+            router_models.push(ModelConfig {
+                name: model.name,
+                encoder: endpoint(model.encoder),
+                llm: endpoint(model.llm),
+                decoder: model.decoder.map(endpoint).unwrap_or_default(),
+            });
+        }
+        router.models = router_models;
+        let problems = router.problems();
+        ensure!(problems.is_empty(), "router: {}", problems.join("; "));
+        let listeners = Listeners::bind(&router.server).await?;
+        let addresses = (listeners.grpc_addr(), listeners.admin_addr());
+        self.router.spawn(emu2_router::run(router, listeners, self.stop_router.clone()));
+        Ok(addresses)
     }
 
-    async fn stage(&mut self, plan: &Plan, stage: &'static str) -> Result<String> {
-        let server = ServerConfig::on_port(0);
-        let listeners = Listeners::bind(&server).await?;
-        let (addr, admin) = (listeners.grpc_addr(), listeners.admin_addr());
-        // As upstream's multi-GPU placement: only the llm's layers are spread, everything else is on the first device.
-        let spread = if stage == "llm" { self.devices.len() } else { 1 };
-        let devices = self.devices.iter().take(spread).cloned().collect();
-        let (model_dir, cores) = (plan.dir.clone(), self.cores);
-        let (telemetry, stop) = (TelemetryConfig::default(), self.stop.clone());
-        match stage {
-            "encoder" => {
-                use emu2_encoder::{config::Config, run};
-                let config = Config { model_dir, devices, cores, server, telemetry, ..Default::default() };
-                self.services.spawn(run(config, listeners, stop));
-            }
-            "llm" => {
-                use emu2_llm::{config::Config, run};
-                let config = Config { model_dir, devices, cores, server, telemetry, ..Default::default() };
-                self.services.spawn(run(config, listeners, stop));
-            }
-            _ => {
-                use emu2_decoder::{config::Config, run};
-                let config = Config { model_dir, devices, cores, server, telemetry, ..Default::default() };
-                self.services.spawn(run(config, listeners, stop));
-            }
-        }
-        self.members.push(Member { model: plan.name.clone(), stage, addr, admin });
-        Ok(format!("http://{addr}"))
+    async fn service(&mut self, service: Service) -> Result<(SocketAddr, Option<SocketAddr>)> {
+        let listeners = Listeners::bind(service.server()).await?;
+        let addresses = (listeners.grpc_addr(), listeners.admin_addr());
+        service.spawn(listeners, self.stop_stages.clone(), &mut self.services);
+        Ok(addresses)
     }
 }

@@ -14,24 +14,28 @@ use crate::{
     cluster::{Cluster, ClusterConfig},
     draw::save,
     parts::{image, text},
+    plan::ModelSource,
     show::{Answer, follow, timings},
 };
 
 pub async fn demo(args: Demo) -> Result<()> {
     say_what_the_weights_are(&args.model_dir)?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let config =
-        ClusterConfig { devices: args.devices.clone(), ..ClusterConfig::local(vec![args.model_dir.clone()]) };
-    let mut cluster = Cluster::start(config).await?;
+    let models = vec![ModelSource::new(args.model_dir.clone(), &args.devices)];
+    let mut cluster = Cluster::start(ClusterConfig { models, ..ClusterConfig::local(vec![]) }).await?;
+    let outcome = show_around(&mut cluster, &args).await;
+    outcome.and(cluster.stop().await)
+}
+
+async fn show_around(cluster: &mut Cluster, args: &Demo) -> Result<()> {
     eprintln!("loading the cluster's services …");
     cluster.ready().await?;
     println!("the cluster serves at {}", cluster.addr);
     let (addr, model) = (cluster.addr, cluster.stages[0].model.clone());
-    let outcome = tokio::select! {
-        outcome = tour(addr, model, &args) => outcome,
+    tokio::select! {
+        outcome = tour(addr, model, args) => outcome,
         failed = cluster.failed() => failed,
-    };
-    outcome.and(cluster.stop().await)
+    }
 }
 
 fn say_what_the_weights_are(dir: &Path) -> Result<()> {

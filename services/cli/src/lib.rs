@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`args`] | the command line |
 //! | [`cluster`] | `emu2 up`: every service in one process; tests start clusters with it too |
+//! | [`plan`], [`models`] | which stages of which models it consists of, and the file that says so |
 //! | [`loading`] | how far its stages are, on a terminal |
 //! | [`client`] | a connection to any cluster's public API |
 //! | [`parts`] | command-line words → parts of a prompt |
@@ -18,6 +19,8 @@ pub mod demo;
 pub mod draw;
 pub mod inspect;
 pub mod loading;
+pub mod models;
 pub mod parts;
+pub mod plan;
 pub mod show;
 pub mod up;

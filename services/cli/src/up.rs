@@ -12,24 +12,35 @@ use crate::{
     args::Up,
     cluster::{Cluster, ClusterConfig},
     loading::Bars,
+    models,
+    plan::ModelSource,
 };
 
 pub async fn up(args: Up) -> Result<()> {
-    let log = TelemetryConfig { log: args.log, otlp_endpoint: args.otlp_endpoint, ..Default::default() };
+    let log = TelemetryConfig {
+        log: args.log.clone(),
+        otlp_endpoint: args.otlp_endpoint.clone(),
+        ..Default::default()
+    };
     let bars = Bars::on_standard_error();
     let writer = bars.clone();
     let telemetry = telemetry::init_to("emu2", &log, move || writer.clone())?;
-    let random = args.random_weights.map(|size| PathBuf::from(format!("random:{size}")));
-    let config = ClusterConfig {
-        model_dirs: args.model_dirs.into_iter().chain(random).collect(),
-        listen: args.listen,
-        admin: Some(args.admin),
-        devices: args.devices,
-        redis_url: args.redis_url,
+    let outcome = match config(args) {
+        Ok(config) => serve(config, &bars).await,
+        Err(error) => Err(error),
     };
-    let outcome = serve(config, &bars).await;
     telemetry.shutdown().await;
     outcome
+}
+
+fn config(args: Up) -> Result<ClusterConfig> {
+    let random = args.random_weights.map(|size| PathBuf::from(format!("random:{size}")));
+    let dirs = args.model_dirs.into_iter().chain(random);
+    let mut models: Vec<_> = dirs.map(|dir| ModelSource::new(dir, &args.devices)).collect();
+    if let Some(file) = args.models {
+        models.extend(models::read(&file, &args.devices)?);
+    }
+    Ok(ClusterConfig { models, listen: args.listen, admin: Some(args.admin), redis_url: args.redis_url })
 }
 
 async fn serve(config: ClusterConfig, bars: &Bars) -> Result<()> {

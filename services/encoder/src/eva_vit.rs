@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 mod tests;
 
 /// Section `vision` of config.json; the defaults are those of the published models.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {
     /// Side of the square input, in pixels.

@@ -11,7 +11,7 @@ mod bench;
 mod layouts;
 
 pub use bench::{Bench, Tolerance};
-pub use layouts::{diffusers, hugging_face};
+pub use layouts::{diffusers, hugging_face, with_visual_of};
 
 /// Tensors of one golden file by name.
 #[derive(Debug)]

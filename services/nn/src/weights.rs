@@ -225,6 +225,22 @@ impl Ledger {
     }
 }
 
+/// Whether two tensors have the same values in `kind`, to the bit, as their hashes would say.
+pub(crate) fn same_values(files: &Files, entry: &Entry, others: &Files, other: &Entry, kind: Kind) -> bool {
+    let (Some(stored), Some(other_stored)) = (kind_of(entry.dtype), kind_of(other.dtype)) else {
+        return false;
+    };
+    files.read(entry, |bytes| {
+        others.read(other, |other_bytes| {
+            (stored == other_stored && bytes == other_bytes) || {
+                let converted = over(bytes, entry, stored).to_kind(kind);
+                let other_converted = over(other_bytes, other, other_stored).to_kind(kind);
+                values(&converted) == values(&other_converted)
+            }
+        })
+    })
+}
+
 /// A tensor over the mapped bytes; valid as long as they are.
 fn over(bytes: &[u8], entry: &Entry, stored: Kind) -> Tensor {
     let aligned = (bytes.as_ptr() as usize).is_multiple_of(stored.elt_size_in_bytes());
@@ -232,7 +248,7 @@ fn over(bytes: &[u8], entry: &Entry, stored: Kind) -> Tensor {
         return Tensor::from_data_size(bytes, &entry.shape, stored);
     }
     let strides: Vec<i64> = (0..entry.shape.len()).map(|i| entry.shape[i + 1..].iter().product()).collect();
-    // SAFETY: the only caller reads it while the bytes are borrowed, and copies before it returns.
+    // SAFETY: the callers read it while the bytes are borrowed, and keep no view of it.
     unsafe { Tensor::from_blob(bytes.as_ptr(), &entry.shape, &strides, stored, Device::Cpu) }
 }
 

@@ -3,7 +3,7 @@
 //! Pages are asked for just before a tensor is read and given back right after, so that loading holds one tensor of
 //! the files at a time beside what it makes of it.
 
-use std::{fs::File, ops::Range, path::Path};
+use std::{fs::File, ops::Range, os::unix::fs::MetadataExt, path::Path};
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
@@ -33,6 +33,11 @@ impl Entry {
 pub(crate) struct Files(pub(super) Vec<Mapped>);
 
 impl Files {
+    /// Whether both are the same bytes of the same file, such as a link to it.
+    pub(super) fn is_place_of(&self, entry: &Entry, others: &Self, other: &Entry) -> bool {
+        entry.range == other.range && self.0[entry.file].identity == others.0[other.file].identity
+    }
+
     /// Hands `convert` the bytes of a tensor, once.
     pub(crate) fn read<T>(&self, entry: &Entry, convert: impl FnOnce(&[u8]) -> T) -> T {
         self.0[entry.file].read(&entry.range, convert)
@@ -43,14 +48,18 @@ impl Files {
 #[derive(Debug)]
 pub(super) struct Mapped {
     map: Mmap,
+    /// Device and number of the file.
+    identity: (u64, u64),
 }
 
 impl Mapped {
     /// The file and its tensors by name, sorted; `file`: the number that they carry.
     pub(super) fn open(path: &Path, file: usize) -> Result<(Self, Vec<(String, Entry)>), CheckpointError> {
         let bad = |reason: String| CheckpointError::Weights { path: path.to_owned(), reason };
-        let opened =
-            File::open(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+        let io = |source| CheckpointError::Io { path: path.to_owned(), source };
+        let opened = File::open(path).map_err(io)?;
+        let metadata = opened.metadata().map_err(io)?;
+        let identity = (metadata.dev(), metadata.ino());
         // SAFETY: the mapping is read-only; a file cut short under a running service ends it with SIGBUS, as any
         // program that maps its weights.
         let map = unsafe { Mmap::map(&opened) }.map_err(|error| bad(error.to_string()))?;
@@ -69,7 +78,7 @@ impl Mapped {
         };
         let mut entries: Vec<_> = metadata.tensors().into_iter().map(entry).collect();
         entries.sort_by(|(one, _), (other, _)| one.cmp(other));
-        let mapped = Self { map };
+        let mapped = Self { map, identity };
         mapped.drop_pages(&(0..data));
         Ok((mapped, entries))
     }

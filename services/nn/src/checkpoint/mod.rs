@@ -6,6 +6,7 @@
 //! | `names` | the one table of names |
 //! | `files` | which files are the model's weights: indexes and variants |
 //! | `folder` | opens them all |
+//! | `compare` | whether two hold the same weights |
 //! | `mapped` | a memory-mapped weights file |
 //! | `progress` | how far loading is |
 //!
@@ -32,6 +33,7 @@ use crate::{
     weights::Weights,
 };
 
+mod compare;
 mod files;
 mod folder;
 mod layout;

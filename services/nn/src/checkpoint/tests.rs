@@ -127,6 +127,34 @@ mod golden {
     }
 
     #[test]
+    fn the_same_weights_are_known_in_any_layout() {
+        let (drawing, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        golden::diffusers(drawing.path());
+        golden::with_visual_of("emu2-chat", "emu2-gen", other.path());
+        let open = |path: &Path| ModelDir::open(path).unwrap();
+        let (native, chat) = (open(&model_dir("emu2-gen")), open(&model_dir("emu2-chat")));
+        let (drawing, grafted) = (open(drawing.path()), open(other.path()));
+        let same = |one: &Rc<ModelDir>, other: &Rc<ModelDir>, part| {
+            let kinds = [Kind::Float, Kind::BFloat16];
+            let [wide, narrow] = kinds.map(|kind| one.has_weights_of(other, part, kind));
+            assert_eq!(wide, narrow);
+            wide
+        };
+        for part in Part::ALL {
+            assert!(same(&native, &drawing, part) && same(&native, &native, part), "{part}");
+        }
+        assert!(same(&grafted, &drawing, Part::Visual) && same(&grafted, &chat, Part::Llm));
+        assert!(!same(&grafted, &chat, Part::Visual) && !same(&grafted, &drawing, Part::Llm));
+        assert!(!same(&chat, &drawing, Part::Unet), "one has none");
+        assert_eq!(load(&grafted, Part::Visual).unwrap(), load(&drawing, Part::Visual).unwrap());
+        let random = |size: &str| open(Path::new(size));
+        assert!(same(&random("random:emu2-tiny"), &random("random:emu2-tiny,seed=0"), Part::Visual));
+        assert!(!same(&random("random:emu2-tiny"), &random("random:emu2-tiny,seed=1"), Part::Visual));
+        assert!(!same(&random("random:emu2-tiny"), &random("random:emu2-third"), Part::Visual));
+        assert!(!same(&random("random:emu2-tiny"), &drawing, Part::Visual));
+    }
+
+    #[test]
     fn a_truncated_shard_is_named() {
         let folder = tempfile::tempdir().unwrap();
         golden::hugging_face("emu2-base", folder.path());

@@ -41,6 +41,20 @@ pub fn diffusers(folder: &Path) {
     copy_tokenizer("emu2-gen", &folder.join("tokenizer"));
 }
 
+/// Writes a golden model with the visual encoder of another, as published models share theirs; in the native layout.
+pub fn with_visual_of(model: &str, other: &str, folder: &Path) {
+    let (native, other) = (Native::read(model), Native::read(other));
+    let plain = |name: String| name.strip_prefix(WRAPPER).map_or(name.clone(), str::to_owned);
+    let is_visual = |name: &str| name.starts_with("visual.");
+    let own = native.tensors().into_iter().map(|(name, view)| (plain(name), view));
+    let own = own.filter(|(name, _)| !is_visual(name));
+    let others = other.tensors().into_iter().map(|(name, view)| (plain(name), view));
+    let tensors = own.chain(others.filter(|(name, _)| is_visual(name)));
+    write_tensors(&folder.join("model.safetensors"), tensors.collect());
+    write_json(&folder.join("config.json"), &Value::Object(native.config.clone()));
+    copy_tokenizer(model, folder);
+}
+
 struct Native {
     config: Map<String, Value>,
     bytes: Vec<u8>,

@@ -74,6 +74,10 @@ impl Random {
         self.values.map_or(0, |values| values[part as usize])
     }
 
+    pub(crate) fn has_seed_of(&self, other: &Self) -> bool {
+        self.seed == other.seed
+    }
+
     pub(crate) fn tokenizer(&self) -> Option<Vec<u8>> {
         self.pieces.map(tokenizer::made_up)
     }

@@ -1,0 +1,258 @@
+//! What a cluster consists of: which stages of which models, on which devices. Decided and checked before anything
+//! starts, so that a mistake is a sentence and not a cluster that is never ready.
+
+use std::{path::PathBuf, rc::Rc, thread};
+
+use anyhow::{Context, Result, bail, ensure};
+use emu2_encoder::eva_vit::VisionConfig;
+use emu2_nn::{
+    checkpoint::{ModelDir, Part},
+    device,
+};
+use emu2_serve::{
+    config::Validate,
+    server::{Listeners, ServerConfig},
+    shutdown::Shutdown,
+};
+use tch::{Device, Kind};
+use tokio::task::JoinSet;
+
+/// A model folder, and where its stages compute.
+#[derive(Clone, Debug)]
+pub struct ModelSource {
+    /// In any layout, or `random:SIZE`.
+    pub dir: PathBuf,
+    /// Default: what the folder calls itself.
+    pub name: Option<String>,
+    /// One device each for encoder and decoder; the llm's layers are spread over its.
+    pub encoder: Vec<String>,
+    pub llm: Vec<String>,
+    pub decoder: Vec<String>,
+}
+
+impl ModelSource {
+    /// As upstream's multi-GPU placement: only the llm's layers are spread, everything else is on the first device.
+    pub fn new(dir: PathBuf, devices: &[String]) -> Self {
+        let first: Vec<_> = devices.iter().take(1).cloned().collect();
+        Self { dir, name: None, encoder: first.clone(), llm: devices.to_vec(), decoder: first }
+    }
+}
+
+/// Every service to start, and which of them make up each model.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    pub(crate) services: Vec<Service>,
+    pub(crate) models: Vec<PlannedModel>,
+}
+
+/// A model's stages as places in [`Plan::services`]; models with the same visual weights share an encoder.
+#[derive(Debug)]
+pub(crate) struct PlannedModel {
+    pub(crate) name: String,
+    pub(crate) encoder: usize,
+    pub(crate) llm: usize,
+    pub(crate) decoder: Option<usize>,
+}
+
+/// A service with its configuration.
+#[derive(Debug)]
+pub(crate) enum Service {
+    Encoder(emu2_encoder::Config),
+    Llm(emu2_llm::Config),
+    Decoder(emu2_decoder::Config),
+}
+
+impl Plan {
+    /// Reads every folder's names, but no weights, except to see whether two visual encoders are the same.
+    pub(crate) fn of(sources: &[ModelSource]) -> Result<Self> {
+        let mut plan = Self::default();
+        let mut room = Room::default();
+        let mut folders: Vec<Folder> = Vec::new();
+        for source in sources {
+            let folder = Folder::open(source)?;
+            if let Some(twin) = folders.iter().find(|known| known.name == folder.name) {
+                let (one, other) = (twin.dir.path().display(), source.dir.display());
+                bail!(
+                    "two models are called `{}` ({one} and {other}): give one another name in a file of --models",
+                    folder.name
+                );
+            }
+            let shared = folders.iter().position(|known| known.has_encoder_of(&folder));
+            let encoder = match shared {
+                Some(place) => {
+                    let (model, with) = (&folder.name, &folders[place].name);
+                    tracing::info!(model, with, "the same visual weights: one encoder serves both");
+                    plan.models[place].encoder
+                }
+                None => {
+                    room.take(&[(folder.encoder, folder.bytes(&[Part::Visual], folder.encoder))]);
+                    plan.add(Service::encoder(source))
+                }
+            };
+            let kind = device::compute_kind(folder.llm[0]);
+            room.take(&emu2_llm::load::room(&folder.dir, &folder.llm, kind)?);
+            let llm = plan.add(Service::llm(source));
+            let decoder = folder.decoder.map(|device| {
+                room.take(&[(device, folder.bytes(&[Part::Unet, Part::Vae], device))]);
+                plan.add(Service::decoder(source))
+            });
+            plan.models.push(PlannedModel { name: folder.name.clone(), encoder, llm, decoder });
+            folders.push(folder);
+        }
+        room.check()?;
+        plan.divide_cores();
+        plan.check()?;
+        Ok(plan)
+    }
+
+    fn add(&mut self, service: Service) -> usize {
+        self.services.push(service);
+        self.services.len() - 1
+    }
+
+    fn divide_cores(&mut self) {
+        let all = thread::available_parallelism().map_or(1, |all| all.get());
+        let share = (all / self.services.len().max(1)).max(1);
+        for service in &mut self.services {
+            match service {
+                Service::Encoder(config) => config.cores = share,
+                Service::Llm(config) => config.cores = share,
+                Service::Decoder(config) => config.cores = share,
+            }
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        for service in &self.services {
+            let problems = service.problems();
+            ensure!(problems.is_empty(), "{}: {}", service.stage(), problems.join("; "));
+        }
+        Ok(())
+    }
+}
+
+/// A model folder that has what serving takes.
+struct Folder {
+    name: String,
+    dir: Rc<ModelDir>,
+    vision: VisionConfig,
+    encoder: Device,
+    llm: Vec<Device>,
+    /// Absent in a model that only writes.
+    decoder: Option<Device>,
+}
+
+impl Folder {
+    fn open(source: &ModelSource) -> Result<Self> {
+        let dir = ModelDir::open(&source.dir)?;
+        for (part, name) in [(Part::Visual, "visual encoder"), (Part::Llm, "llm")] {
+            ensure!(
+                dir.has(part),
+                "{}: holds no {name}: a cluster serves folders with a visual encoder and an llm; the other stages \
+                 run alone, as emu2-encoder, emu2-llm and emu2-decoder with --config",
+                source.dir.display()
+            );
+        }
+        let open = |names: &[String]| {
+            device::open(names).with_context(|| format!("the devices of {}", source.dir.display()))
+        };
+        let mut vision: VisionConfig = dir.section("vision")?;
+        // Each request's, not the encoder's.
+        (vision.n_query, vision.v_query) = (1, 1);
+        Ok(Self {
+            name: source.name.clone().unwrap_or_else(|| dir.name().to_owned()),
+            vision,
+            encoder: open(&source.encoder)?[0],
+            llm: open(&source.llm)?,
+            decoder: if dir.has(Part::Unet) { Some(open(&source.decoder)?[0]) } else { None },
+            dir,
+        })
+    }
+
+    /// Whether one encoder can serve both: it computes the same for them, in the same place.
+    fn has_encoder_of(&self, other: &Self) -> bool {
+        self.encoder == other.encoder
+            && self.vision == other.vision
+            && self.dir.has_weights_of(&other.dir, Part::Visual, device::compute_kind(self.encoder))
+    }
+
+    fn bytes(&self, parts: &[Part], device: Device) -> u64 {
+        let kind: Kind = device::compute_kind(device);
+        parts.iter().map(|&part| self.dir.bytes(part, kind)).sum()
+    }
+}
+
+/// What all stages together take: each alone sees the others' memory as free.
+#[derive(Default)]
+struct Room(Vec<(Device, u64)>);
+
+impl Room {
+    fn take(&mut self, needed: &[(Device, u64)]) {
+        self.0.extend_from_slice(needed);
+    }
+
+    fn check(&self) -> Result<()> {
+        device::check_room(&self.0).context("the weights of all stages together")
+    }
+}
+
+impl Service {
+    fn encoder(source: &ModelSource) -> Self {
+        Self::Encoder(emu2_encoder::Config {
+            model_dir: source.dir.clone(),
+            devices: source.encoder.clone(),
+            server: ServerConfig::on_port(0),
+            ..Default::default()
+        })
+    }
+
+    fn llm(source: &ModelSource) -> Self {
+        Self::Llm(emu2_llm::Config {
+            model_dir: source.dir.clone(),
+            devices: source.llm.clone(),
+            server: ServerConfig::on_port(0),
+            ..Default::default()
+        })
+    }
+
+    fn decoder(source: &ModelSource) -> Self {
+        Self::Decoder(emu2_decoder::Config {
+            model_dir: source.dir.clone(),
+            devices: source.decoder.clone(),
+            server: ServerConfig::on_port(0),
+            ..Default::default()
+        })
+    }
+
+    pub(crate) fn stage(&self) -> &'static str {
+        match self {
+            Self::Encoder(_) => "encoder",
+            Self::Llm(_) => "llm",
+            Self::Decoder(_) => "decoder",
+        }
+    }
+
+    pub(crate) fn server(&self) -> &ServerConfig {
+        match self {
+            Self::Encoder(config) => &config.server,
+            Self::Llm(config) => &config.server,
+            Self::Decoder(config) => &config.server,
+        }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        match self {
+            Self::Encoder(config) => config.problems(),
+            Self::Llm(config) => config.problems(),
+            Self::Decoder(config) => config.problems(),
+        }
+    }
+
+    pub(crate) fn spawn(self, listeners: Listeners, stop: Shutdown, running: &mut JoinSet<Result<()>>) {
+        match self {
+            Self::Encoder(config) => running.spawn(emu2_encoder::run(config, listeners, stop)),
+            Self::Llm(config) => running.spawn(emu2_llm::run(config, listeners, stop)),
+            Self::Decoder(config) => running.spawn(emu2_decoder::run(config, listeners, stop)),
+        };
+    }
+}
