@@ -29,6 +29,8 @@ pub enum Command {
     Embed(Embed),
     /// The models that a cluster serves, and its limits.
     Models(Server),
+    /// Turn pickled or float32 weights into bfloat16 safetensors; run it again after a stop, and it goes on.
+    Convert(Convert),
     /// Start a cluster, and try everything on it.
     Demo(Demo),
 }
@@ -181,6 +183,16 @@ pub struct Embed {
     #[arg(short, long)]
     pub output: Option<PathBuf>,
     pub image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// A model folder as published (*.bin or *.safetensors, with their index if there is one), or one such file.
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// A new folder; it needs as much room as the weights have in bfloat16.
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -9,12 +9,14 @@
 //! | [`client`] | a connection to any cluster's public API |
 //! | [`parts`] | command-line words → parts of a prompt |
 //! | [`show`] | events of a running request → a terminal |
+//! | [`convert`] | `emu2 convert`: published weights to what is served |
 //! | [`up`], [`ask`], [`draw`], [`inspect`], [`demo`] | the commands |
 
 pub mod args;
 pub mod ask;
 pub mod client;
 pub mod cluster;
+pub mod convert;
 pub mod demo;
 pub mod draw;
 pub mod inspect;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Parser;
 use emu2_cli::{
     args::{Cli, Command},
-    ask, demo, draw, inspect, up,
+    ask, convert, demo, draw, inspect, up,
 };
 
 #[tokio::main]
@@ -26,6 +26,7 @@ async fn run(command: Command) -> Result<()> {
         Command::Draw(args) => draw::draw(args).await,
         Command::Embed(args) => inspect::embed(args).await,
         Command::Models(server) => inspect::models(server).await,
+        Command::Convert(args) => convert::convert(args).await,
         Command::Demo(args) => demo::demo(args).await,
     }
 }

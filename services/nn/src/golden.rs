@@ -9,9 +9,10 @@ use tch::{Kind, Tensor};
 
 mod bench;
 mod layouts;
+pub mod torch_save;
 
 pub use bench::{Bench, Tolerance};
-pub use layouts::{diffusers, hugging_face, with_visual_of};
+pub use layouts::{diffusers, hugging_face, pickled, with_visual_of};
 
 /// Tensors of one golden file by name.
 #[derive(Debug)]

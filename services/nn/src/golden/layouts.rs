@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value, json};
 
-use super::model_dir;
+use super::{
+    model_dir,
+    torch_save::{save, widened},
+};
 
 /// What native Emu2-Gen files and rotary buffers are called; published Hugging Face files have neither.
 const WRAPPER: &str = "multimodal_encoder.";
@@ -16,6 +19,23 @@ pub fn hugging_face(model: &str, folder: &Path) {
     let native = Native::read(model);
     native.write_multimodal(folder, "");
     copy_tokenizer(model, folder);
+}
+
+/// Writes a golden model as BAAI/Emu2 is published first: the same in pickled shards of float32. Its values were
+/// bfloat16's, so that rounding changes nothing.
+pub fn pickled(model: &str, folder: &Path) {
+    hugging_face(model, folder);
+    let index = folder.join("model.safetensors.index.json");
+    let text = fs::read_to_string(&index).expect("it was just written");
+    let text = text.replace("model-0", "pytorch_model-0").replace(".safetensors", ".bin");
+    fs::write(folder.join("pytorch_model.bin.index.json"), text).expect("the file can be written");
+    fs::remove_file(index).expect("it was just written");
+    for shard in ["00001-of-00002", "00002-of-00002"] {
+        let path = folder.join(format!("model-{shard}.safetensors"));
+        let saved = save(&widened(&fs::read(&path).expect("it was just written")));
+        fs::write(folder.join(format!("pytorch_model-{shard}.bin")), saved).expect("the file can be written");
+        fs::remove_file(path).expect("it was just written");
+    }
 }
 
 /// Writes the golden emu2-gen as BAAI/Emu2-Gen is published: a folder for each part, files of the variant bf16.

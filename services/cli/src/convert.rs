@@ -1,0 +1,240 @@
+//! `emu2 convert IN OUT`: published weights, pickled or wide, to safetensors in bfloat16.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `plan` | what is to be written |
+//! | `source` | a file of weights, as tensors that are read piece by piece |
+//! | `archive`, `pickle` | torch.save's zip file, and its pickle, of which no code is run |
+//! | `shard` | writes one shard |
+//! | `record` | what is finished, with checksums |
+//!
+//! Nothing is held but a piece of one tensor, so memory does not depend on the model. Each shard is written aside,
+//! synced, renamed and recorded; whatever stops a conversion, the same command goes on at the first shard that is
+//! not recorded.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use emu2_nn::checkpoint::{CheckpointError, ModelDir};
+use indicatif::{DecimalBytes, HumanDuration};
+
+use crate::args;
+
+mod archive;
+mod file;
+mod pickle;
+mod plan;
+mod progress;
+mod record;
+mod shard;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use plan::{Input, Plan};
+use progress::Progress;
+use record::Record;
+
+/// Largest shard, unless a tensor alone has more: what a published 10 GB float32 shard becomes.
+const SHARD_BYTES: u64 = 5_000_000_000;
+/// For what is written beside shards, and for what a file system needs for itself, in each file and in all.
+const SLACK_BYTES: u64 = 64 << 10;
+
+pub async fn convert(args: args::Convert) -> Result<()> {
+    tokio::task::spawn_blocking(move || {
+        let started = Instant::now();
+        let mut progress = Progress::default();
+        let conversion = Conversion { input: args.input, output: args.output, shard_bytes: SHARD_BYTES };
+        let done = conversion.run(&mut |event| progress.show(event))?;
+        let output = conversion.output.display();
+        let (shards, bytes, took) =
+            (shards(done.shards), DecimalBytes(done.bytes), HumanDuration(started.elapsed()));
+        let kept = match done.kept {
+            0 => String::new(),
+            kept => format!(", {kept} of them verified from an earlier run"),
+        };
+        println!(
+            "{output}: {shards}, {bytes}, in {took}{kept}; their blake3 sums are in {}",
+            record::FINISHED
+        );
+        Ok(())
+    })
+    .await
+    .context("the conversion panicked")?
+}
+
+/// What is to be done.
+#[derive(Debug)]
+struct Conversion {
+    input: PathBuf,
+    output: PathBuf,
+    shard_bytes: u64,
+}
+
+/// What was done.
+#[derive(Debug, PartialEq)]
+struct Done {
+    shards: usize,
+    /// Of these: found finished and sound.
+    kept: usize,
+    bytes: u64,
+}
+
+/// What happens, as it happens.
+#[derive(Debug)]
+enum Event<'a> {
+    Planned {
+        shards: usize,
+        bytes: u64,
+    },
+    Verifying(&'a Path),
+    /// A finished shard is not what it was.
+    Damaged(&'a Path),
+    Converting(&'a Path),
+    /// Bytes of OUT, written or verified.
+    Advanced(u64),
+    Finished,
+}
+
+type Watch<'a> = &'a mut dyn FnMut(Event<'_>);
+
+impl Conversion {
+    fn run(&self, watch: Watch<'_>) -> Result<Done> {
+        let (input, output) = self.places()?;
+        let _only_one = lock(&output)?;
+        let plan = Plan::make(&input, &output, self.shard_bytes)?;
+        let mut record = Record::open(&output, &plan.fingerprint)?;
+        let bytes = plan.weights_bytes();
+        watch(Event::Planned { shards: plan.shards.len(), bytes });
+        let sound = verify(&output, &plan, &mut record, watch)?;
+        check_space(&output, &plan, &sound)?;
+        for (shard, _) in plan.shards.iter().zip(&sound).filter(|(_, sound)| !**sound) {
+            watch(Event::Converting(&shard.path));
+            let path = output.join(&shard.path);
+            fs::create_dir_all(path.parent().expect("it is in OUT"))?;
+            let source = &plan.sources[shard.source];
+            shard::write(&path, shard, source, |bytes| watch(Event::Advanced(bytes)))
+                .and_then(|finished| record.add(&output, &shard.path, finished))
+                .map_err(|error| self.explain(error, record.count(), plan.shards.len()))?;
+            watch(Event::Finished);
+        }
+        let rest = write_rest(&input.folder, &output, &plan).and_then(|()| record.close(&output));
+        rest.map_err(|error| self.explain(error, plan.shards.len(), plan.shards.len()))?;
+        let kept = sound.iter().filter(|sound| **sound).count();
+        Ok(Done { shards: plan.shards.len(), kept, bytes })
+    }
+
+    /// What is read, and the folder that is written, which is made.
+    fn places(&self) -> Result<(Input, PathBuf)> {
+        let input = Input::find(&self.input)?;
+        refuse_foreign(&input)?;
+        let shown = || self.output.display().to_string();
+        fs::create_dir_all(&self.output).with_context(shown)?;
+        let output = self.output.canonicalize().with_context(shown)?;
+        ensure!(input.folder != output, "{}: IN and OUT are the same folder", shown());
+        Ok((input, output))
+    }
+
+    /// A full disk is not the end: says what stays and how to go on.
+    fn explain(&self, error: anyhow::Error, finished: usize, all: usize) -> anyhow::Error {
+        let full = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|error| {
+            let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
+            full.contains(&error.kind())
+        });
+        if !full {
+            return error;
+        }
+        error.context(format!(
+            "no space left in {}: {finished} of {} are finished and stay; make room and run the same command again",
+            self.output.display(),
+            shards(all)
+        ))
+    }
+}
+
+/// Says at once what serving would say after hours. That it finds pickles, or something damaged, is not for it to say.
+fn refuse_foreign(input: &Input) -> Result<()> {
+    match ModelDir::open(&input.folder) {
+        Err(foreign @ CheckpointError::Foreign { .. }) if input.file.is_none() => Err(foreign.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Two conversions into one folder would overwrite each other's files. Held until the file is dropped.
+fn lock(output: &Path) -> Result<File> {
+    let shown = || output.display().to_string();
+    let folder = File::open(output).with_context(shown)?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => bail!("another conversion writes to {}", shown()),
+        // Some network file systems know no locks.
+        Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => Ok(folder),
+        Err(TryLockError::Error(error)) => Err(error).with_context(shown),
+    }
+}
+
+/// Which shards need not be written. What an interrupted run left half-written goes.
+fn verify(output: &Path, plan: &Plan, record: &mut Record, watch: Watch<'_>) -> Result<Vec<bool>> {
+    let mut verified = Vec::new();
+    for shard in &plan.shards {
+        let path = output.join(&shard.path);
+        record::remove(&record::aside(&path))?;
+        let Some(finished) = record.finished(&shard.path) else {
+            verified.push(false);
+            continue;
+        };
+        watch(Event::Verifying(&shard.path));
+        let sound = shard::is_sound(&path, finished, |bytes| watch(Event::Advanced(bytes)))?;
+        if sound {
+            watch(Event::Finished);
+        } else {
+            record::remove(&path)?;
+            record.forget(&shard.path);
+            watch(Event::Damaged(&shard.path));
+        }
+        verified.push(sound);
+    }
+    Ok(verified)
+}
+
+/// Refuses at once what would fail after hours.
+fn check_space(output: &Path, plan: &Plan, sound: &[bool]) -> Result<()> {
+    let left = plan.shards.iter().zip(sound).filter(|(_, sound)| !**sound);
+    let left =
+        left.fold(0, |sum: u64, (shard, _)| sum.saturating_add(shard.bytes).saturating_add(SLACK_BYTES));
+    let needed = left.saturating_add(plan.copied_bytes).saturating_add(SLACK_BYTES);
+    let free = rustix::fs::statvfs(output).with_context(|| output.display().to_string())?;
+    let free = free.f_bavail.saturating_mul(free.f_frsize);
+    ensure!(
+        needed <= free,
+        "{} needs {}, and {} are free there",
+        output.display(),
+        DecimalBytes(needed),
+        DecimalBytes(free)
+    );
+    Ok(())
+}
+
+/// Indexes, configurations, tokenizers.
+fn write_rest(input: &Path, output: &Path, plan: &Plan) -> Result<()> {
+    for (path, index) in &plan.indexes {
+        let text = serde_json::to_string_pretty(index).expect("its keys are texts");
+        record::write(&output.join(path), text.as_bytes())?;
+    }
+    for path in &plan.copied {
+        let bytes = fs::read(input.join(path)).with_context(|| input.join(path).display().to_string())?;
+        let copy = output.join(path);
+        fs::create_dir_all(copy.parent().expect("it is in OUT"))?;
+        record::write(&copy, &bytes)?;
+    }
+    Ok(())
+}
+
+fn shards(count: usize) -> String {
+    format!("{count} shard{}", if count == 1 { "" } else { "s" })
+}
