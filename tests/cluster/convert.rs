@@ -9,8 +9,8 @@ use emu2_proto::v1;
 use crate::support::{answer, ask, binary, client, golden_png, greedy, image, shared, start, text};
 
 /// A command of `emu2`, which must succeed.
-fn emu2(command: &str, paths: &[&Path]) -> String {
-    let ended = binary("emu2").arg(command).args(paths).output().unwrap();
+fn emu2(command: &str, paths: &[&Path], options: &[&str]) -> String {
+    let ended = binary("emu2").arg(command).args(paths).args(options).output().unwrap();
     let said = String::from_utf8_lossy(&[ended.stdout, ended.stderr].concat()).into_owned();
     assert!(ended.status.success(), "{said}");
     said
@@ -21,10 +21,12 @@ async fn a_converted_pickle_serves_the_same_model() {
     let folder = tempfile::tempdir().unwrap();
     let [pickled, converted] = ["pickled", "converted"].map(|name| folder.path().join(name));
     golden::pickled("emu2-chat", &pickled);
-    let said = emu2("convert", &[&pickled, &converted]);
+    let said = emu2("convert", &[&pickled, &converted], &[]);
     assert!(said.contains("2 shards") && said.contains("checksums.json"), "{said}");
-    let said = emu2("convert", &[&pickled, &converted]);
+    let said = emu2("convert", &[&pickled, &converted], &[]);
     assert!(said.contains("2 of them verified from an earlier run"), "{said}");
+
+    let inspected = emu2("inspect", &[&converted], &["--digest"]);
 
     let cluster = start(ClusterConfig::local(vec![converted])).await;
     let (mut native, mut other) = (shared().client().await, client(cluster.addr).await);
@@ -35,6 +37,9 @@ async fn a_converted_pickle_serves_the_same_model() {
     let models = v1::ListModelsRequest {};
     let want = digests(native.list_models(models).await.unwrap().into_inner());
     assert_eq!(digests(other.list_models(models).await.unwrap().into_inner()), want);
+    for (stage, digest) in [("encoder", &want.0), ("llm", &want.1)] {
+        assert!(inspected.contains(&format!("{stage:<10} {digest} as float32")), "{inspected}");
+    }
 
     for beams in [1, 5] {
         let asked = || {

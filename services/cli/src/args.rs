@@ -31,6 +31,8 @@ pub enum Command {
     Models(Server),
     /// Turn pickled or float32 weights into bfloat16 safetensors; run it again after a stop, and it goes on.
     Convert(Convert),
+    /// What a model folder holds, and whether it can be served here.
+    Inspect(Inspect),
     /// Start a cluster, and try everything on it.
     Demo(Demo),
 }
@@ -193,6 +195,18 @@ pub struct Convert {
     /// A new folder; it needs as much room as the weights have in bfloat16.
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// A model folder.
+    pub dir: PathBuf,
+    /// What it would be served on, as for `emu2 up`.
+    #[arg(long, default_value = "cpu", value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Read all weights and print the digests that `emu2 models` would.
+    #[arg(long)]
+    pub digest: bool,
 }
 
 #[derive(Debug, Args)]

@@ -62,10 +62,44 @@ pub async fn convert(args: args::Convert) -> Result<()> {
             "{output}: {shards}, {bytes}, in {took}{kept}; their blake3 sums are in {}",
             record::FINISHED
         );
+        println!("next: emu2 inspect {output}");
         Ok(())
     })
     .await
     .context("the conversion panicked")?
+}
+
+/// What a conversion would read and write; its files have been opened, their values not read.
+pub(crate) struct Outline {
+    pub(crate) files: usize,
+    pub(crate) tensors: Vec<Outlined>,
+    pub(crate) written_bytes: u64,
+}
+
+pub(crate) struct Outlined {
+    /// Behind the name of its part's folder, in a diffusers folder.
+    pub(crate) name: String,
+    pub(crate) dtype: String,
+    pub(crate) values: u64,
+    pub(crate) bytes: u64,
+}
+
+pub(crate) fn outline(input: &Path) -> Result<Outline> {
+    let input = Input::find(input)?;
+    let plan = Plan::make(&input, Path::new(""), SHARD_BYTES)?;
+    let tensors = plan.sources.iter().flat_map(|source| {
+        let part = source.path.parent().filter(|folder| **folder != *input.folder).and_then(Path::file_name);
+        let prefix = part.map(|part| format!("{}.", part.display())).unwrap_or_default();
+        source.tensors.iter().map(move |(name, tensor)| Outlined {
+            name: format!("{prefix}{name}"),
+            dtype: format!("{:?}", tensor.dtype),
+            values: tensor.values(),
+            bytes: tensor.values()
+                * source::width(tensor.dtype).expect("it was checked when it was opened") as u64,
+        })
+    });
+    let (tensors, written_bytes) = (tensors.collect(), plan.weights_bytes());
+    Ok(Outline { files: plan.sources.len(), tensors, written_bytes })
 }
 
 /// What is to be done.

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Parser;
 use emu2_cli::{
     args::{Cli, Command},
-    ask, convert, demo, draw, inspect, up,
+    ask, convert, demo, draw, embed, inspect, models, up,
 };
 
 #[tokio::main]
@@ -24,9 +24,10 @@ async fn run(command: Command) -> Result<()> {
         Command::Ask(args) => ask::ask(args).await,
         Command::Chat(args) => ask::chat(args).await,
         Command::Draw(args) => draw::draw(args).await,
-        Command::Embed(args) => inspect::embed(args).await,
-        Command::Models(server) => inspect::models(server).await,
+        Command::Embed(args) => embed::embed(args).await,
+        Command::Models(server) => models::models(server).await,
         Command::Convert(args) => convert::convert(args).await,
+        Command::Inspect(args) => inspect::inspect(args).await,
         Command::Demo(args) => demo::demo(args).await,
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     args::Up,
     cluster::{Cluster, ClusterConfig},
     loading::Bars,
-    models,
+    models_file,
     plan::ModelSource,
 };
 
@@ -38,7 +38,7 @@ fn config(args: Up) -> Result<ClusterConfig> {
     let dirs = args.model_dirs.into_iter().chain(random);
     let mut models: Vec<_> = dirs.map(|dir| ModelSource::new(dir, &args.devices)).collect();
     if let Some(file) = args.models {
-        models.extend(models::read(&file, &args.devices)?);
+        models.extend(models_file::read(&file, &args.devices)?);
     }
     Ok(ClusterConfig { models, listen: args.listen, admin: Some(args.admin), redis_url: args.redis_url })
 }

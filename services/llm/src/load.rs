@@ -1,6 +1,6 @@
 //! From a model folder to a warm model.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, rc::Rc, sync::Arc};
 
 use emu2_nn::{
     array,
@@ -77,10 +77,7 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     let devices = device::open(&config.devices)?;
     let kind = device::compute_kind(devices[0]);
     let dir = ModelDir::open_with(&config.model_dir, config.progress.clone())?;
-    let llama: LlamaConfig = dir.section("llama")?;
-    let vision: Vision = dir.section("vision")?;
-    let tokenizer = tokenizer(&dir)?;
-    check(&dir, &llama, &vision, &tokenizer)?;
+    let (llama, vision, tokenizer) = described(&dir)?;
     dir.prepare_spread(&[Part::Llm], &shares(&llama, &vision, &devices, kind), kind)?;
     let (model, weights_digest) = Llama::load(&dir, llama, vision.width, &devices, kind)?;
 
@@ -110,6 +107,23 @@ fn shares(llama: &LlamaConfig, vision: &Vision, devices: &[Device], kind: Kind) 
     let parameters = llama.spread_parameters(vision.width, devices.len());
     let bytes = parameters.into_iter().map(|count| count * kind.elt_size_in_bytes() as u64);
     devices.iter().copied().zip(bytes).collect()
+}
+
+/// Whether a folder could be loaded, and the digest that it would have: what of its weights is read, the folder was
+/// opened for.
+pub fn verify(dir: &Rc<ModelDir>, kind: Kind) -> Result<String, LoadError> {
+    let (llama, vision, _) = described(dir)?;
+    let (_, weights_digest) = Llama::load(dir, llama, vision.width, &[Device::Cpu], kind)?;
+    Ok(weights_digest)
+}
+
+/// What is said beside the weights, which must agree.
+fn described(dir: &ModelDir) -> Result<(LlamaConfig, Vision, Tokenizer), LoadError> {
+    let llama: LlamaConfig = dir.section("llama")?;
+    let vision: Vision = dir.section("vision")?;
+    let tokenizer = tokenizer(dir)?;
+    check(dir, &llama, &vision, &tokenizer)?;
+    Ok((llama, vision, tokenizer))
 }
 
 /// The folder's tokenizer; an added_tokens.json beside it must give its tokens the ids that are appended here.

@@ -20,7 +20,7 @@ use std::{
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor, nn::VarStore};
 
-use crate::checkpoint::{CheckpointError, Entry, Files, ModelDir, Part, Source};
+use crate::checkpoint::{CheckpointError, Entry, Files, ModelDir, Part, Reading, Source};
 
 /// A place in a part's tree of names, e.g. `blocks.3.attn`.
 #[derive(Clone, Debug)]
@@ -50,7 +50,8 @@ struct Ledger {
 impl Weights {
     pub(crate) fn new(dir: Rc<ModelDir>, part: Part, device: Device, kind: Kind) -> Self {
         // On CUDA a part may be spread over several devices: only `ModelDir::prepare` knows them.
-        let unchecked = dir.expect(part, kind) && device == Device::Cpu;
+        let kept = dir.reading() == Reading::Values;
+        let unchecked = dir.expect(part, kind) && device == Device::Cpu && kept;
         let refused = unchecked.then(|| dir.check_room(&[(device, dir.bytes(part, kind))]).err()).flatten();
         let ledger = Ledger {
             dir,
@@ -97,8 +98,7 @@ impl Weights {
             Ok(tensor) => self.register(&name, tensor),
             Err(problem) => {
                 self.ledger.problems.borrow_mut().extend(problem);
-                // An expanded scalar: a misnamed layer must not allocate gigabytes of zeros.
-                Tensor::zeros([1], (self.ledger.kind, self.device)).expand(shape, false)
+                self.ledger.stand_in(shape, self.device)
             }
         }
     }
@@ -164,7 +164,10 @@ impl Ledger {
         let (tensor, hash) = match self.dir.source() {
             Source::Files(files) => self.read(files, name, shape, device)?,
             Source::Random(random) => {
-                let tensor = random.tensor(self.part, name, shape, self.kind, device);
+                let tensor = match self.dir.reading() {
+                    Reading::Values => random.tensor(self.part, name, shape, self.kind, device),
+                    Reading::Digest | Reading::Names => self.stand_in(shape, device),
+                };
                 (tensor, self.hash(name, shape, random.identity(device).as_bytes()))
             }
         };
@@ -190,10 +193,17 @@ impl Ledger {
         }
         let stored = kind_of(entry.dtype)
             .ok_or_else(|| format!("`{name}` must be F32, BF16 or F16, is {:?}", entry.dtype))?;
+        if self.dir.reading() == Reading::Names {
+            return Ok((self.stand_in(shape, device), self.hash(name, shape, &[])));
+        }
         Ok(files.read(entry, |bytes| {
             let mapped = over(bytes, entry, stored);
             // Converted on the CPU, so that the device receives the narrow form and the hash sees what it computes with.
             let mut converted = mapped.to_kind(self.kind);
+            if self.dir.reading() == Reading::Digest {
+                let hash = self.hash(name, shape, values(&converted));
+                return (self.stand_in(shape, device), hash);
+            }
             // A conversion to the stored kind is a view of the mapping, which another device copies from and the CPU
             // must not keep.
             if device == Device::Cpu && converted.data_ptr() == mapped.data_ptr() {
@@ -202,6 +212,11 @@ impl Ledger {
             let hash = self.hash(name, shape, values(&converted));
             (converted.to_device(device), hash)
         }))
+    }
+
+    /// An expanded scalar: what is not there must not allocate gigabytes of zeros.
+    fn stand_in(&self, shape: &[i64], device: Device) -> Tensor {
+        Tensor::zeros([1], (self.kind, device)).expand(shape, false)
     }
 
     fn hash(&self, name: &str, shape: &[i64], values: &[u8]) -> blake3::Hash {
@@ -278,6 +293,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+    use crate::checkpoint::Progress;
 
     fn write(path: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) {
         let views: HashMap<_, _> = tensors
@@ -359,6 +375,25 @@ mod tests {
         assert_eq!(sum, -0.5);
         assert_eq!(digest(&narrow, ["y", "x"]).1, expected);
         assert_ne!(digest(&other, ["x", "y"]).1, expected);
+    }
+
+    #[test]
+    fn names_and_digests_take_no_values() {
+        let folder = folder(&[("visual.x", Dtype::BF16, &[2], bf16s(&[1.5, -2.0]))]);
+        let built = |reading, shape: &[i64]| {
+            let dir = ModelDir::open_for(folder.path(), reading, Progress::default()).unwrap();
+            let w = dir.weights(Part::Visual, Device::Cpu, Kind::Float);
+            let sum = w.get("x", shape).sum(Kind::Float).double_value(&[]);
+            (sum, w.finish().map_err(|error| error.to_string()))
+        };
+        let (sum, digest) = built(Reading::Values, &[2]);
+        assert_eq!((sum, digest.is_ok()), (-0.5, true));
+        assert_eq!(built(Reading::Digest, &[2]), (0.0, digest));
+        assert!(built(Reading::Names, &[2]).1.is_ok());
+        for reading in [Reading::Values, Reading::Digest, Reading::Names] {
+            let error = built(reading, &[3]).1.unwrap_err();
+            assert!(error.contains("`x` must be [3], is [2]"), "{error}");
+        }
     }
 
     #[test]

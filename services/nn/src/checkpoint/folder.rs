@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    CheckpointError, ModelDir, Part, Progress, Source,
+    CheckpointError, ModelDir, Part, Progress, Reading, Source,
     files::{self, WeightFiles},
     layout::{self, Component},
     mapped::{Entry, Files, Mapped},
@@ -48,6 +48,7 @@ impl ModelDir {
             source: Source::Files(Files(opening.files)),
             entries: opening.entries,
             unknown: opening.unknown,
+            reading: Reading::default(),
             progress,
             expected: RefCell::default(),
         };

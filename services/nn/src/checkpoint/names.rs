@@ -73,8 +73,8 @@ pub(super) fn is_known_extra(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name.starts_with("safety_checker.")
 }
 
-/// The part and the canonical name of a name of any layout.
-pub(super) fn canonical(name: &str) -> Option<(Part, String)> {
+/// The part and the canonical name of a name of any layout; None: it is none of Emu2's.
+pub fn canonical(name: &str) -> Option<(Part, String)> {
     let name = name.strip_prefix(WRAPPER).unwrap_or(name);
     NAMES.iter().find_map(|&(prefix, part, canonical)| {
         name.strip_prefix(prefix).map(|rest| (part, format!("{canonical}{rest}")))
