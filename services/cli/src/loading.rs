@@ -40,9 +40,12 @@ impl Bars {
         if self.0.is_hidden() {
             return std::future::pending().await;
         }
-        let mut bars = Vec::new();
+        let mut bars: Vec<Bar> = Vec::new();
         for stage in stages {
-            let Some(admin) = stage.admin else { continue };
+            // An encoder that models share is one service.
+            let Some(admin) = stage.admin.filter(|admin| bars.iter().all(|bar| bar.admin != *admin)) else {
+                continue;
+            };
             let bar = self.0.add(bar(format!("{} {}", stage.model, stage.stage)));
             bars.push(Bar { admin, bar });
         }
@@ -90,7 +93,10 @@ fn bar(name: String) -> ProgressBar {
 
 fn show(bar: &ProgressBar, page: &str) {
     match percent(page) {
-        Some(percent) => bar.set_position(percent),
+        Some(percent) => {
+            bar.set_message("");
+            bar.set_position(percent);
+        }
         None if page.starts_with("ready") => bar.finish_and_clear(),
         None => bar.set_message(page.trim_end().to_owned()),
     }
@@ -131,7 +137,7 @@ mod tests {
         assert_eq!((bar.position(), bar.message().as_str()), (0, "not ready: starting"));
         readiness.loading(42);
         look().await;
-        assert_eq!((bar.position(), bar.is_finished()), (42, false));
+        assert_eq!((bar.position(), bar.message().as_str(), bar.is_finished()), (42, "", false));
         readiness.ready();
         look().await;
         assert!(bar.is_finished());
