@@ -18,9 +18,11 @@ use crate::tokenizer::{
 /// Names the rules of this file in cache keys: to be raised whenever equal parts give other positions.
 pub const TEMPLATE_VERSION: u32 = 1;
 
-const SYSTEM_MESSAGE: &str =
+/// Of a chat that does not bring its own.
+pub const SYSTEM_MESSAGE: &str =
     "You are a helpful assistant, dedicated to delivering comprehensive and meticulous responses.";
-const GROUNDING_SYSTEM_MESSAGE: &str =
+/// The same, of a chat that asks for boxes.
+pub const GROUNDING_SYSTEM_MESSAGE: &str =
     "You are a helpful assistant, dedicated to provide concise and efficient answers.";
 
 /// Of a box in text: four coordinates between two marks.

@@ -6,7 +6,7 @@ use emu2_proto::v1;
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
 /// Pixels a side: the encoder's own input, so that resizing changes nothing.
-const SIDE: i32 = 448;
+pub const SIDE: i32 = 448;
 /// `cv2.rectangle` with thickness 3 paints every pixel within this many steps (along x plus along y) of the
 /// one-pixel outline: five pixels wide with clipped corners. Compared with OpenCV 4.8 on 4,000 boxes, some of them
 /// thinner than the stroke or touching the border.
@@ -23,7 +23,7 @@ pub(crate) fn outline_png(region: &v1::Box) -> Bytes {
 }
 
 /// RGB rows of the drawing.
-fn outline(region: &v1::Box) -> Vec<u8> {
+pub fn outline(region: &v1::Box) -> Vec<u8> {
     let pixel = |fraction: f32| (fraction * SIDE as f32).round() as i32;
     let (left, right) = (pixel(region.left), pixel(region.right));
     let (top, bottom) = (pixel(region.top), pixel(region.bottom));

@@ -11,16 +11,16 @@
 //! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
 //! | `cache` | memory, Redis, and one flight per key |
 //! | `model`, `pool`, `stages` | a model's stages, their replicas, and the calls to them |
-//! | `drawing` | a box as the picture that upstream draws of it |
+//! | [`drawing`] | a box as the picture that upstream draws of it |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
 //!
 //! It builds without libtorch.
 
 pub mod config;
+pub mod drawing;
 
 mod cache;
-mod drawing;
 mod embeddings;
 mod error;
 mod metrics;

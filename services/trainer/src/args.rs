@@ -1,13 +1,14 @@
 //! The command line of `emu2-trainer`.
 
-use std::{io::IsTerminal, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, io::IsTerminal, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use emu2_serve::shutdown::Shutdown;
 
 use crate::{
-    data::World,
+    data::{Vocabulary, World, concept::CONCEPTS_MAX},
+    eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
     objective::{Autoencode, Denoise, Naming, Samples},
@@ -32,6 +33,10 @@ pub enum Command {
     Train(Train),
     /// Write what has been trained as a model folder.
     Export(Export),
+    /// Learn the tokenizer from the documents: tokenizer.model, and the same as tokenizer.json.
+    Tokenizer(Tokenizer),
+    /// Measure what a served model can do, through its public API.
+    Eval(Eval),
 }
 
 /// Where training reads and writes.
@@ -78,6 +83,21 @@ pub struct Train {
 }
 
 #[derive(Debug, Args)]
+pub struct Tokenizer {
+    /// The folder that `deploy/fetch/drawings.py` prints.
+    #[arg(long, value_name = "DIR")]
+    pub drawings: PathBuf,
+    #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
+    pub out: PathBuf,
+    /// Ids in all, special ones too.
+    #[arg(long, default_value_t = 1_500)]
+    pub size: usize,
+    /// Of the documents.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
 pub struct Export {
     #[command(flatten)]
     pub places: Places,
@@ -93,12 +113,28 @@ pub fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Train(args) => train(args),
+        Command::Tokenizer(args) => tokenizer(args),
+        Command::Eval(args) => {
+            tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(eval::eval(args))
+        }
         Command::Export(Export { places, out }) => {
             let stages = Stage::read_all(&places.stages)?;
             let source = Source { runs: places.runs, base: places.base };
             export::export(&source, &model::nano(), &stages, &places.tokenizer, &out)
         }
     }
+}
+
+fn tokenizer(args: Tokenizer) -> Result<()> {
+    let world = World::open(&args.drawings, CONCEPTS_MAX, args.seed, false)?;
+    let vocabulary = Vocabulary::learn(&world, args.size)?;
+    fs::create_dir_all(&args.out)?;
+    let write = |name: &str, bytes: &[u8]| {
+        let path = args.out.join(name);
+        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    };
+    write("tokenizer.model", &vocabulary.sentencepiece())?;
+    write("tokenizer.json", serde_json::to_string(&vocabulary.hugging_face(true)?)?.as_bytes())
 }
 
 fn train(args: Train) -> Result<()> {
@@ -138,7 +174,7 @@ fn train(args: Train) -> Result<()> {
 }
 
 /// How many concepts a model learns, which its configuration says.
-fn concepts(sections: &Sections) -> Result<usize> {
+pub(crate) fn concepts(sections: &Sections) -> Result<usize> {
     let concepts = sections.get("concepts").and_then(serde_json::Value::as_u64);
     Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
 }

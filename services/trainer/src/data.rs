@@ -9,6 +9,10 @@
 //! | [`compose`], [`held_out`] | scenes at random; what training never shows |
 //! | [`world`] | all of that opened, and the random numbers of each sample |
 //! | [`picture`] | the pixels of one image |
+//! | [`describe`] | scenes in words |
+//! | [`tasks`] | documents at random: captions, questions, episodes, pictures to paint, clips |
+//! | [`outline`] | a box as the model sees it |
+//! | [`vocabulary`] | the tokenizer, learned from the documents |
 //! | [`document`] | a document as the model reads it, and what is learned of it |
 //! | [`sequence`] | a document → token ids, slots for embeddings, where the losses fall |
 //! | [`loader`] | worker threads that make batches ahead |
@@ -16,15 +20,19 @@
 pub mod atlas;
 pub mod compose;
 pub mod concept;
+pub mod describe;
 pub mod document;
 pub mod drawings;
 pub mod held_out;
 pub mod loader;
+pub mod outline;
 pub mod picture;
 pub mod scene;
 pub mod sequence;
+pub mod tasks;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+pub mod vocabulary;
 pub mod world;
 
 pub use atlas::{Atlas, Style};
@@ -36,4 +44,6 @@ pub use loader::Loader;
 pub use picture::{Picture, SIDE};
 pub use scene::{Background, Bounds, Layout, Place, Relation, Scene, Thing};
 pub use sequence::{PictureSlot, Queries, Sequence};
+pub use tasks::Ability;
+pub use vocabulary::Vocabulary;
 pub use world::{Labels, Split, World};

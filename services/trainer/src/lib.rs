@@ -13,11 +13,14 @@
 //! | [`train`] | a stage at work |
 //! | [`checkpoint`], [`log`] | what is kept of it, and how it goes |
 //! | [`export`] | what has been trained, as a folder that the services load |
+//! | [`eval`], [`judge`] | what a served model can do; what a picture shows |
 
 pub mod args;
 pub mod checkpoint;
 pub mod data;
+pub mod eval;
 pub mod export;
+pub mod judge;
 pub mod layout;
 pub mod log;
 pub mod loss;

@@ -33,12 +33,16 @@ const CENTER_SIZES: std::ops::RangeInclusive<u32> = 26..=46;
 const SPREAD_SIZES: std::ops::RangeInclusive<u32> = 19..=28;
 const GATHERED_SIZES: std::ops::RangeInclusive<u32> = 15..=18;
 
+#[derive(Clone, Copy)]
 pub struct Composer<'a> {
     pub drawings: &'a Drawings,
     /// The first so many of the table.
     pub concepts: u16,
     pub styles: &'static [Style],
     pub novelty: Novelty,
+    /// Whether sizes and positions are the middle ones of what is possible instead of random: for pictures to paint,
+    /// which their description must determine, since a regression learns the mean of what is left open.
+    pub tidy: bool,
 }
 
 impl Composer<'_> {
@@ -64,15 +68,15 @@ impl Composer<'_> {
         self.placed(rng, concept, place)
     }
 
-    fn placed(&self, rng: &mut ChaCha8Rng, concept: Concept, place: Place) -> Scene {
+    pub fn placed(&self, rng: &mut ChaCha8Rng, concept: Concept, place: Place) -> Scene {
         let style = self.style(rng);
         let (size, cell) = match place.sides() {
             None => {
-                let size = rng.random_range(CENTER_SIZES);
+                let size = self.size(rng, CENTER_SIZES);
                 let (width, height) = self.drawings.atlas(style).extent(concept, size);
                 (size, Bounds::amid(width + CENTER_ROOM, height + CENTER_ROOM))
             }
-            Some(sides) => (rng.random_range(SINGLE_SIZES), quarter(sides)),
+            Some(sides) => (self.size(rng, SINGLE_SIZES), quarter(sides)),
         };
         let thing = self.thing(rng, (concept, style, size), cell);
         self.finish(rng, Layout::Single(place), vec![thing])
@@ -85,9 +89,11 @@ impl Composer<'_> {
             if count == 1 {
                 return self.single_of(rng, concept);
             }
-            let (style, size) = (self.style(rng), rng.random_range(SPREAD_SIZES));
+            let (style, size) = (self.style(rng), self.size(rng, SPREAD_SIZES));
             let mut cells = Place::CORNERS.map(cell_of);
-            cells.shuffle(rng);
+            if !self.tidy {
+                cells.shuffle(rng);
+            }
             let things = cells[..count as usize].iter();
             let things = things.map(|&cell| self.thing(rng, (concept, style, size), cell)).collect();
             self.finish(rng, Layout::Group(None), things)
@@ -102,8 +108,12 @@ impl Composer<'_> {
             if count == 1 {
                 return self.placed(rng, concept, place);
             }
-            let (style, size) = (self.style(rng), rng.random_range(GATHERED_SIZES));
-            let cells = gather_cells(rng, place);
+            let (style, size) = (self.style(rng), self.size(rng, GATHERED_SIZES));
+            let mut steps = [(1, 0), (0, 1), (1, 1)];
+            if !self.tidy {
+                steps.shuffle(rng);
+            }
+            let cells = gather_cells(place, steps);
             let things = cells[..count as usize].iter();
             let things = things.map(|&cell| self.thing(rng, (concept, style, size), cell)).collect();
             self.finish(rng, Layout::Group(Some(place)), things)
@@ -116,7 +126,7 @@ impl Composer<'_> {
             let relation = *Relation::ALL.choose(rng).expect("not empty");
             let style = self.style(rng);
             // Along the other axis both lie in one band, wider than a cell so that they are seldom quite level.
-            let across = rng.random_range(0..=CELL - 8);
+            let across = if self.tidy { (CELL - 8) / 2 } else { rng.random_range(0..=CELL - 8) };
             let cell = |far: bool| {
                 let along = if far { CELL } else { 0 };
                 match relation {
@@ -126,7 +136,7 @@ impl Composer<'_> {
             };
             let first_far = matches!(relation, Relation::RightOf | Relation::Below);
             let things = concepts.iter().zip([cell(first_far), cell(!first_far)]).map(|(&concept, cell)| {
-                let size = rng.random_range(SPREAD_SIZES);
+                let size = self.size(rng, SPREAD_SIZES);
                 self.thing(rng, (concept, style, size), cell)
             });
             let things = things.collect();
@@ -141,12 +151,14 @@ impl Composer<'_> {
             let concepts = self.different(rng, count);
             let style = self.style(rng);
             let mut corners: Vec<usize> = (0..4).collect();
-            corners.shuffle(rng);
+            if !self.tidy {
+                corners.shuffle(rng);
+            }
             corners.truncate(count);
             corners.sort_unstable();
             let places: Vec<Place> = corners.into_iter().map(|corner| Place::CORNERS[corner]).collect();
             let things = concepts.iter().zip(&places).map(|(&concept, &place)| {
-                let size = rng.random_range(SPREAD_SIZES);
+                let size = self.size(rng, SPREAD_SIZES);
                 self.thing(rng, (concept, style, size), cell_of(place))
             });
             let things = things.collect();
@@ -185,7 +197,19 @@ impl Composer<'_> {
         fitting.choose(rng).copied()
     }
 
-    /// The same drawing of another size, or another drawing, with its center kept inside `cell`.
+    /// Another thing of the same size and style, around the same center as far as the picture reaches.
+    pub fn instead(&self, old: Thing, concept: Concept) -> Thing {
+        let (width, height) = self.drawings.atlas(old.style).extent(concept, old.size);
+        let [x, y] = old.bounds.center();
+        let start = |center: f32, len: u32| {
+            let start = (center - len as f32 / 2.0).max(0.0) as u32;
+            start.min(SIDE as u32 - len)
+        };
+        let (left, top) = (start(x, width), start(y, height));
+        Thing { concept, bounds: Bounds { left, top, right: left + width, bottom: top + height }, ..old }
+    }
+
+    /// A drawing somewhere inside `cell`.
     pub fn thing(
         &self,
         rng: &mut ChaCha8Rng,
@@ -195,7 +219,11 @@ impl Composer<'_> {
         let (width, height) = self.drawings.atlas(style).extent(concept, size);
         let mut start = |low: u32, high: u32, len: u32| {
             let (low, high) = (low + CELL_MARGIN, (high - CELL_MARGIN).saturating_sub(len));
-            if low < high { rng.random_range(low..=high) } else { low }
+            match low < high {
+                true if self.tidy => u32::midpoint(low, high),
+                true => rng.random_range(low..=high),
+                false => low,
+            }
         };
         let left = start(cell.left, cell.right, width);
         let top = start(cell.top, cell.bottom, height);
@@ -207,11 +235,15 @@ impl Composer<'_> {
         }
     }
 
+    fn size(&self, rng: &mut ChaCha8Rng, sizes: std::ops::RangeInclusive<u32>) -> u32 {
+        if self.tidy { u32::midpoint(*sizes.start(), *sizes.end()) } else { rng.random_range(sizes) }
+    }
+
     fn count(&self, rng: &mut ChaCha8Rng) -> u32 {
         rng.random_range(1..=4u32)
     }
 
-    fn style(&self, rng: &mut ChaCha8Rng) -> Style {
+    pub fn style(&self, rng: &mut ChaCha8Rng) -> Style {
         *self.styles.choose(rng).expect("a split has a style")
     }
 
@@ -258,16 +290,14 @@ fn cell_of(corner: Place) -> Bounds {
     corner.sides().map_or_else(|| Bounds::amid(CELL, CELL), quarter)
 }
 
-/// Four cells in a corner, the outermost first, the others shuffled: any first few of them lie well in that corner.
-fn gather_cells(rng: &mut ChaCha8Rng, corner: Place) -> [Bounds; 4] {
+/// Four cells in a corner, the outermost first, then by `steps` away from it: any first few of them lie well in that
+/// corner.
+fn gather_cells(corner: Place, [first, second, third]: [(u32, u32); 3]) -> [Bounds; 4] {
     let (right, below) = corner.sides().unwrap_or_default();
-    let mut steps = [(1, 0), (0, 1), (1, 1)];
-    steps.shuffle(rng);
     let side = SIDE as u32;
     let start = |far: bool, step: u32| {
         if far { side - GATHER_CELL * (step + 1) } else { GATHER_CELL * step }
     };
-    let [first, second, third] = steps;
     [(0, 0), first, second, third]
         .map(|(across, down)| Bounds::square(start(right, across), start(below, down), GATHER_CELL))
 }

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::Picture;
+use super::{Bounds, Picture, Scene};
 
 /// What a document teaches; each has its own weight in a mixture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
@@ -31,11 +31,13 @@ pub enum Task {
     Clip,
 }
 
-/// In order. It begins with `<s>`, which is not among the pieces.
+/// In order. It begins with `<s>`, which is not among the pieces. The last piece is the answer to those before it.
 #[derive(Debug, Clone)]
 pub struct Document {
     pub task: Task,
     pub pieces: Vec<Piece>,
+    /// What the last piece shows or tells of; of a clip, its first frame.
+    pub scene: Scene,
     /// Whether `</s>` follows the last piece; it is learned if that piece is.
     pub ends: bool,
 }
@@ -50,6 +52,21 @@ pub enum Piece {
     /// `[IMG]`, one slot of n_query embeddings, `[/IMG]`. `learn`: its embeddings are to be regressed, and cross-entropy
     /// falls on its `[IMG]`.
     Image { picture: Picture, learn: bool },
+    /// A phrase and the place of what it names in the picture to paint: `<phrase>…</phrase><object>`, an image of the
+    /// outline, `</object>`.
+    Box { phrase: String, bounds: Bounds },
     /// `[VIDEO]`, then every frame as `[IMG]`, v_query embeddings, `[/IMG]`.
     Video { frames: Vec<Picture> },
+}
+
+impl Piece {
+    /// What the model is given.
+    pub fn given(text: impl Into<String>) -> Self {
+        Self::Text { text: text.into(), learn: false }
+    }
+
+    /// What the model is to write.
+    pub fn learned(text: impl Into<String>) -> Self {
+        Self::Text { text: text.into(), learn: true }
+    }
 }

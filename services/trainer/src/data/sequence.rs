@@ -3,7 +3,12 @@
 
 use emu2_llm::tokenizer::{Special, Tokenizer};
 
-use super::{Document, Picture, Piece};
+use super::{Document, Picture, Piece, outline};
+
+const IMG: &str = "[IMG]";
+const IMG_END: &str = "[/IMG]";
+const VIDEO: &str = "[VIDEO]";
+const EOS: &str = "</s>";
 
 /// Embeddings of an image, and of a video frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,37 +43,37 @@ impl Sequence {
     pub fn new(document: &Document, tokenizer: &Tokenizer, queries: Queries) -> Self {
         let mut sequence = Self::default();
         sequence.push(tokenizer.special(Special::Bos), false);
-        let mut pieces = document.pieces.iter().peekable();
-        while let Some(piece) = pieces.next() {
+        // Text that no slot interrupts, special tokens written out: they take the white space around them along.
+        let mut run = Vec::new();
+        let image = (Special::Image, queries.n_query);
+        for piece in &document.pieces {
             match piece {
+                Piece::Text { text, learn } => run.push((text.clone(), *learn)),
                 Piece::Image { picture, learn } => {
-                    sequence.slot(tokenizer, Special::Image, queries.n_query, picture, *learn);
+                    sequence.slot(tokenizer, &mut run, image, (picture, *learn))
                 }
                 Piece::Video { frames } => {
-                    let video = tokenizer.special_named("[VIDEO]").expect("appended to every vocabulary");
-                    sequence.push(video, false);
-                    for frame in frames {
-                        sequence.slot(tokenizer, Special::Gimg, queries.v_query, frame, false);
+                    run.push((VIDEO.to_owned(), false));
+                    let frame = (Special::Gimg, queries.v_query);
+                    for picture in frames {
+                        sequence.slot(tokenizer, &mut run, frame, (picture, false));
                     }
                 }
-                Piece::Text { text, learn } => {
-                    let mut run = vec![(text.as_str(), *learn)];
-                    while let Some(Piece::Text { text, learn }) =
-                        pieces.next_if(|piece| matches!(piece, Piece::Text { .. }))
-                    {
-                        run.push((text, *learn));
-                    }
-                    sequence.text(tokenizer, &run);
+                Piece::Box { phrase, bounds } => {
+                    run.push((format!("<phrase>{phrase}</phrase><object>"), false));
+                    sequence.slot(tokenizer, &mut run, image, (&outline::picture(*bounds), false));
+                    run.push(("</object>".to_owned(), false));
                 }
             }
         }
         if document.ends {
             let learn = match document.pieces.last() {
                 Some(Piece::Text { learn, .. } | Piece::Image { learn, .. }) => *learn,
-                Some(Piece::Video { .. }) | None => false,
+                Some(Piece::Box { .. } | Piece::Video { .. }) | None => false,
             };
-            sequence.push(tokenizer.special(Special::Eos), learn);
+            run.push((EOS.to_owned(), learn));
         }
+        sequence.text(tokenizer, &mut run);
         sequence
     }
 
@@ -77,33 +82,44 @@ impl Sequence {
         self.learn.push(learn);
     }
 
-    /// Tokens see the whole run; a piece's tokens are those that its text adds to the text before it.
-    fn text(&mut self, tokenizer: &Tokenizer, run: &[(&str, bool)]) {
+    /// Tokens see the whole run, which is emptied; those of a learned text are the ones that it adds to the text
+    /// before it.
+    fn text(&mut self, tokenizer: &Tokenizer, run: &mut Vec<(String, bool)>) {
         let mut text = String::new();
         // The first id is `<s>`.
-        let mut done = 1;
-        let mut ids = Vec::new();
-        for (piece, learn) in run {
-            text.push_str(piece);
+        let mut ids = vec![tokenizer.special(Special::Bos)];
+        for alike in run.chunk_by(|one, other| one.1 == other.1) {
+            let (before, learn) = (text.len(), alike[0].1);
+            text.extend(alike.iter().map(|(piece, _)| piece.as_str()));
             let longer = tokenizer.encode(&text);
             assert!(
-                ids.get(..done).is_none_or(|before| longer.starts_with(before)),
-                "a token straddles the beginning of {piece:?}"
+                longer.starts_with(&ids),
+                "a token straddles {:?} and {:?}",
+                &text[..before],
+                &text[before..]
             );
-            for &id in &longer[done..] {
-                self.push(id, *learn);
+            for &id in &longer[ids.len()..] {
+                self.push(id, learn);
             }
-            done = longer.len();
             ids = longer;
         }
+        run.clear();
     }
 
-    fn slot(&mut self, tokenizer: &Tokenizer, token: Special, len: usize, picture: &Picture, learn: bool) {
-        self.push(tokenizer.special(Special::Img), learn);
+    /// Writes the run up to here, then the picture; what follows begins with `[/IMG]`.
+    fn slot(
+        &mut self,
+        tokenizer: &Tokenizer,
+        run: &mut Vec<(String, bool)>,
+        (token, len): (Special, usize),
+        (picture, learn): (&Picture, bool),
+    ) {
+        run.push((IMG.to_owned(), learn));
+        self.text(tokenizer, run);
         self.slots.push(PictureSlot { start: self.ids.len(), len, picture: picture.clone(), learn });
         for _ in 0..len {
             self.push(tokenizer.special(token), false);
         }
-        self.push(tokenizer.special(Special::ImgEnd), false);
+        run.push((IMG_END.to_owned(), false));
     }
 }

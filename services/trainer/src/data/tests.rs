@@ -20,7 +20,7 @@ fn folder() -> PathBuf {
     String::from_utf8(output.stdout).unwrap().trim().into()
 }
 
-static FOLDER: LazyLock<PathBuf> = LazyLock::new(folder);
+pub(crate) static FOLDER: LazyLock<PathBuf> = LazyLock::new(folder);
 
 pub(crate) static WORLD: LazyLock<World> =
     LazyLock::new(|| World::open(&FOLDER, concept::CONCEPTS_MAX, 1, true).unwrap());

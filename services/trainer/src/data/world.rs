@@ -68,7 +68,13 @@ impl World {
             Split::Test => (&Style::TRAINED, Novelty::HeldOut),
             Split::Unseen => (&[Style::Twemoji], Novelty::Seen),
         };
-        Composer { drawings: &self.drawings, concepts: self.concepts, styles, novelty }
+        Composer { drawings: &self.drawings, concepts: self.concepts, styles, novelty, tidy: false }
+    }
+
+    /// As [`Self::composer`], for pictures to paint: tidy, and all in one of the split's styles.
+    pub fn painter(&self, split: Split) -> Composer<'_> {
+        let composer = self.composer(split);
+        Composer { styles: &composer.styles[..1], tidy: true, ..composer }
     }
 
     /// The random numbers of one sample of one stream.

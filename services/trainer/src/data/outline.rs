@@ -1,0 +1,17 @@
+//! A box as the picture that the model sees of it in a served prompt: drawn by the router, reduced by the encoder.
+
+use emu2_encoder::preprocess::{decode::Rgb, resize};
+use emu2_proto::v1;
+use emu2_router::drawing;
+
+use super::{Bounds, Picture, SIDE};
+
+/// White outline on black.
+pub fn picture(bounds: Bounds) -> Picture {
+    let [left, top, right, bottom] = bounds.fractions();
+    let region = v1::Box { left, top, right, bottom, phrase: String::new() };
+    let side = drawing::SIDE as usize;
+    Picture::new(
+        resize::resize(Rgb { width: side, height: side, data: drawing::outline(&region) }, SIDE).data,
+    )
+}

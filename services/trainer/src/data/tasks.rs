@@ -1,0 +1,97 @@
+//! Documents at random, one kind a task. A test asks for the same documents of another split: all pieces but the last
+//! are the prompt, the last one is the right answer.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`telling`] | captions, questions, grounding |
+//! | [`episodes`] | what a task is, shown by demonstrations |
+//! | [`painting`] | pictures to paint |
+//! | [`clips`] | one moving thing |
+//! | [`abilities`] | the cases of a test |
+
+pub mod abilities;
+pub mod clips;
+pub mod episodes;
+pub mod painting;
+pub mod telling;
+#[cfg(test)]
+mod tests;
+
+pub use abilities::Ability;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Document, Piece, Scene, Split, Task, World};
+
+impl Task {
+    pub const ALL: [Self; 11] = [
+        Self::Caption,
+        Self::Question,
+        Self::Grounding,
+        Self::Names,
+        Self::Tuples,
+        Self::Circle,
+        Self::TextToImage,
+        Self::Subject,
+        Self::BoxToImage,
+        Self::Editing,
+        Self::Clip,
+    ];
+
+    /// Names the random numbers that its documents draw.
+    fn stream(self) -> &'static str {
+        match self {
+            Self::Caption => "caption",
+            Self::Question => "question",
+            Self::Grounding => "grounding",
+            Self::Names => "names",
+            Self::Tuples => "tuples",
+            Self::Circle => "circle",
+            Self::TextToImage => "text to image",
+            Self::Subject => "subject",
+            Self::BoxToImage => "box to image",
+            Self::Editing => "editing",
+            Self::Clip => "clip",
+        }
+    }
+}
+
+/// What a document is drawn from.
+pub(super) struct Draw<'a> {
+    pub(super) world: &'a World,
+    pub(super) split: Split,
+    pub(super) rng: ChaCha8Rng,
+}
+
+impl World {
+    /// Document `index` of a task.
+    pub fn document(&self, split: Split, task: Task, index: u64) -> Document {
+        let mut draw = Draw { world: self, split, rng: self.random(split, task.stream(), index) };
+        match task {
+            Task::Caption => telling::caption(&mut draw),
+            Task::Question => telling::question(&mut draw),
+            Task::Grounding => telling::grounding(&mut draw),
+            Task::Names => episodes::names(&mut draw),
+            Task::Tuples => episodes::tuples(&mut draw),
+            Task::Circle => episodes::circle(&mut draw),
+            Task::TextToImage => painting::text_to_image(&mut draw),
+            Task::Subject => painting::subject(&mut draw),
+            Task::BoxToImage => painting::box_to_image(&mut draw),
+            Task::Editing => painting::editing(&mut draw),
+            Task::Clip => clips::clip(&mut draw),
+        }
+    }
+}
+
+impl Draw<'_> {
+    fn given(&self, scene: &Scene) -> Piece {
+        Piece::Image { picture: self.world.picture(scene), learn: false }
+    }
+
+    fn painted(&self, scene: &Scene) -> Piece {
+        Piece::Image { picture: self.world.picture(scene), learn: true }
+    }
+}
+
+fn document(task: Task, scene: Scene, pieces: Vec<Piece>) -> Document {
+    Document { task, pieces, scene, ends: true }
+}

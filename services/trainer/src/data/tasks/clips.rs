@@ -1,0 +1,91 @@
+//! Clips of one moving thing.
+
+use rand::{Rng, seq::IndexedRandom};
+
+use super::{Draw, document};
+use crate::data::{Bounds, Document, Piece, Place, SIDE, Scene, Task};
+
+/// Frames of a clip, as upstream samples.
+pub const FRAMES: usize = 8;
+
+/// Pixels from the first frame to the last.
+const PATH: std::ops::RangeInclusive<u32> = 20..=32;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Left,
+    Right,
+    Up,
+    Down,
+}
+
+impl Direction {
+    pub const ALL: [Self; 4] = [Self::Left, Self::Right, Self::Up, Self::Down];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Right => "right",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// Which way it moves, what moves, or both in a sentence.
+pub(super) fn clip(draw: &mut Draw) -> Document {
+    let asked = draw.rng.random_range(0..3u32);
+    let direction = *Direction::ALL.choose(&mut draw.rng).expect("not empty");
+    let (scene, video) = moving(draw, direction);
+    let (name, way) = (scene.things[0].concept.name(), direction.name());
+    let (given, answer) = match asked {
+        0 => return which_way(scene, video, direction),
+        1 => ("based on the video, what moves? short answer:", format!(" {name}")),
+        _ => ("Describe the video in details:", format!(" the {name} moves {way}.")),
+    };
+    document(Task::Clip, scene, vec![video, Piece::given(given), Piece::learned(answer)])
+}
+
+pub(super) fn direction(draw: &mut Draw) -> Document {
+    let direction = *Direction::ALL.choose(&mut draw.rng).expect("not empty");
+    let (scene, video) = moving(draw, direction);
+    which_way(scene, video, direction)
+}
+
+fn which_way(scene: Scene, video: Piece, direction: Direction) -> Document {
+    let question = Piece::given("based on the video, which way does it move? short answer:");
+    let answer = Piece::learned(format!(" {}", direction.name()));
+    document(Task::Clip, scene, vec![video, question, answer])
+}
+
+fn moving(draw: &mut Draw, direction: Direction) -> (Scene, Piece) {
+    let composer = draw.world.composer(draw.split);
+    let concept = composer.concept(&mut draw.rng);
+    let mut scene = composer.placed(&mut draw.rng, concept, Place::TopLeft);
+    let thing = scene.things[0].bounds;
+    let (width, height) = (thing.right - thing.left, thing.bottom - thing.top);
+    let side = SIDE as u32;
+    let path = draw.rng.random_range(PATH);
+    let mut start = |room: u32| draw.rng.random_range(0..=room);
+    // The corner of the path nearest the picture's top left.
+    let (left, top) = match direction {
+        Direction::Left | Direction::Right => (start(side - width - path), start(side - height)),
+        Direction::Up | Direction::Down => (start(side - width), start(side - height - path)),
+    };
+    let mut frame = |number: usize| {
+        let gone = path * number as u32 / (FRAMES as u32 - 1);
+        let (across, down) = match direction {
+            Direction::Left => (path - gone, 0),
+            Direction::Right => (gone, 0),
+            Direction::Up => (0, path - gone),
+            Direction::Down => (0, gone),
+        };
+        let (left, top) = (left + across, top + down);
+        scene.things[0].bounds = Bounds { left, top, right: left + width, bottom: top + height };
+        draw.world.picture(&scene)
+    };
+    // The first last, so that the scene stays as it began.
+    let frames: Vec<_> = (0..FRAMES).rev().map(&mut frame).collect();
+    let frames = frames.into_iter().rev().collect();
+    (scene, Piece::Video { frames })
+}

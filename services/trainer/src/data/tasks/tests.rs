@@ -1,0 +1,184 @@
+//! Documents against the prompts that the llm service lays out, and against what they promise.
+
+use emu2_llm::prompt::{Input, Output, Part, PromptConfig, build};
+use emu2_llm::tokenizer::Special;
+
+use super::*;
+use crate::data::{Queries, Sequence, held_out, tests::WORLD, vocabulary::tests::TOKENIZER};
+
+const QUERIES: Queries = Queries { n_query: 4, v_query: 2 };
+const CONFIG: PromptConfig = PromptConfig { n_query: 4, v_query: 2, max_positions: 2_048 };
+
+fn each(split: Split, count: u64) -> impl Iterator<Item = (Document, String)> {
+    Task::ALL.into_iter().flat_map(move |task| {
+        (0..count).map(move |index| {
+            let document = WORLD.document(split, task, index);
+            let shown = format!("{task:?} {index}: {:?}", document.pieces);
+            (document, shown)
+        })
+    })
+}
+
+/// A prompt's parts for the pieces before the answer, as a client sends them.
+fn parts(document: &Document) -> Vec<Part> {
+    let (_, given) = document.pieces.split_last().unwrap();
+    let part = |piece: &Piece| match piece {
+        Piece::Text { text, .. } => Part::Text(text.clone()),
+        Piece::Image { .. } => Part::Image,
+        Piece::Video { frames } => Part::Video { frames: frames.len() as u32 },
+        Piece::Box { phrase, bounds } => {
+            let [left, top, right, bottom] = bounds.fractions();
+            Part::Box { left, top, right, bottom, phrase: phrase.clone() }
+        }
+    };
+    given.iter().map(part).collect()
+}
+
+#[test]
+fn documents_begin_as_served_prompts_do() {
+    for (document, shown) in each(Split::Test, 60) {
+        let sequence = Sequence::new(&document, &TOKENIZER, QUERIES);
+        let (output, extra) = match document.pieces.last().unwrap() {
+            Piece::Image { .. } => (Output::Regression, 0),
+            _ => (Output::Text { grounding: false, max_new_tokens: 1 }, 1),
+        };
+        let parts = parts(&document);
+        if parts.is_empty() && extra == 1 {
+            continue;
+        }
+        let prompt = build(&TOKENIZER, &CONFIG, &Input::Prompt(parts), &output).unwrap();
+        assert_eq!(sequence.ids[..prompt.ids.len()], prompt.ids, "{shown}");
+        let slots = sequence.slots.iter().map(|slot| (slot.start, slot.len));
+        let served = prompt.slots.iter().map(|slot| (slot.start, slot.len));
+        assert!(served.eq(slots.take(prompt.slots.len())), "{shown}");
+        // The first thing that is not given is learned.
+        let answer = prompt.ids.len();
+        assert!(sequence.learn[answer] || sequence.slots.last().unwrap().learn, "{shown}");
+    }
+}
+
+#[test]
+fn chats_are_the_chat_template() {
+    let mut checked = 0;
+    for (document, shown) in each(Split::Train, 60) {
+        let [Piece::Text { text: opening, .. }, Piece::Image { .. }, Piece::Text { text, .. }, _] =
+            document.pieces.as_slice()
+        else {
+            continue;
+        };
+        let Some((question, rest)) = text.split_once(" [ASSISTANT]:") else { continue };
+        assert!(opening.ends_with(" [USER]: "), "{shown}");
+        let turns = vec![vec![Part::Image, Part::Text(question.to_owned())]];
+        let input = Input::Chat { turns, system_message: None };
+        let output = Output::Text { grounding: rest == "<grounding>", max_new_tokens: 1 };
+        let prompt = build(&TOKENIZER, &CONFIG, &input, &output).unwrap();
+        let sequence = Sequence::new(&document, &TOKENIZER, QUERIES);
+        assert_eq!(sequence.ids[..prompt.ids.len()], prompt.ids, "{shown}");
+        checked += 1;
+    }
+    assert!(checked > 10, "{checked} chats");
+}
+
+#[test]
+fn every_document_learns_and_ends_and_fits() {
+    for (document, shown) in each(Split::Train, 200) {
+        let sequence = Sequence::new(&document, &TOKENIZER, Queries { n_query: 16, v_query: 16 });
+        assert!(sequence.ids.len() <= 1_024, "{} positions: {shown}", sequence.ids.len());
+        assert_eq!(sequence.ids.len(), sequence.learn.len());
+        assert_eq!(sequence.ids.last(), Some(&TOKENIZER.special(Special::Eos)));
+        assert_eq!(sequence.learn.last(), Some(&true), "{shown}");
+        for slot in &sequence.slots {
+            assert!(!sequence.learn[slot.start..slot.start + slot.len].contains(&true));
+            assert_eq!(sequence.ids[slot.start - 1], TOKENIZER.special(Special::Img));
+        }
+        assert!(document.pieces.iter().any(|piece| {
+            matches!(piece, Piece::Text { learn: true, .. } | Piece::Image { learn: true, .. })
+        }));
+    }
+}
+
+#[test]
+fn training_documents_show_nothing_held_out() {
+    for (document, shown) in each(Split::Train, 1_000) {
+        assert!(!held_out::scene(&document.scene), "{shown}");
+    }
+}
+
+#[test]
+fn documents_are_the_same_anywhere() {
+    for ((one, shown), (other, _)) in each(Split::Test, 5).zip(each(Split::Test, 5)) {
+        let ids = |document: &Document| Sequence::new(document, &TOKENIZER, QUERIES).ids;
+        assert_eq!(ids(&one), ids(&other), "{shown}");
+        assert_eq!(one.scene, other.scene);
+    }
+}
+
+/// Equal words, equal pictures: else a regression learns their mean.
+#[test]
+fn words_determine_the_picture_to_paint() {
+    let mut pictures = std::collections::HashMap::new();
+    let mut again = 0;
+    for index in 0..20_000 {
+        let scene = WORLD.painter(Split::Train).any(&mut WORLD.random(Split::Train, "painted", index));
+        let told = crate::data::describe::whole(&scene);
+        let things = scene.things.clone();
+        if let Some(before) = pictures.insert(told.clone(), things.clone()) {
+            assert_eq!(before, things, "{told}");
+            again += 1;
+        }
+    }
+    assert!(again > 50, "{again} told twice");
+}
+
+#[test]
+fn names_are_shown_as_often_as_asked() {
+    for shots in [0, 1, 2, 4, 8] {
+        let document = WORLD.case(Split::Test, Ability::Names { shots }, 3);
+        let mut counts = std::collections::HashMap::new();
+        let (answer, shown) = document.pieces.split_last().unwrap();
+        for piece in shown.iter().skip(2).step_by(3) {
+            let Piece::Text { text, .. } = piece else { panic!("{piece:?}") };
+            *counts.entry(text.clone()).or_insert(0) += 1;
+        }
+        let Piece::Text { text, learn: true } = answer else { panic!("{answer:?}") };
+        if shots > 0 {
+            assert_eq!((counts.len(), counts.get(text)), (4, Some(&shots)));
+        }
+        assert!(counts.values().all(|&count| count == shots));
+    }
+}
+
+#[test]
+fn cases_ask_for_what_they_are_called() {
+    for (ability, index) in Ability::all().flat_map(|ability| (0..20).map(move |index| (ability, index))) {
+        for split in [Split::Test, Split::Unseen] {
+            let document = WORLD.case(split, ability, index);
+            let shown = format!("{ability:?} {index}: {document:?}");
+            match document.pieces.last().unwrap() {
+                Piece::Image { learn, .. } => assert!(*learn && ability.painted(), "{shown}"),
+                Piece::Text { learn, .. } => assert!(*learn && !ability.painted(), "{shown}"),
+                _ => panic!("{shown}"),
+            }
+            if split == Split::Test && document.scene.things.len() > 1 {
+                assert!(held_out::composition(&document.scene), "{shown}");
+            }
+        }
+    }
+}
+
+/// Rates are printed, not asserted: machines differ.
+#[test]
+fn documents_come_faster_than_training_eats_them() {
+    for task in Task::ALL {
+        let begun = std::time::Instant::now();
+        let count = 100;
+        for index in 0..count {
+            let document = WORLD.document(Split::Train, task, index);
+            std::hint::black_box(Sequence::new(&document, &TOKENIZER, QUERIES));
+        }
+        println!(
+            "{task:?}: {:.0} documents a second on one core",
+            count as f64 / begun.elapsed().as_secs_f64()
+        );
+    }
+}

@@ -1,0 +1,236 @@
+//! What a served model can do, asked through the cluster's public API: `emu2-trainer eval`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`case`] | one question: the request, and what the answer is worth |
+//! | [`record`] | answers as JSON lines, from which an evaluation goes on where it ended |
+//! | [`report`] | the table, with intervals, baselines and bars |
+
+pub mod case;
+pub mod record;
+pub mod report;
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use emu2_cli::{
+    args::Server,
+    client::Client,
+    cluster::{Cluster, ClusterConfig},
+};
+use emu2_proto::v1;
+use futures::{StreamExt, TryStreamExt, stream};
+use image::RgbImage;
+
+use crate::{
+    data::{Ability, SIDE, Split, Style, World},
+    judge::Judge,
+    model,
+};
+use case::{Case, Column, Painting};
+use record::{Record, Records};
+
+/// A judge that is right about fewer real scenes is not used.
+const JUDGE_SCORE_MIN: f64 = 0.95;
+/// Real scenes that the judge is tried on.
+const JUDGED_SCENES: u64 = 300;
+
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Ask a running cluster, e.g. http://127.0.0.1:50051; default: start one in this process.
+    #[arg(long)]
+    pub addr: Option<String>,
+    /// What that cluster serves.
+    #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
+    pub model_dir: PathBuf,
+    /// The folder that `deploy/fetch/drawings.py --unseen` prints.
+    #[arg(long, value_name = "DIR")]
+    pub drawings: PathBuf,
+    /// Concepts that the model was trained on: the first so many; default: as many as nano.
+    #[arg(long)]
+    pub concepts: Option<usize>,
+    /// Answers, one JSON a line; those already there are not asked for again.
+    #[arg(long, default_value = "out/eval.jsonl", value_name = "FILE")]
+    pub answers: PathBuf,
+    /// The table as JSON.
+    #[arg(long, default_value = "tests/bench/results/abilities.json", value_name = "FILE")]
+    pub results: PathBuf,
+    /// Cases of a score in the trained styles.
+    #[arg(long, default_value_t = 300)]
+    pub cases: u64,
+    /// Cases of a score in the unseen style, and of a baseline.
+    #[arg(long, default_value_t = 100)]
+    pub other_cases: u64,
+    /// Of the scenes; training's scenes are others in any case.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Denoising steps of a picture.
+    #[arg(long, default_value_t = 20)]
+    pub steps: u32,
+    #[arg(long, default_value_t = 3.0)]
+    pub guidance_scale: f32,
+    /// Requests at once.
+    #[arg(long, default_value_t = 8)]
+    pub concurrency: usize,
+    /// Only abilities whose name begins so.
+    #[arg(long)]
+    pub only: Option<String>,
+}
+
+/// Everything that cases are made and judged with.
+struct Bench {
+    world: World,
+    judge: Judge,
+    text_model: String,
+    image_model: String,
+    painting: Painting,
+}
+
+pub async fn eval(args: Eval) -> Result<()> {
+    let started = match &args.addr {
+        Some(_) => None,
+        None => Some(start(&args.model_dir).await?),
+    };
+    let addr = match (&args.addr, &started) {
+        (Some(addr), _) => addr.clone(),
+        (None, Some(cluster)) => local(cluster.addr),
+        (None, None) => unreachable!("a cluster was started where no address was given"),
+    };
+    let outcome = ask_all(&args, addr).await;
+    if let Some(cluster) = started {
+        cluster.stop().await?;
+    }
+    outcome
+}
+
+async fn start(model_dir: &Path) -> Result<Cluster> {
+    let mut cluster = Cluster::start(ClusterConfig::local(vec![model_dir.to_owned()])).await?;
+    cluster.ready().await.with_context(|| format!("{} cannot be served", model_dir.display()))?;
+    Ok(cluster)
+}
+
+fn local(addr: SocketAddr) -> String {
+    format!("http://{addr}")
+}
+
+async fn ask_all(args: &Eval, addr: String) -> Result<()> {
+    let mut client = Client::connect(&Server { addr, timeout: Some(600.0) }).await?;
+    let concepts = args.concepts.map_or_else(|| crate::args::concepts(&model::nano()), Ok)?;
+    let world = World::open(&args.drawings, concepts, args.seed, true)?;
+    let styles = [Style::Noto, Style::Fluent, Style::Twemoji];
+    let bench = Bench {
+        judge: Judge::new(world.drawings(), concepts, &styles),
+        world,
+        text_model: client.pick(None, v1::Capability::Text).await?,
+        image_model: client.pick(None, v1::Capability::Image).await?,
+        painting: Painting { steps: args.steps, guidance_scale: args.guidance_scale },
+    };
+    let judge_scores = judge_scores(&bench);
+    ensure!(
+        judge_scores.iter().all(|(_, score)| *score >= JUDGE_SCORE_MIN),
+        "the judge is right about {judge_scores:?} of real scenes, needs {JUDGE_SCORE_MIN}"
+    );
+    let served = served(&mut client, args, concepts).await?;
+    let mut records = Records::open(&args.answers, &served)?;
+    let open: Vec<Case> = cases(args).filter(|case| !records.holds(case)).collect();
+    let bar = indicatif::ProgressBar::new(open.len() as u64).with_style(
+        indicatif::ProgressStyle::with_template("{wide_bar} {pos}/{len} {eta}")
+            .context("the bar's template is right")?,
+    );
+    let answers = stream::iter(open).map(|case| answer(&bench, client.clone(), case));
+    let mut answers = answers.buffer_unordered(args.concurrency.max(1));
+    while let Some(record) = answers.try_next().await? {
+        records.add(record)?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let asked: Vec<Case> = cases(args).collect();
+    let report = report::Report::new(&records, &asked, judge_scores);
+    print!("{report}");
+    let folder = args.results.parent().context("--results names a file in a folder")?;
+    fs::create_dir_all(folder)?;
+    fs::write(&args.results, serde_json::to_string_pretty(&report.json(&served))? + "\n")
+        .with_context(|| format!("cannot write {}", args.results.display()))
+}
+
+/// What answers depend on: those of another model, seed or way of painting are not mixed with these.
+async fn served(client: &mut Client, args: &Eval, concepts: usize) -> Result<serde_json::Value> {
+    let models = client.models().await?;
+    let digests: Vec<_> = models
+        .iter()
+        .map(|model| [&model.name, &model.encoder_digest, &model.llm_digest, &model.decoder_digest])
+        .collect();
+    Ok(serde_json::json!({
+        "models": digests, "concepts": concepts, "seed": args.seed, "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+    }))
+}
+
+fn cases(args: &Eval) -> impl Iterator<Item = Case> + '_ {
+    let wanted =
+        |ability: &Ability| args.only.as_ref().is_none_or(|only| ability.name().starts_with(only.as_str()));
+    Ability::all().filter(wanted).flat_map(move |ability| {
+        Column::ALL.into_iter().filter(move |column| column.applies(ability)).flat_map(move |column| {
+            let count = if column == Column::Trained { args.cases } else { args.other_cases };
+            (0..count).map(move |index| Case { ability, column, index })
+        })
+    })
+}
+
+async fn answer(bench: &Bench, mut client: Client, case: Case) -> Result<Record> {
+    let document = case.document(&bench.world);
+    let request = case.request(bench, &document)?;
+    let mut events = client.generate(request).await.with_context(|| format!("{case:?}"))?;
+    let (mut text, mut picture) = (String::new(), None);
+    while let Some(event) = events.message().await.map_err(emu2_cli::client::explain)? {
+        match event.event {
+            Some(v1::generate_event::Event::TextDelta(delta)) => text.push_str(&delta.text),
+            Some(v1::generate_event::Event::Image(image)) => picture = Some(image.png),
+            _ => {}
+        }
+    }
+    let picture = match picture {
+        Some(png) => Some(image::load_from_memory(&png).context("the answer is no picture")?.to_rgb8()),
+        None => None,
+    };
+    let scores = match &picture {
+        Some(picture) => case.painted(&document, &bench.judge.look(&scaled(picture))),
+        None => case.told(&document, &text),
+    };
+    Ok(Record { case, text: picture.is_none().then_some(text), scores })
+}
+
+/// As large as scenes are.
+fn scaled(picture: &RgbImage) -> RgbImage {
+    let side = SIDE as u32;
+    if picture.dimensions() == (side, side) {
+        return picture.clone();
+    }
+    image::imageops::resize(picture, side, side, image::imageops::FilterType::Triangle)
+}
+
+/// Shares of real scenes whose thing, count and background the judge finds.
+fn judge_scores(bench: &Bench) -> [(&'static str, f64); 3] {
+    let mut right = [("object", 0.0), ("count", 0.0), ("background", 0.0)];
+    for index in 0..JUDGED_SCENES {
+        let mut rng = bench.world.random(Split::Test, "judged", index);
+        let composer = bench.world.composer(Split::Test);
+        let scene = if index % 2 == 0 { composer.single(&mut rng) } else { composer.spread(&mut rng) };
+        let verdict = bench.judge.look(&case::rgb(&bench.world.picture(&scene)));
+        let (concept, count) = scene.counts()[0];
+        let found = [
+            verdict.concept() == Some(concept),
+            verdict.count() == count as usize,
+            verdict.background == scene.background,
+        ];
+        for ((_, score), found) in right.iter_mut().zip(found) {
+            *score += f64::from(u8::from(found)) / JUDGED_SCENES as f64;
+        }
+    }
+    right
+}
