@@ -207,7 +207,7 @@ fn damaged_files_neither_panic_nor_allocate() {
     for original in &originals {
         fs::write(&path, original).unwrap();
         consume(&path).unwrap();
-        for _ in 0..2000 {
+        for _ in 0..600 {
             let mut bytes = original.clone();
             for _ in 0..1 + random(4) {
                 let at = random(bytes.len());
@@ -226,7 +226,7 @@ fn damaged_files_neither_panic_nor_allocate() {
             assert!(held < BOUND, "{held} bytes");
         }
     }
-    assert!(refused > 1000, "{refused}");
+    assert!(refused > 300, "{refused}");
 }
 
 #[test]
