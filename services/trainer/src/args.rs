@@ -4,14 +4,16 @@ use std::{fs, io::IsTerminal, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use emu2_llm::tokenizer::Tokenizer as Ids;
 use emu2_serve::shutdown::Shutdown;
 
 use crate::{
-    data::{Vocabulary, World, concept::CONCEPTS_MAX},
+    checkpoint::Progress,
+    data::{Queries, Vocabulary, World, concept::CONCEPTS_MAX},
     eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
-    objective::{Autoencode, Denoise, Naming, Samples},
+    objective::{Autoencode, Denoise, Naming, NextElement, Samples},
     samples::TrainingWorld,
     stage::{ObjectiveConfig, Stage},
     train::{self, Ended, Run},
@@ -150,8 +152,9 @@ fn train(args: Train) -> Result<()> {
     // Signals are heard by a thread of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let _entered = runtime.enter();
-    let run = Run {
+    let mut run = Run {
         runs: args.places.runs.clone(),
+        before: Progress::default(),
         loader_threads: args.loaders,
         time_max: args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),
         shutdown: Shutdown::on_signals(),
@@ -162,9 +165,11 @@ fn train(args: Train) -> Result<()> {
         if !args.only.is_empty() && !args.only.contains(&stage.name) {
             continue;
         }
+        run.before = source.before(&stage.name)?;
         let model = source.model(&sections, &stages[..index], args.seed, device)?;
         let world = World::open(&args.drawings, concepts(&sections)?, stage.seed, false)?;
-        if train_stage(stage, &model, world, &run)? == Ended::Stopped {
+        let ids = || trained_ids(&args.places, &sections);
+        if train_stage(stage, &model, world, ids, &run)? == Ended::Stopped {
             println!("{}: stopped; the same command goes on from here", stage.name);
             break;
         }
@@ -179,13 +184,42 @@ pub(crate) fn concepts(sections: &Sections) -> Result<usize> {
     Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
 }
 
-fn train_stage(stage: &Stage, model: &Model, world: World, run: &Run) -> Result<Ended> {
-    let grid_side = model.n_query().isqrt() as usize;
-    let samples: Arc<dyn Samples> = Arc::new(TrainingWorld { world, grid_side });
+/// The tokenizer, which must give as many ids as the model has rows for.
+fn trained_ids(places: &Places, sections: &Sections) -> Result<Arc<Ids>> {
+    let instruct = sections.get("instruct").and_then(serde_json::Value::as_bool).unwrap_or(false);
+    let path = &places.tokenizer;
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let tokenizer = Ids::parse(&bytes, instruct).with_context(|| path.display().to_string())?;
+    let (rows, ids) = (sections["llama"]["vocab_size"].as_u64(), tokenizer.vocab_size() as u64);
+    ensure!(rows == Some(ids), "llama.vocab_size is {rows:?}, but the tokenizer has {ids} ids");
+    Ok(Arc::new(tokenizer))
+}
+
+fn train_stage(
+    stage: &Stage,
+    model: &Model,
+    world: World,
+    ids: impl Fn() -> Result<Arc<Ids>>,
+    run: &Run,
+) -> Result<Ended> {
+    let (n_query, v_query) = (model.n_query() as usize, model.tower.config.v_query as usize);
+    let samples: Arc<dyn Samples> = Arc::new(TrainingWorld { world, grid_side: n_query.isqrt() });
     let seed = stage.seed;
     match &stage.objective {
         ObjectiveConfig::Naming { batch } => {
             train::train(stage, model, &Naming::new(samples, *batch, model), run)
+        }
+        ObjectiveConfig::NextElement { tasks, text_only, regression_weight } => {
+            let objective = NextElement {
+                samples,
+                tokenizer: ids()?,
+                queries: Queries { n_query, v_query },
+                tasks: tasks.clone(),
+                text_only: *text_only,
+                regression_weight: *regression_weight,
+                seed,
+            };
+            train::train(stage, model, &objective, run)
         }
         &ObjectiveConfig::Autoencode { batch, divergence_weight } => {
             train::train(stage, model, &Autoencode { samples, batch, divergence_weight, seed }, run)

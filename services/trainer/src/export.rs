@@ -7,8 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -17,8 +16,15 @@ use crate::{
     stage::Stage,
 };
 
-/// What a folder's training.json says of each stage.
-#[derive(Clone, Copy, Debug, Serialize)]
+/// Beside an exported model: how far each stage is.
+const REPORT: &str = "training.json";
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Report {
+    stages: BTreeMap<String, Trained>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Trained {
     steps: u64,
     steps_planned: u64,
@@ -42,6 +48,22 @@ impl Source {
         };
         self.replay(&model, stages)?;
         Ok(model)
+    }
+
+    /// How far a stage was when the base was exported: it goes on from there, with an optimizer that begins anew.
+    pub fn before(&self, stage: &str) -> Result<Progress> {
+        let Some(trained) = self.report()?.stages.get(stage).copied() else { return Ok(Progress::default()) };
+        let milliseconds = (trained.minutes * 60_000.0) as u64;
+        let Trained { steps, samples, .. } = trained;
+        Ok(Progress { steps, samples, milliseconds, restarted: steps })
+    }
+
+    /// Of the base.
+    fn report(&self) -> Result<Report> {
+        let Some(base) = &self.base else { return Ok(Report::default()) };
+        let path = base.join(REPORT);
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is not understood", path.display()))
     }
 
     /// And how far each of them is.
@@ -79,10 +101,11 @@ pub fn export(
         fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
     };
     write("config.json", serde_json::to_string_pretty(sections)?)?;
+    let mut report = source.report()?;
     let trained =
-        stages.iter().filter_map(|stage| Some((&stage.name, trained(stage, done.get(&stage.name)?))));
-    let trained: BTreeMap<_, _> = trained.collect();
-    write("training.json", serde_json::to_string_pretty(&json!({ "stages": trained }))?)?;
+        stages.iter().filter_map(|stage| Some((stage.name.clone(), trained(stage, done.get(&stage.name)?))));
+    report.stages.extend(trained);
+    write(REPORT, serde_json::to_string_pretty(&report)?)?;
     let copy = out.join("tokenizer.model");
     if tokenizer != copy {
         fs::copy(tokenizer, &copy).with_context(|| format!("cannot copy {}", tokenizer.display()))?;
@@ -101,6 +124,7 @@ mod tests {
     use emu2_encoder::eva_vit::EvaVit;
     use emu2_llm::{load::ModelConfig, tokenizer::Tokenizer};
     use emu2_nn::checkpoint::{Layout, ModelDir};
+    use serde_json::json;
 
     use super::*;
     use crate::{
@@ -157,6 +181,9 @@ mod tests {
             model.variables()["visual.cls_token"].double_value(&[0, 0, 0])
         };
         assert_eq!(value(&base), 0.25);
+        let before = Progress { steps: 7, samples: 70, milliseconds: 90_000, restarted: 7 };
+        assert_eq!(base.before("1-b").unwrap(), before);
+        assert_eq!(base.before("2-never").unwrap(), Progress::default());
         trained(&base, &sections, &stages[0], 0.75);
         assert_eq!(value(&base), 0.75);
     }

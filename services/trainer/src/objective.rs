@@ -4,20 +4,24 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context, Result};
 use emu2_decoder::noise::standard_normal;
+use emu2_llm::tokenizer::Tokenizer;
 use emu2_nn::layers::Linear;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    data::Picture,
+    data::{Document, Picture, Piece, Queries, Sequence, Task},
+    layout::Layout,
     loss::{self, Loss, NamingHeads, Noising},
     model::Model,
     pixels::Pixels,
+    stage::TaskShare,
 };
 
 /// Where samples come from. Each is a function of its number.
 pub trait Samples: Send + Sync + 'static {
+    fn document(&self, task: Task, number: u64) -> Document;
     fn scene(&self, number: u64) -> NamedScene;
 }
 
@@ -153,6 +157,80 @@ impl Objective for Naming {
         }
         variables
     }
+}
+
+/// The next token or embedding of interleaved documents.
+pub struct NextElement {
+    pub samples: Arc<dyn Samples>,
+    pub tokenizer: Arc<Tokenizer>,
+    pub queries: Queries,
+    pub tasks: Vec<TaskShare>,
+    pub text_only: bool,
+    pub regression_weight: f64,
+    /// The stage's.
+    pub seed: u64,
+}
+
+pub struct Documents {
+    layout: Layout,
+    pixels: Pixels,
+}
+
+impl Batch for Documents {
+    fn samples(&self) -> usize {
+        self.layout.sequences
+    }
+}
+
+impl Objective for NextElement {
+    type Batch = Documents;
+
+    fn maker(&self) -> Maker<Documents> {
+        let (samples, tokenizer) = (Arc::clone(&self.samples), Arc::clone(&self.tokenizer));
+        let (queries, tasks, text_only, stage) =
+            (self.queries, self.tasks.clone(), self.text_only, self.seed);
+        Box::new(move |step| {
+            let TaskShare { task, batch, .. } = draw(&tasks, seed(stage, step, 0));
+            let sequence = |index| {
+                let document = samples.document(task, number(step, batch, index));
+                let document = if text_only { text_of(document) } else { document };
+                Sequence::new(&document, &tokenizer, queries)
+            };
+            let sequences: Vec<_> = (0..batch).map(sequence).collect();
+            let (layout, pictures) = Layout::new(&sequences, queries.n_query)
+                .expect("pictures and frames have as many embeddings");
+            Documents { layout, pixels: pictures.into_iter().collect() }
+        })
+    }
+
+    fn loss(&self, model: &Model, batch: &Documents, _step: u64) -> Loss {
+        let pixels = batch.pixels.normalised(model.device());
+        loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, self.regression_weight)
+    }
+}
+
+/// One of the tasks, by weight.
+fn draw(tasks: &[TaskShare], seed: u64) -> TaskShare {
+    let sum: f64 = tasks.iter().map(|share| share.weight).sum();
+    let mut left = ChaCha12Rng::seed_from_u64(seed).random_range(0.0..sum);
+    for share in tasks {
+        if left < share.weight {
+            return *share;
+        }
+        left -= share.weight;
+    }
+    // Rounding may leave a little.
+    tasks[tasks.len() - 1]
+}
+
+/// A document's texts as one, all of it learned.
+fn text_of(document: Document) -> Document {
+    let texts = document.pieces.iter().filter_map(|piece| match piece {
+        Piece::Text { text, .. } => Some(text.as_str()),
+        Piece::Image { .. } | Piece::Box { .. } | Piece::Video { .. } => None,
+    });
+    let text = texts.collect::<Vec<_>>().concat();
+    Document { pieces: vec![Piece::Text { text, learn: true }], ..document }
 }
 
 /// Pictures through the VAE and back.

@@ -1,7 +1,7 @@
 //! The training data as objectives draw it.
 
 use crate::{
-    data::{Bounds, SIDE, Scene, Split, World},
+    data::{Bounds, Document, SIDE, Scene, Split, Task, World},
     objective::{NAMES, NamedScene, Samples},
 };
 
@@ -16,6 +16,10 @@ pub struct TrainingWorld {
 const COVERED_MIN: f32 = 0.25;
 
 impl Samples for TrainingWorld {
+    fn document(&self, task: Task, number: u64) -> Document {
+        self.world.document(Split::Train, task, number)
+    }
+
     fn scene(&self, number: u64) -> NamedScene {
         let scene = self.world.scene(Split::Train, number);
         NamedScene {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::optimizer::OptimizerConfig;
+use crate::{data::Task, optimizer::OptimizerConfig};
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,6 +29,16 @@ pub enum ObjectiveConfig {
     Naming {
         batch: usize,
     },
+    NextElement {
+        /// One task a step, drawn by weight: sequences of one task are about as long as each other.
+        tasks: Vec<TaskShare>,
+        /// The texts alone, all of them learned: the language before the pictures.
+        #[serde(default)]
+        text_only: bool,
+        /// Of the embeddings' error against the tokens' cross-entropy; the paper gives none.
+        #[serde(default = "one")]
+        regression_weight: f64,
+    },
     Autoencode {
         batch: usize,
         /// Of the latents' divergence from standard normal.
@@ -39,6 +49,18 @@ pub enum ObjectiveConfig {
         /// Of the pictures whose embeddings are dropped, for guidance.
         dropped_share: f64,
     },
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskShare {
+    pub task: Task,
+    pub weight: f64,
+    pub batch: usize,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 impl Stage {
@@ -90,6 +112,13 @@ impl Stage {
         };
         match &self.objective {
             ObjectiveConfig::Naming { batch } => batches.push(*batch),
+            ObjectiveConfig::NextElement { tasks, regression_weight, .. } => {
+                share("regression_weight", *regression_weight, 1e6);
+                batches.extend(tasks.iter().map(|share| share.batch));
+                tasks.iter().for_each(|task| share("tasks.weight", task.weight, 1e6));
+                let sum: f64 = tasks.iter().map(|share| share.weight).sum();
+                require(sum > 0.0, format!("the weights of tasks must add up to more than 0, is {sum}"));
+            }
             ObjectiveConfig::Autoencode { batch, divergence_weight } => {
                 share("divergence_weight", *divergence_weight, 1e6);
                 batches.push(*batch);

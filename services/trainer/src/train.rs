@@ -34,6 +34,8 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 pub struct Run {
     /// A folder with one folder for each stage.
     pub runs: PathBuf,
+    /// What the model has behind it of the stage, where there is no checkpoint.
+    pub before: Progress,
     /// Threads that make batches.
     pub loader_threads: usize,
     /// Ends the stage's turn, to be resumed.
@@ -60,7 +62,7 @@ impl Run {
 /// Trains from the stage's last checkpoint, or from the model as it is.
 pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<Ended> {
     let checkpoint = run.checkpoint(&stage.name);
-    let mut state = State::begin(stage, model, objective, &checkpoint)?;
+    let mut state = State::begin(stage, model, objective, (&checkpoint, run.before))?;
     let mut log = Log::open(&run.runs.join(&stage.name), stage, state.progress, run.bar)?;
     let mut batches = Loader::start(run.loader_threads, AHEAD, state.progress.steps, objective.maker());
     let (began, mut saved) = (Instant::now(), Instant::now());
@@ -109,7 +111,7 @@ impl<'a> State<'a> {
         stage: &Stage,
         model: &Model,
         objective: &O,
-        checkpoint: &'a Path,
+        (checkpoint, before): (&'a Path, Progress),
     ) -> Result<Self> {
         let prefixes: Vec<String> = stage.train.keys().cloned().collect();
         let mut trained = model.train(&prefixes)?;
@@ -122,7 +124,7 @@ impl<'a> State<'a> {
         let variables =
             trained.iter().map(|(name, tensor)| (name.clone(), (tensor.shallow_clone(), share(name))));
         let mut optimizer = AdamW::new(stage.optimizer.clone(), variables.collect());
-        let mut progress = Progress::default();
+        let mut progress = before;
         if checkpoint.exists() {
             progress = checkpoint::resume(checkpoint, &mut trained, &mut optimizer)
                 .with_context(|| format!("cannot go on from {}", checkpoint.display()))?;

@@ -2,21 +2,42 @@
 
 use std::{fs, sync::Arc};
 
+use emu2_llm::tokenizer::Tokenizer;
 use serde_json::json;
 use tch::Device;
 
 use super::*;
 use crate::{
-    data::Picture,
+    data::{Background, Document, Layout, Picture, Piece, Queries, Scene, Task},
     loss::Loss,
     model::Sections,
-    objective::{Autoencode, Denoise, Maker, NAMES, NamedScene, Naming, Samples},
+    objective::{Autoencode, Denoise, Maker, NAMES, NamedScene, Naming, NextElement, Samples},
+    stage::TaskShare,
 };
 
 /// Pictures of one colour, the left half brighter where the first concept "stands".
 struct Toy;
 
 impl Samples for Toy {
+    /// A caption, or for odd numbers a picture to paint.
+    fn document(&self, task: Task, number: u64) -> Document {
+        let shade = ["dark", "grey", "bright"][number as usize % 3];
+        let text = |text: String, learn| Piece::Text { text, learn };
+        let image = |learn| Piece::Image { picture: self.scene(number).picture, learn };
+        let pieces = if number.is_multiple_of(2) {
+            vec![image(false), text(format!(" it is {shade}"), true)]
+        } else {
+            vec![text(format!("it is {shade}"), false), image(true)]
+        };
+        let scene = Scene {
+            background: Background::Red,
+            layout: Layout::Group(None),
+            things: Vec::new(),
+            circled: None,
+        };
+        Document { task, pieces, scene, ends: true }
+    }
+
     fn scene(&self, number: u64) -> NamedScene {
         let background = number % 3;
         let shade = 60 * background as u8;
@@ -30,6 +51,11 @@ impl Samples for Toy {
     }
 }
 
+fn tokenizer() -> Arc<Tokenizer> {
+    let path = emu2_nn::golden::model_dir("emu2-chat").join("tokenizer.model");
+    Arc::new(Tokenizer::parse(&fs::read(path).unwrap(), true).unwrap())
+}
+
 fn tiny() -> Sections {
     let sections = json!({
         "vision": {
@@ -38,7 +64,7 @@ fn tiny() -> Sections {
         },
         "llama": {
             "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1,
-            "vocab_size": 64,
+            "vocab_size": tokenizer().vocab_size(),
         },
         "unet": {
             "sample_size": 32, "block_out_channels": [8, 16], "attention_head_dim": [1, 1],
@@ -63,7 +89,14 @@ fn stage(name: &str, steps: u64, train: &str, average: &str) -> Stage {
 fn run(runs: &Path) -> Run {
     // Tests run side by side.
     tch::set_num_threads(1);
-    Run { runs: runs.to_owned(), loader_threads: 2, time_max: None, shutdown: Shutdown::new(), bar: false }
+    Run {
+        runs: runs.to_owned(),
+        before: Progress::default(),
+        loader_threads: 2,
+        time_max: None,
+        shutdown: Shutdown::new(),
+        bar: false,
+    }
 }
 
 fn model() -> Model {
@@ -128,6 +161,30 @@ fn losses_of_every_objective_on_pictures_fall() {
     let denoise = Denoise { samples, batch: 2, dropped_share: 0.5, seed: 5 };
     train(&stage("unet", 60, "unet.", "average_decay = 0.9"), &model, &denoise, &run).unwrap();
     check("unet", 0.97);
+}
+
+#[test]
+fn losses_of_documents_fall_with_pictures_and_without() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = run(folder.path());
+    let documents = |text_only| NextElement {
+        samples: Arc::new(Toy),
+        tokenizer: tokenizer(),
+        queries: Queries { n_query: 4, v_query: 4 },
+        tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
+        text_only,
+        regression_weight: 1.0,
+        seed: 5,
+    };
+    for (name, text_only, parts) in [("words", true, 2), ("elements", false, 3)] {
+        train(&stage(name, 60, "decoder.lm.", ""), &model(), &documents(text_only), &run).unwrap();
+        let losses = losses(folder.path(), name);
+        assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{name}: {losses:?}");
+        let text = fs::read_to_string(folder.path().join(name).join("metrics.jsonl")).unwrap();
+        let line: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+        // Cross-entropy and accuracy; with pictures the error of their embeddings too.
+        assert_eq!(line["parts"].as_object().unwrap().len(), parts, "{name}: {line}");
+    }
 }
 
 #[test]
