@@ -5,7 +5,6 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::LazyLock,
-    time::Instant,
 };
 
 use super::*;
@@ -188,15 +187,4 @@ fn without_drawings_the_error_says_how_to_get_them() {
     assert!(format!("{error:#}").contains("deploy/fetch/drawings.py"), "{error:#}");
     let error = World::open(&FOLDER, 7, 1, false).err().unwrap();
     assert!(error.to_string().contains("concepts is 7, must be 8 to 96"), "{error}");
-}
-
-/// A rate is printed, not asserted: machines differ.
-#[test]
-fn scenes_come_faster_than_training_eats_them() {
-    let begun = Instant::now();
-    let count = 2_000;
-    for index in 0..count {
-        std::hint::black_box(WORLD.picture(&WORLD.scene(Split::Train, index)));
-    }
-    println!("{:.0} scenes a second on one core", count as f64 / begun.elapsed().as_secs_f64());
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::data::{SIDE, Scene, Split, World, tests::WORLD};
 
-const SCENES: u64 = 600;
+const SCENES: u64 = 200;
 
 fn look(judge: &Judge, scene: &Scene) -> Verdict {
     let side = SIDE as u32;

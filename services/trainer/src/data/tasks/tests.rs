@@ -165,20 +165,3 @@ fn cases_ask_for_what_they_are_called() {
         }
     }
 }
-
-/// Rates are printed, not asserted: machines differ.
-#[test]
-fn documents_come_faster_than_training_eats_them() {
-    for task in Task::ALL {
-        let begun = std::time::Instant::now();
-        let count = 100;
-        for index in 0..count {
-            let document = WORLD.document(Split::Train, task, index);
-            std::hint::black_box(Sequence::new(&document, &TOKENIZER, QUERIES));
-        }
-        println!(
-            "{task:?}: {:.0} documents a second on one core",
-            count as f64 / begun.elapsed().as_secs_f64()
-        );
-    }
-}
