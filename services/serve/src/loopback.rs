@@ -47,11 +47,17 @@ pub(crate) struct Probe {
     pub(crate) steps: Arc<Semaphore>,
     /// Streams whose sender has seen that nobody listens.
     pub(crate) closed_streams: watch::Sender<usize>,
+    /// Calls that have come in whole and wait for ever.
+    pub(crate) waiting: watch::Sender<usize>,
 }
 
 impl Probe {
     pub(crate) fn new() -> Self {
-        Self { steps: Arc::new(Semaphore::new(0)), closed_streams: watch::Sender::new(0) }
+        Self {
+            steps: Arc::new(Semaphore::new(0)),
+            closed_streams: watch::Sender::new(0),
+            waiting: watch::Sender::new(0),
+        }
     }
 }
 
@@ -84,7 +90,10 @@ impl Emu2 for Probe {
 
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
         match request.get_ref().model.as_str() {
-            "wait" => std::future::pending().await,
+            "wait" => {
+                self.waiting.send_modify(|count| *count += 1);
+                std::future::pending().await
+            }
             "panic" => panic!("a handler's bug"),
             "range" => Err(Status::out_of_range("page 9")),
             model => Err(status::not_found("model", model)),

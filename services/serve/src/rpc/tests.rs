@@ -212,19 +212,18 @@ async fn a_permit_is_taken_before_the_message() {
         let path = http::uri::PathAndQuery::from_static("/emu2.v1.Emu2/Embed");
         grpc.streaming(Request::new(futures::stream::pending()), path, codec).await.map(drop)
     };
-    let refusal = async {
-        let begun = Instant::now();
-        loop {
-            let call = tokio::time::timeout(Duration::from_millis(100), unsent()).await;
-            match call {
-                Ok(answer) => break answer.unwrap_err(),
-                Err(_) => assert!(begun.elapsed() < PATIENCE, "nothing is refused"),
-            }
+    let mut first = Box::pin(unsent());
+    let arrived = async {
+        while !server.admin("/metrics").await.1.contains("emu2_rpc_in_flight_requests 1") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let (waits, refused) = (unsent(), refusal);
+    let refused = async {
+        tokio::time::timeout(PATIENCE, arrived).await.expect("the first call arrives");
+        tokio::time::timeout(PATIENCE, unsent()).await.expect("the second call is answered").unwrap_err()
+    };
     let refused = tokio::select! {
-        answer = waits => panic!("the call without a message ended: {answer:?}"),
+        answer = &mut first => panic!("the call without a message ended: {answer:?}"),
         refused = refused => refused,
     };
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
@@ -240,19 +239,16 @@ async fn messages_over_what_the_service_can_hold_are_refused() {
         image: Some(v1::Image { data: vec![0; 600 << 10].into() }),
         ..Default::default()
     };
-    let mut client = server.client();
+    let (mut client, mut second) = (server.client(), server.client());
+    let mut waiting = server.probe.waiting.subscribe();
     let mut first = Box::pin(client.embed(request()));
-    let begun = Instant::now();
-    let refused = loop {
-        // Gives the first its time to arrive; the second is refused as soon as it has.
-        let mut second = server.client();
-        tokio::select! {
-            answer = &mut first => panic!("`wait` ended: {answer:?}"),
-            answer = tokio::time::timeout(Duration::from_millis(200), second.embed(request())) => {
-                if let Ok(answer) = answer { break answer.unwrap_err() }
-            }
-        }
-        assert!(begun.elapsed() < PATIENCE, "nothing is refused");
+    let refused = async {
+        tokio::time::timeout(PATIENCE, waiting.wait_for(|&count| count == 1)).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, second.embed(request())).await.expect("it is answered").unwrap_err()
+    };
+    let refused = tokio::select! {
+        answer = &mut first => panic!("`wait` ended: {answer:?}"),
+        refused = refused => refused,
     };
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
     assert!(refused.message().contains("server.max_held_bytes"), "{refused:?}");
