@@ -22,7 +22,7 @@ FOREIGN = {"PodMonitor"}
 
 # Keys that the chart sets itself, so that values must not.
 OWN_OF_ALL = {("server", "listen"), ("server", "admin")}
-OWN = {"router": {("models",), ("cache", "redis_url")}}
+OWN = {"router": {("models",), ("cache", "redis_url"), ("auth", "mode"), ("auth", "tenants"), ("auth", "tenants_file")}}
 OWN_OF_STAGES = {("model_dir",), ("devices",), ("cores",)}
 
 VOLUME = "models[0].volume.existingClaim=c,models[0].encoder.replicas=1,models[0].llm.replicas=1"
@@ -42,6 +42,8 @@ REFUSED = {
     f"models[0].name=a,{VOLUME},models[0].modelDir=../x": "models.0.modelDir: Does not match pattern",
     f"models[0].name=a,{VOLUME},{VOLUME.replace('[0]', '[1]')},models[1].name=a": 'the name "a" is given twice',
     f"models[0].name=a,{VOLUME},fullnameOverride={'x' * 43}": "at most 52 fit",
+    "router.auth.mode=open": "router.auth.mode must be one of the following",
+    "router.auth.mode=tokens": "router.auth.existingSecret.name: String length must be greater than or equal to 1",
     "redis.mode=cluster": "redis.mode must be one of the following",
     "redis.mode=url": "redis.url: Does not match pattern",
     "redis.mode=existingSecret": "redis.existingSecret.name: String length must be greater than or equal to 1",

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fmt};
 
-use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
+use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig, tenant::AuthConfig};
 use serde::{Deserialize, Serialize};
 
 /// What runs here and how far it goes.
@@ -14,6 +14,7 @@ pub struct Config {
     pub limits: LimitsConfig,
     pub cache: CacheConfig,
     pub pool: PoolConfig,
+    pub auth: AuthConfig,
     pub server: ServerConfig,
     pub telemetry: TelemetryConfig,
 }
@@ -95,6 +96,7 @@ impl Default for Config {
             limits: LimitsConfig::default(),
             cache: CacheConfig::default(),
             pool: PoolConfig::default(),
+            auth: AuthConfig::default(),
             server: ServerConfig::on_port(50051),
             telemetry: TelemetryConfig::default(),
         }
@@ -129,6 +131,7 @@ impl Validate for Config {
     fn problems(&self) -> Vec<String> {
         let mut problems = self.server.problems();
         problems.extend(self.telemetry.problems());
+        problems.extend(self.auth.problems(self.server.listen.ip().is_loopback()));
         if self.models.is_empty() {
             problems.push("models must name at least one model".into());
         }

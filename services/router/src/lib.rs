@@ -38,6 +38,7 @@ use emu2_proto::v1::emu2_server::Emu2Server;
 use emu2_serve::{
     server::{Listeners, Server},
     shutdown::Shutdown,
+    tenant::Tenants,
 };
 use prometheus_client::registry::Registry;
 
@@ -47,6 +48,7 @@ use crate::{config::Config, metrics::Metrics, service::Router};
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let server_config = config.server.clone();
     let max_message_bytes = server_config.max_message_bytes;
+    let tenants = Tenants::open(&config.auth)?;
     let mut registry = Registry::default();
     let router = Router::start(config, Metrics::register(&mut registry))?;
     let service = Emu2Server::new(router.clone())
@@ -59,6 +61,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     Server::new("emu2-router", &server_config, listeners)
         .service(service)
         .registry(registry)
+        .tenants(tenants)
         .run_after(stages_answer, shutdown)
         .await
 }

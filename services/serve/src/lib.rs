@@ -10,6 +10,7 @@
 //! | [`shutdown`] | SIGTERM and SIGINT as one token that everything watches |
 //! | [`deadline`] | the caller's `grpc-timeout` as a budget that is handed down |
 //! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its sender told when nobody listens |
+//! | [`tenant`] | API tokens, and the tenant that a caller's token is bound to |
 //! | [`message`] | what tonic says of bad or oversized messages, put in the API's terms |
 //! | [`status`] | errors as `google.rpc.Status` with details |
 //! | [`client`] | the channel that a caller inside the cluster opens |
@@ -19,6 +20,7 @@
 //! | `rpc` | the layer around every RPC: id, span, deadline, count, and the end of it all |
 //! | `admin` | `/metrics`, `/healthz`, `/readyz` |
 //! | `logs` | a log line as JSON |
+//! | `reload` | values of files that are replaced under a running process |
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
 
@@ -33,13 +35,17 @@ pub mod shutdown;
 pub mod status;
 pub mod stream;
 pub mod telemetry;
+pub mod tenant;
 pub mod trace;
 
 mod admin;
 mod admission;
 mod logs;
 mod methods;
+mod reload;
 mod rpc;
 
 #[cfg(test)]
 mod loopback;
+#[cfg(test)]
+mod tests;

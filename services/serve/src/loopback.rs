@@ -24,6 +24,10 @@ use tonic::{
     metadata::{KeyAndValueRef, MetadataMap},
     transport::Channel,
 };
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
 
 use crate::{
     client,
@@ -34,6 +38,7 @@ use crate::{
     shutdown::Shutdown,
     status, stream,
     telemetry::{self, LogFormat, Telemetry, TelemetryConfig},
+    tenant::Tenant,
     trace::{self, RequestId},
 };
 
@@ -95,6 +100,8 @@ impl Emu2 for Probe {
                 std::future::pending().await
             }
             "panic" => panic!("a handler's bug"),
+            "tenant" => Err(status::not_found("tenant", Tenant::of(&request).name())),
+            "headers" => Err(status::not_found("headers", &format!("{:?}", request.metadata()))),
             "range" => Err(Status::out_of_range("page 9")),
             model => Err(status::not_found("model", model)),
         }
@@ -158,12 +165,20 @@ pub(crate) struct Loopback {
 impl Loopback {
     /// Ready to serve.
     pub(crate) async fn start(config: ServerConfig) -> Self {
-        let loopback = Self::start_not_ready(config).await;
+        Self::start_with(config, |server| server).await
+    }
+
+    pub(crate) async fn start_with(config: ServerConfig, build: impl FnOnce(Server) -> Server) -> Self {
+        let loopback = Self::build(config, build).await;
         loopback.readiness.ready();
         loopback
     }
 
     pub(crate) async fn start_not_ready(config: ServerConfig) -> Self {
+        Self::build(config, |server| server).await
+    }
+
+    async fn build(config: ServerConfig, build: impl FnOnce(Server) -> Server) -> Self {
         exported();
         let listeners = Listeners::bind(&config).await.unwrap();
         let (address, admin) = (listeners.grpc_addr(), listeners.admin_addr().unwrap());
@@ -174,6 +189,7 @@ impl Loopback {
         let server = Server::new("probe", &config, listeners)
             .service(emu2)
             .service(encoder.max_decoding_message_size(limit));
+        let server = build(server);
         let readiness = server.readiness();
         let shutdown = Shutdown::new();
         let running = tokio::spawn(server.run(shutdown.clone()));
@@ -213,6 +229,20 @@ impl Loopback {
 
 pub(crate) fn embed(model: &str) -> v1::EmbedRequest {
     v1::EmbedRequest { model: model.into(), ..Default::default() }
+}
+
+/// The names of the services that reflection tells of.
+pub(crate) async fn reflected(server: &Loopback) -> Result<Vec<String>, Status> {
+    let list = MessageRequest::ListServices(String::new());
+    let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut client = ServerReflectionClient::new(server.channel());
+    let mut answers = client.server_reflection_info(tokio_stream::once(request)).await?.into_inner();
+    match answers.message().await?.unwrap().message_response {
+        Some(MessageResponse::ListServicesResponse(list)) => {
+            Ok(list.service.into_iter().map(|service| service.name).collect())
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Spans that this test process has exported, through a real collector on a runtime of its own.

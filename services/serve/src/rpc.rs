@@ -31,12 +31,15 @@ use crate::{
     metrics::{InFlight, RpcMetrics},
     readiness::{Readiness, State},
     status::{self, code_name},
+    tenant::{Tenant, Tenants},
     trace::{self, REQUEST_ID, RequestId},
 };
 
 /// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
 /// watch would never end), and neither traced nor counted, since probes would drown what people look for.
 const INFRASTRUCTURE: &str = "/grpc.";
+/// The one of these that needs no token: probes have none, and learn only whether to come back.
+const HEALTH: &str = "/grpc.health.";
 /// The router asks every replica for this every few seconds: counted, but not traced, and logged only when it fails.
 const PROBE: &str = "/Info";
 
@@ -47,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: RpcMetrics,
     pub(crate) readiness: Readiness,
     pub(crate) admission: Admission,
+    pub(crate) tenants: Tenants,
     /// Shutdown has begun.
     pub(crate) draining: CancellationToken,
     /// The shutdown grace is over.
@@ -82,7 +86,7 @@ impl Service<Request<Body>> for Rpc {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         if request.uri().path().starts_with(INFRASTRUCTURE) {
             let stop = stop(Deadline::none(), self.shared.draining.clone());
-            let response = self.routes.call(request);
+            let response = self.infrastructure(request);
             return Box::pin(async move {
                 let response = answer(response, stop).await;
                 Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: None }))
@@ -95,13 +99,17 @@ impl Service<Request<Body>> for Rpc {
         // tonic would answer CANCELLED.
         let deadline = request_id.and_then(|_| Deadline::of_headers(request.headers()));
         let admitted = deadline.and_then(|deadline| {
+            let tenant = self.shared.tenants.identify(request.headers_mut())?;
+            ending.span.record("tenant", tenant.name());
             ending.permit = self.shared.admit(&mut request)?;
-            Ok(deadline)
+            Ok((deadline, tenant))
         });
-        let stop = stop(*admitted.as_ref().unwrap_or(&Deadline::none()), self.shared.cut.clone());
+        let deadline = admitted.as_ref().map_or(Deadline::none(), |(deadline, _)| *deadline);
+        let stop = stop(deadline, self.shared.cut.clone());
         let response: BoxFuture<'static, Result<Response<Body>, Infallible>> = match admitted {
-            Ok(deadline) => {
+            Ok((deadline, tenant)) => {
                 request.extensions_mut().insert(deadline);
+                request.extensions_mut().insert::<Tenant>(tenant);
                 request.extensions_mut().insert(ending.request_id.clone());
                 Box::pin(span.in_scope(|| self.routes.call(request)))
             }
@@ -114,6 +122,19 @@ impl Service<Request<Body>> for Rpc {
             Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: Some(ending) }))
         };
         Box::pin(answered.instrument(span))
+    }
+}
+
+impl Rpc {
+    fn infrastructure(
+        &mut self,
+        mut request: Request<Body>,
+    ) -> BoxFuture<'static, Result<Response<Body>, Infallible>> {
+        let open = request.uri().path().starts_with(HEALTH);
+        match self.shared.tenants.identify(request.headers_mut()) {
+            Err(refusal) if !open => Box::pin(std::future::ready(Ok(refusal.into_http()))),
+            _ => Box::pin(self.routes.call(request)),
+        }
     }
 }
 
@@ -278,6 +299,7 @@ impl Ending {
             rpc.grpc.status_code = Empty,
             service = shared.service,
             %request_id,
+            tenant = Empty,
             trace_id = Empty,
         )
     }

@@ -29,6 +29,7 @@ use crate::{
     readiness::{Readiness, State},
     rpc::{RpcLayer, Shared},
     shutdown::Shutdown,
+    tenant::Tenants,
 };
 
 /// Streams of one connection beyond the permits: a caller over the limit must reach admission and be refused there,
@@ -141,6 +142,7 @@ pub struct Server {
     services: Vec<&'static str>,
     registry: Registry,
     readiness: Readiness,
+    tenants: Tenants,
 }
 
 impl Server {
@@ -154,6 +156,7 @@ impl Server {
             services: Vec::new(),
             registry: Registry::default(),
             readiness: Readiness::new(),
+            tenants: Tenants::default(),
         }
     }
 
@@ -180,6 +183,13 @@ impl Server {
     #[must_use]
     pub fn registry(mut self, registry: Registry) -> Self {
         self.registry = registry;
+        self
+    }
+
+    /// Who may call; anybody without it.
+    #[must_use]
+    pub fn tenants(mut self, tenants: Tenants) -> Self {
+        self.tenants = tenants;
         self
     }
 
@@ -255,7 +265,7 @@ impl Server {
     /// Serves until shutdown begins, then: not ready, no new connections, running requests finish within the grace,
     /// what is left is cut with UNAVAILABLE.
     pub async fn run(self, shutdown: Shutdown) -> anyhow::Result<()> {
-        let Self { name, config, listeners, routes, services, mut registry, readiness } = self;
+        let Self { name, config, listeners, routes, services, mut registry, readiness, tenants } = self;
         let methods = Arc::new(Methods::read()?);
         let shared = Arc::new(Shared {
             service: name,
@@ -263,6 +273,7 @@ impl Server {
             methods,
             readiness: readiness.clone(),
             admission: Admission::new(&config),
+            tenants,
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
         });

@@ -150,6 +150,7 @@ async fn a_deadline_ends_a_unary_call() {
         methods,
         readiness: Readiness::new(),
         admission: Admission::new(&ServerConfig::default()),
+        tenants: Tenants::default(),
         draining: CancellationToken::new(),
         cut: CancellationToken::new(),
     };

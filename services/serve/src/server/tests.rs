@@ -6,13 +6,9 @@ use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus as Told, health_client::HealthClient,
 };
-use tonic_reflection::pb::v1::{
-    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
-    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
-};
 
 use super::*;
-use crate::loopback::{Loopback, PATIENCE};
+use crate::loopback::{Loopback, PATIENCE, reflected};
 
 fn check(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.into() }
@@ -143,19 +139,6 @@ async fn an_engine_that_ends_with_its_server_is_no_error() {
     });
     run_engine(ended, shutdown).await.unwrap();
     engine.await.unwrap();
-}
-
-async fn reflected(server: &Loopback) -> Result<Vec<String>, tonic::Status> {
-    let list = MessageRequest::ListServices(String::new());
-    let request = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
-    let mut client = ServerReflectionClient::new(server.channel());
-    let mut answers = client.server_reflection_info(tokio_stream::once(request)).await?.into_inner();
-    match answers.message().await?.unwrap().message_response {
-        Some(MessageResponse::ListServicesResponse(list)) => {
-            Ok(list.service.into_iter().map(|service| service.name).collect())
-        }
-        other => panic!("{other:?}"),
-    }
 }
 
 #[tokio::test]

@@ -1,0 +1,162 @@
+//! Who calls: the tenant that a caller's token is bound to, never what a caller says of itself.
+//!
+//! A client sends `authorization: Bearer <token>`. The service knows only SHA-256 hashes of tokens, in its
+//! configuration or in a mounted file that is read again when it changes. Every call needs a token but health checks,
+//! which tell a prober no more than whether to come back. Reflection needs one, too.
+
+mod tokens;
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use tonic::Request;
+
+pub use tokens::Tenants;
+
+/// The tenant of every caller where no tokens are asked for.
+const DEFAULT: &str = "default";
+const MAX_NAME_BYTES: usize = 64;
+
+/// The name that a caller's token is bound to; cloning is cheap.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Tenant(Arc<str>);
+
+impl Tenant {
+    /// The tenant of an incoming request; the server has put it there.
+    pub fn of<T>(request: &Request<T>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Tenant {
+    fn default() -> Self {
+        Self(DEFAULT.into())
+    }
+}
+
+impl fmt::Display for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Part `auth` of a public service's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuthConfig {
+    /// `none`: every caller is the tenant `default`. `tokens`: a caller without a known token is refused. Absent is
+    /// `none` on loopback and an error elsewhere: an open door has to be somebody's word.
+    pub mode: Option<AuthMode>,
+    /// With `tokens`: who may call.
+    pub tenants: Vec<TenantConfig>,
+    /// With `tokens`: a TOML file with more `[[tenants]]`, read again when it changes; a mounted secret.
+    pub tenants_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuthMode {
+    None,
+    Tokens,
+}
+
+/// One tenant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantConfig {
+    /// 1 to 64 of `[A-Za-z0-9._-]`; part of cache keys, named in logs.
+    pub name: String,
+    /// SHA-256 of its tokens in hexadecimal; two of them while one replaces the other.
+    pub token_sha256: Vec<TokenHash>,
+}
+
+/// What is kept of a token, in hexadecimal. Not the token, but no business of a log either: never printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TokenHash(String);
+
+impl TokenHash {
+    pub fn new(hexadecimal: impl Into<String>) -> Self {
+        Self(hexadecimal.into())
+    }
+
+    /// None if it is no SHA-256 in hexadecimal.
+    fn bytes(&self) -> Option<[u8; 32]> {
+        let digits = self.0.as_bytes();
+        if digits.len() != 64 {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            let digit = |digit: u8| char::from(digit).to_digit(16);
+            *byte = u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok()?;
+        }
+        Some(bytes)
+    }
+}
+
+impl fmt::Debug for TokenHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl AuthConfig {
+    /// As [`crate::config::Validate`]; `is_loopback` of the address that the service listens on.
+    pub fn problems(&self, is_loopback: bool) -> Vec<String> {
+        let mut problems = problems_of(&self.tenants, "auth.tenants");
+        let given = !self.tenants.is_empty() || self.tenants_file.is_some();
+        match self.mode {
+            None if !is_loopback => problems.push(
+                "auth.mode must be `tokens`, or `none` to let everybody in, because server.listen is not loopback".into(),
+            ),
+            Some(AuthMode::Tokens) if !given => {
+                problems.push("auth.mode is `tokens`, so auth.tenants or auth.tenants_file must be given".into());
+            }
+            None | Some(AuthMode::None) if given => {
+                problems.push("auth.tenants and auth.tenants_file need auth.mode `tokens`".into());
+            }
+            _ => {}
+        }
+        problems
+    }
+}
+
+/// What is wrong with a list of tenants, each with its place and never with a hash.
+fn problems_of(tenants: &[TenantConfig], place: &str) -> Vec<String> {
+    let mut problems = Vec::new();
+    let (mut names, mut hashes) = (Vec::new(), Vec::new());
+    for (index, tenant) in tenants.iter().enumerate() {
+        let TenantConfig { name, token_sha256 } = tenant;
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if !(1..=MAX_NAME_BYTES).contains(&name.len()) || !name.bytes().all(allowed) {
+            problems.push(format!(
+                "{place}[{index}].name must be 1 to {MAX_NAME_BYTES} of [A-Za-z0-9._-], got {name:?}"
+            ));
+        }
+        if names.contains(&name) {
+            problems.push(format!("{place}[{index}]: the name {name:?} is given twice"));
+        }
+        names.push(name);
+        if token_sha256.is_empty() {
+            problems.push(format!("{place}[{index}].token_sha256 must have at least one hash"));
+        }
+        for hash in token_sha256 {
+            let Some(hash) = hash.bytes() else {
+                problems.push(format!(
+                    "{place}[{index}].token_sha256 must be 64 hexadecimal digits each, the SHA-256 of a token"
+                ));
+                continue;
+            };
+            if hashes.contains(&hash) {
+                problems.push(format!("{place}[{index}].token_sha256: one of these tokens is given twice"));
+            }
+            hashes.push(hash);
+        }
+    }
+    problems
+}

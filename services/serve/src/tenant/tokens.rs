@@ -1,0 +1,115 @@
+//! From the `authorization` of a call to its tenant.
+
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use http::{HeaderMap, header::AUTHORIZATION};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use subtle::{ConditionallySelectable, ConstantTimeEq};
+use tonic::Status;
+
+use super::{AuthConfig, AuthMode, Tenant, TenantConfig, problems_of};
+use crate::{reload::Reloaded, status::ErrorCode};
+
+/// Longest token in bytes: far above any that is used, so that hashing one costs nothing.
+const MAX_TOKEN_BYTES: usize = 1024;
+
+/// Who may call, by default anybody; cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct Tenants {
+    /// None: whoever comes is the tenant `default`.
+    book: Option<Arc<Reloaded<Book>>>,
+}
+
+impl Tenants {
+    /// Fails on a file that cannot be read or has mistakes; later changes with mistakes leave what is in force.
+    pub fn open(config: &AuthConfig) -> anyhow::Result<Self> {
+        if config.mode != Some(AuthMode::Tokens) {
+            return Ok(Self::default());
+        }
+        let inline = config.tenants.clone();
+        let book = match &config.tenants_file {
+            None => Reloaded::fixed(Book::new(inline)?),
+            Some(file) => Reloaded::open(vec![file.clone()], move |contents| {
+                let [file] = contents else { unreachable!("one file is read") };
+                Book::new([inline.clone(), parse(file)?].concat())
+            })?,
+        };
+        Ok(Self { book: Some(Arc::new(book)) })
+    }
+
+    /// Takes the token out of the headers: no handler needs it, and none can then hand it on.
+    pub(crate) fn identify(&self, headers: &mut HeaderMap) -> Result<Tenant, Status> {
+        let Some(book) = &self.book else { return Ok(Tenant::default()) };
+        let mut given = headers.get_all(AUTHORIZATION).iter();
+        let refused = |message: &str| Err(ErrorCode::Unauthenticated.status(message));
+        let found = match (given.next(), given.next()) {
+            (None, _) => refused("a token is needed: send `authorization: Bearer <token>`"),
+            (Some(_), Some(_)) => refused("authorization must be given once"),
+            (Some(value), None) => match token(value.as_bytes()) {
+                None => refused("authorization must be `Bearer <token>`"),
+                Some(token) => {
+                    book.get().tenant_of(token).map_or_else(|| refused("the token is not known"), Ok)
+                }
+            },
+        };
+        headers.remove(AUTHORIZATION);
+        found
+    }
+}
+
+/// The scheme's case does not matter, as HTTP says.
+fn token(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(b"Bearer ".len())?;
+    let token = token.trim_ascii();
+    let usable = (1..=MAX_TOKEN_BYTES).contains(&token.len());
+    (scheme.eq_ignore_ascii_case(b"Bearer ") && usable).then_some(token)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TenantsFile {
+    tenants: Vec<TenantConfig>,
+}
+
+fn parse(file: &[u8]) -> anyhow::Result<Vec<TenantConfig>> {
+    let text = std::str::from_utf8(file).context("the file of tenants is not UTF-8")?;
+    // The parser's message quotes a line, which may hold a hash; its bare reason does not.
+    let parsed = toml::from_str::<TenantsFile>(text);
+    let parsed = parsed.map_err(|error| {
+        let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
+        anyhow::anyhow!("the file of tenants cannot be parsed, line {line}")
+    });
+    Ok(parsed?.tenants)
+}
+
+/// Every token's hash and whose it is.
+#[derive(Debug)]
+struct Book(Vec<([u8; 32], Tenant)>);
+
+impl Book {
+    fn new(tenants: Vec<TenantConfig>) -> anyhow::Result<Self> {
+        let problems = problems_of(&tenants, "tenants");
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        let hashes = tenants.into_iter().flat_map(|TenantConfig { name, token_sha256 }| {
+            let tenant = Tenant(name.into());
+            let hashes = token_sha256.into_iter().filter_map(|hash| hash.bytes());
+            hashes.map(move |hash| (hash, tenant.clone())).collect::<Vec<_>>()
+        });
+        Ok(Self(hashes.collect()))
+    }
+
+    /// Looks at every hash whole, so that the time it takes tells nothing of how near a guess came.
+    fn tenant_of(&self, token: &[u8]) -> Option<Tenant> {
+        let hash: [u8; 32] = Sha256::digest(token).into();
+        let mut found = u32::MAX;
+        for (index, (known, _)) in (0_u32..).zip(&self.0) {
+            found.conditional_assign(&index, known.ct_eq(&hash));
+        }
+        self.0.get(found as usize).map(|(_, tenant)| tenant.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests;
