@@ -348,6 +348,7 @@ async fn regress_with(slot: u32, embeddings: Option<v1::Tensor>) -> Status {
     let start = LlmStart {
         input: Some(llm_start::Input::Prompt(LlmPrompt { parts: vec![part] })),
         output: Some(llm_start::Output::Regression(RegressionParameters {})),
+        resume: None,
     };
     let slot = SlotEmbeddings { slot, embeddings };
     let messages = [llm_request::Message::Start(start), llm_request::Message::Embeddings(slot)];

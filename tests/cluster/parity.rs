@@ -165,6 +165,7 @@ async fn regress(parts: Vec<LlmPart>, slots: usize) -> Tensor {
     let start = LlmStart {
         input: Some(llm_start::Input::Prompt(LlmPrompt { parts })),
         output: Some(llm_start::Output::Regression(RegressionParameters {})),
+        resume: None,
     };
     let mut requests = vec![llm_request::Message::Start(start)];
     for slot in 0..slots {

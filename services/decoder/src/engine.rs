@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use emu2_nn::{
     checkpoint::{ModelDir, Part, Progress},
     device,
-    engine::{Ending, EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
@@ -54,6 +54,7 @@ pub struct Painted {
 #[derive(Clone, Debug)]
 pub struct Engine {
     jobs: mpsc::Sender<Job>,
+    pulse: Pulse,
 }
 
 /// An engine that has been started.
@@ -81,6 +82,8 @@ pub fn start(config: &Config, progress: Progress, metrics: Metrics) -> Started {
     // go of yet.
     let (jobs, queue) = mpsc::channel(config.server.max_requests);
     let (ending, ended) = Ending::channel();
+    let pulse = Pulse::default();
+    let beats = pulse.clone();
     let max_batch_pixels = config.max_batch_pixels;
     let (model_dir, devices) = (config.model_dir.clone(), config.devices.clone());
     let load = move || {
@@ -94,12 +97,21 @@ pub fn start(config: &Config, progress: Progress, metrics: Metrics) -> Started {
     };
     let serve = move |painter| {
         let _serving = ending.begin();
-        Worker::new(painter, queue, max_batch_pixels, metrics).run();
+        Worker::new(painter, queue, max_batch_pixels, metrics).run(&beats);
     };
-    Started { engine: Engine { jobs }, loaded: spawn("decoder-engine", config.cores, load, serve), ended }
+    Started {
+        engine: Engine { jobs, pulse },
+        loaded: spawn("decoder-engine", config.cores, load, serve),
+        ended,
+    }
 }
 
 impl Engine {
+    /// How long the current step has been running; 0 between steps.
+    pub fn step_ms(&self) -> u64 {
+        self.pulse.step_ms()
+    }
+
     /// Queues a request that has been checked. Dropping the receiver takes it out again within one step.
     pub fn submit(&self, request: PaintRequest) -> Result<mpsc::Receiver<Event>, PaintError> {
         // Room for every event that there can be: telling never waits, however slowly they are read.
@@ -150,8 +162,9 @@ impl Worker {
     }
 
     /// Until the queue is closed and everything is painted, or the device is lost.
-    fn run(mut self) {
+    fn run(mut self, pulse: &Pulse) {
         while self.wait() {
+            let _beat = pulse.beat();
             if self.turn().is_err() {
                 tracing::error!(dropped = self.active.len(), "device lost, the engine stops");
                 return;

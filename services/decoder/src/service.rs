@@ -155,6 +155,7 @@ impl VisualDecoder for Service {
             max_steps: *max_steps as u32,
             max_guidance_scale: *max_guidance_scale,
             max_queries: *max_queries as u32,
+            step_ms: self.engine.step_ms(),
         }))
     }
 

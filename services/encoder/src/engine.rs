@@ -11,7 +11,7 @@ use emu2_nn::{
     array,
     checkpoint::{ModelDir, Part, Progress},
     device,
-    engine::{Ending, EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
 use emu2_proto::array::{Array, ArrayError, Dtype};
 use tch::{Device, Kind, Tensor};
@@ -77,6 +77,7 @@ pub trait BatchEncoder {
 pub struct Engine {
     queue: mpsc::Sender<Job>,
     metrics: Metrics,
+    pulse: Pulse,
 }
 
 /// An engine on its way; see [`emu2_serve::server::Server::run_engine`].
@@ -123,12 +124,18 @@ impl Engine {
     ) -> Started {
         let (queue, jobs) = mpsc::channel(bounds.waiting);
         let (ending, ended) = Ending::channel();
-        let engine = Self { queue, metrics: metrics.clone() };
+        let engine = Self { queue, metrics: metrics.clone(), pulse: Pulse::default() };
+        let pulse = engine.pulse.clone();
         let loaded = spawn("encoder", cores, load, move |model| {
             let _serving = ending.begin();
-            serve(&model, jobs, bounds.batch, &metrics);
+            serve(&model, jobs, bounds.batch, &metrics, &pulse);
         });
         Started { engine, loaded, ended }
+    }
+
+    /// How long the current batch has been running; 0 between batches.
+    pub fn step_ms(&self) -> u64 {
+        self.pulse.step_ms()
     }
 
     /// Dropping the future takes the picture out of the queue.
@@ -150,12 +157,19 @@ impl Engine {
 }
 
 /// Until the queue closes, or the device cannot be trusted any more.
-fn serve<M: BatchEncoder>(model: &M, mut queue: mpsc::Receiver<Job>, max_batch: usize, metrics: &Metrics) {
+fn serve<M: BatchEncoder>(
+    model: &M,
+    mut queue: mpsc::Receiver<Job>,
+    max_batch: usize,
+    metrics: &Metrics,
+    pulse: &Pulse,
+) {
     while let Some(first) = queue.blocking_recv() {
         let batch = gather(first, &mut queue, max_batch, metrics);
         if batch.is_empty() {
             continue;
         }
+        let _beat = pulse.beat();
         if let Err(fault) = encode(model, batch, metrics) {
             tracing::error!(%fault, "the engine stops");
             return;

@@ -172,6 +172,7 @@ impl VisualEncoder for Service {
             grid_side: model.grid_side as u32,
             preprocessing_version: PREPROCESSING_VERSION,
             max_image_pixels: self.preprocessor.limits().max_pixels,
+            step_ms: self.engine.step_ms(),
         }))
     }
 

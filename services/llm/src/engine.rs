@@ -21,7 +21,7 @@ use std::{
 
 use emu2_nn::{
     array,
-    engine::{Ending, EngineFault, guarded, spawn},
+    engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
 use emu2_proto::array::Array;
 use tch::Tensor;
@@ -47,8 +47,11 @@ const COMMANDS: usize = 256;
 /// A prompt to continue.
 #[derive(Debug)]
 pub struct Request {
+    /// Extended by what `resumed` counts: ids of a text, or a last slot for rows of an image.
     pub prompt: Prompt,
     pub output: Output,
+    /// Tokens or rows of the output that another replica has given: positions at the prompt's end.
+    pub resumed: usize,
     /// The caller's; the stages become its children.
     pub span: Span,
 }
@@ -119,6 +122,7 @@ enum Command {
 pub struct Engine {
     commands: mpsc::Sender<Command>,
     tickets: Arc<AtomicU64>,
+    pulse: Pulse,
 }
 
 /// An engine that is loading.
@@ -140,14 +144,20 @@ impl Engine {
     fn start_on(on_device: OnDevice, config: ModelConfig, metrics: Metrics) -> Started {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (ending, ended) = Ending::channel();
-        let cores = config.cores;
+        let (cores, pulse) = (config.cores, Pulse::default());
+        let beats = pulse.clone();
         let load = move || load(&config).map(|(model, loaded)| ((model, loaded.clone(), config), loaded));
         let serve = move |(model, loaded, config): (Llama, Loaded, ModelConfig)| {
             let _serving = ending.begin();
-            Worker::new(model, &loaded, &config, queue, metrics, on_device).run();
+            Worker::new(model, &loaded, &config, queue, metrics, on_device).run(&beats);
         };
         let loaded = spawn("llm", cores, load, serve);
-        Started { engine: Self { commands, tickets: Arc::default() }, loaded, ended }
+        Started { engine: Self { commands, tickets: Arc::default(), pulse }, loaded, ended }
+    }
+
+    /// How long the current step has been running; 0 between steps.
+    pub fn step_ms(&self) -> u64 {
+        self.pulse.step_ms()
     }
 
     /// Never waits: a full queue is an error.
@@ -248,17 +258,18 @@ impl Worker {
         }
     }
 
-    fn run(mut self) {
-        if let Err(DeviceLost) = self.serve() {
+    fn run(mut self, pulse: &Pulse) {
+        if let Err(DeviceLost) = self.serve(pulse) {
             error!(dropped = self.sequences.len(), "device lost, the engine stops");
             self.fail_all(EngineError::Stopped);
         }
     }
 
     /// Until nobody is left.
-    fn serve(&mut self) -> Result<(), DeviceLost> {
+    fn serve(&mut self, pulse: &Pulse) -> Result<(), DeviceLost> {
         let mut idle = true;
         while self.receive(idle)? {
+            let _beat = pulse.beat();
             idle = self.turn()?;
         }
         Ok(())

@@ -106,6 +106,14 @@ impl Search {
         }
     }
 
+    /// Takes ids as chosen that were chosen elsewhere. A beam search has none: it begins again.
+    pub fn resume(&mut self, chosen: &[u32]) {
+        match self {
+            Self::Line(line) => line.ids.extend(chosen),
+            Self::Beam(_) => debug_assert!(chosen.is_empty(), "beams tell their ids at the end"),
+        }
+    }
+
     /// `logits`: [rows, vocabulary], finite, of the rows asked for in the step before (one row after the prompt).
     /// Worked on in place.
     pub fn step(&mut self, logits: &mut [f32]) -> Step {

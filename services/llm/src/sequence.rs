@@ -46,22 +46,25 @@ pub(crate) enum Progress {
 
 impl Sequence {
     pub(crate) fn new(request: Request, text_ids: TextIds, events: mpsc::Sender<Event>) -> Self {
-        let prompt = request.prompt;
+        let Request { prompt, resumed, .. } = request;
         let (task, generated_entries) = match request.output {
             // The last token of a row is never fed back.
             Output::Text(parameters) => {
                 let rows = parameters.rows();
-                let search = Search::new(&parameters, text_ids);
+                let mut search = Search::new(&parameters, text_ids);
+                search.resume(&prompt.ids[prompt.ids.len() - resumed..]);
                 let task = Task::Text {
                     search,
                     branches: rows > 1,
                     tokens: Vec::new(),
                     parents: Vec::new(),
-                    generated: 0,
+                    generated: resumed,
                 };
-                (task, rows * (parameters.max_new_tokens - 1))
+                (task, rows * (parameters.max_new_tokens - resumed - 1))
             }
-            Output::Image { queries } => (Task::Image { next: None, done: 0, total: queries }, queries - 1),
+            Output::Image { queries } => {
+                (Task::Image { next: None, done: resumed, total: queries }, queries - resumed - 1)
+            }
         };
         Self {
             slots: prompt.slots.iter().map(|_| None).collect(),

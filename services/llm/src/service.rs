@@ -2,6 +2,7 @@
 
 mod parameters;
 mod placement;
+mod resume;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +41,7 @@ use crate::{
 };
 use parameters::{Limits, input};
 use placement::Placement;
+use resume::Resumed;
 
 /// Replies that wait for a slow reader; beyond, its own task waits, never the engine.
 const REPLIES: usize = 64;
@@ -65,8 +67,8 @@ impl Service {
         self.loaded.get().ok_or_else(|| status::unavailable("the model is still loading"))
     }
 
-    /// The start as the engine's request, and how its text is to be written.
-    fn read(&self, start: LlmStart) -> Result<(Prompt, engine::Output, Text), Status> {
+    /// The start as a prompt, what is wanted of it, what there is of that already, and how its text is to be written.
+    fn read(&self, start: LlmStart) -> Result<(Prompt, engine::Output, Resumed, Text), Status> {
         let loaded = self.loaded()?;
         let config = PromptConfig {
             n_query: loaded.n_query,
@@ -87,8 +89,12 @@ impl Service {
         };
         let input = input(start.input)?;
         let prompt = prompt::build(&loaded.tokenizer, &config, &input, &layout).map_err(prompt_status)?;
+        let resumed = Resumed::read(start.resume, &output, loaded)?;
         let detokenizer = Detokenizer::new(Arc::clone(&loaded.tokenizer), !keep_special);
-        Ok((prompt, output, Text { detokenizer: Some(detokenizer), end: loaded.text_ids.end }))
+        let mut text = Text { detokenizer: Some(detokenizer), end: loaded.text_ids.end };
+        // Said already.
+        let _ = text.push(resumed.ids.clone());
+        Ok((prompt, output, resumed, text))
     }
 }
 
@@ -107,6 +113,7 @@ impl LanguageModel for Service {
             max_positions: loaded.max_positions as u32,
             instruct: loaded.tokenizer.instruct(),
             max_text_bytes: loaded.tokenizer.max_text_bytes(loaded.max_positions) as u64,
+            step_ms: self.engine.step_ms(),
             ..self.limits.info()
         }))
     }
@@ -153,19 +160,27 @@ impl Conversation {
         // Tokenizing a long text takes tens of milliseconds, which other requests' streams must not wait for.
         let service = self.service.clone();
         let read = spawn_blocking(move || service.read(start)).await;
-        let (prompt, output, mut text) =
+        let (mut prompt, output, resumed, mut text) =
             read.map_err(|_| status::internal("the prompt could not be read"))??;
-        let prompt_positions = prompt.ids.len() as u32;
-        let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
-        let request = engine::Request { prompt, output, span: Span::current() };
-        let mut generation = self.service.engine.submit(request)?;
-        self.reply(Reply::Accepted(stage::LlmAccepted {
-            prompt_positions,
+        let accepted = Reply::Accepted(stage::LlmAccepted {
+            prompt_positions: prompt.ids.len() as u32,
             weights_digest: loaded.weights_digest.clone(),
             tokenizer_digest: loaded.tokenizer.digest().to_owned(),
             template_version: TEMPLATE_VERSION,
-        }))
-        .await?;
+        });
+        if let Some(finished) = resumed.finished(&output, loaded.text_ids.end) {
+            self.reply(accepted).await?;
+            self.tell(finished, &mut text).await?;
+            return Ok(());
+        }
+        let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
+        resumed.extend(&mut prompt);
+        let request = engine::Request { prompt, output, resumed: resumed.count(), span: Span::current() };
+        let mut generation = self.service.engine.submit(request)?;
+        if let Some(rows) = resumed.rows {
+            generation.place(placement.slots(), rows).await?;
+        }
+        self.reply(accepted).await?;
         let mut listening = true;
         loop {
             // Begins anew with whatever happens, so that only a stretch in which nothing does counts.

@@ -56,6 +56,7 @@ async fn a_named_size_loads_and_writes() {
     let request = Request {
         prompt: Prompt { ids: ids.collect(), slots: Vec::new() },
         output: Output::Text(parameters),
+        resumed: 0,
         span: Span::none(),
     };
     let mut generation = engine.submit(request).unwrap();

@@ -6,7 +6,12 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
+    time::Instant,
 };
 
 use tokio::sync::oneshot;
@@ -80,6 +85,51 @@ impl Drop for Serving {
             // Whoever started the engine may be gone already.
             let _ = ending.send(());
         }
+    }
+}
+
+/// How long the step that an engine is at has been running: a step that never ends is a hang that the network does
+/// not show. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Pulse {
+    origin: Instant,
+    /// Milliseconds from `origin` to the step's begin, plus one; 0 between steps.
+    began: Arc<AtomicU64>,
+}
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self { origin: Instant::now(), began: Arc::default() }
+    }
+}
+
+impl Pulse {
+    /// To be held for a step.
+    pub fn beat(&self) -> Beat {
+        self.began.store(self.elapsed_ms() + 1, Ordering::Relaxed);
+        Beat(Arc::clone(&self.began))
+    }
+
+    /// Of the current step; 0 between steps.
+    pub fn step_ms(&self) -> u64 {
+        match self.began.load(Ordering::Relaxed) {
+            0 => 0,
+            began => (self.elapsed_ms() + 1).saturating_sub(began),
+        }
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        self.origin.elapsed().as_millis() as u64
+    }
+}
+
+/// A step that is running, until dropped.
+#[derive(Debug)]
+pub struct Beat(Arc<AtomicU64>);
+
+impl Drop for Beat {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Relaxed);
     }
 }
 
@@ -172,6 +222,17 @@ mod tests {
         let (ending, ended) = Ending::channel();
         let never = spawn("engine", 1, || Err::<((), ()), _>("no weights"), move |()| drop(ending.begin()));
         assert!(never.await.unwrap().is_err() && ended.await.is_err());
+    }
+
+    #[test]
+    fn a_step_is_timed_while_it_runs() {
+        let pulse = Pulse::default();
+        assert_eq!(pulse.step_ms(), 0);
+        let beat = pulse.beat();
+        thread::sleep(std::time::Duration::from_millis(20));
+        assert!(pulse.clone().step_ms() >= 20);
+        drop(beat);
+        assert_eq!(pulse.step_ms(), 0);
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::{collections::HashSet, fmt};
 use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig, tenant::AuthConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::pool::RESOLVED;
+
 /// What runs here and how far it goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -25,11 +27,11 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     pub name: String,
-    /// Replicas as `http://host:port`; at least one.
+    /// Replicas as `http://host:port`, or `dns+http://name:port` for one at each address of a name; at least one.
     pub encoder: Vec<String>,
-    /// Replicas as `http://host:port`; at least one.
+    /// Replicas as `http://host:port`, or `dns+http://name:port` for one at each address of a name; at least one.
     pub llm: Vec<String>,
-    /// Replicas as `http://host:port`; none for a model that only writes.
+    /// Replicas, written likewise; none for a model that only writes.
     #[serde(default)]
     pub decoder: Vec<String>,
 }
@@ -78,8 +80,21 @@ pub struct PoolConfig {
     pub refresh_ms: u64,
     /// Milliseconds before a replica that does not answer is asked again; doubles up to `refresh_ms`.
     pub retry_ms: u64,
-    /// Milliseconds that a replica may take to answer `Info`, which costs it nothing, connecting included.
+    /// Milliseconds that a replica may take to answer `Info`, which costs it nothing, connecting included. One that
+    /// twice in a row does not is taken to hang, and what runs on it goes on elsewhere.
     pub info_timeout_ms: u64,
+    /// Milliseconds between two looks at the addresses of a name (`dns+http://…`). 5,000: Kubernetes publishes a
+    /// new pod within about as much.
+    pub resolve_ms: u64,
+    /// Milliseconds that one step of a replica's engine may take before it is taken to hang. 120,000: far above the
+    /// longest step there is, the pixels of a large image without a GPU.
+    pub max_step_ms: u64,
+    /// Replicas that a call may lose in a row without getting any further. 4: a call that itself is what kills
+    /// replicas must not take a whole pool with it.
+    pub max_attempts: u32,
+    /// Milliseconds that a call which has begun waits for a replica to go on with. 10,000: a pod restarts within
+    /// it when its weights are at hand. A call that has not begun never waits.
+    pub failover_wait_ms: u64,
 }
 
 impl Default for Config {
@@ -123,7 +138,15 @@ impl Default for CacheConfig {
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self { refresh_ms: 2_000, retry_ms: 100, info_timeout_ms: 2_000 }
+        Self {
+            refresh_ms: 2_000,
+            retry_ms: 100,
+            info_timeout_ms: 2_000,
+            resolve_ms: 5_000,
+            max_step_ms: 120_000,
+            max_attempts: 4,
+            failover_wait_ms: 10_000,
+        }
     }
 }
 
@@ -154,6 +177,10 @@ impl Validate for Config {
             ("pool.refresh_ms", self.pool.refresh_ms),
             ("pool.retry_ms", self.pool.retry_ms),
             ("pool.info_timeout_ms", self.pool.info_timeout_ms),
+            ("pool.resolve_ms", self.pool.resolve_ms),
+            ("pool.max_step_ms", self.pool.max_step_ms),
+            ("pool.max_attempts", u64::from(self.pool.max_attempts)),
+            ("pool.failover_wait_ms", self.pool.failover_wait_ms),
         ];
         let zero = positive.into_iter().filter(|(_, value)| *value == 0);
         problems.extend(zero.map(|(key, _)| format!("{key} must be at least 1, got 0")));
@@ -176,7 +203,8 @@ impl ModelConfig {
             }
         }
         for endpoint in self.encoder.iter().chain(&self.llm).chain(&self.decoder) {
-            if let Err(error) = emu2_serve::client::endpoint(endpoint.as_str()) {
+            let uri = endpoint.strip_prefix(RESOLVED).unwrap_or(endpoint);
+            if let Err(error) = emu2_serve::client::endpoint(uri) {
                 problems.push(format!("models: {:?} names a replica {endpoint:?}: {error}", self.name));
             }
         }

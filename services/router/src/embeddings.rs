@@ -3,11 +3,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use emu2_proto::{
     stage::{
-        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressedEmbeddings,
-        RegressionParameters, encode_request::Source, llm_event::Event, llm_start,
+        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressionParameters,
+        encode_request::Source, llm_event::Event, llm_start,
     },
     v1,
 };
@@ -17,13 +17,14 @@ use tonic::Status;
 use tracing::{Instrument, Span};
 
 use crate::{
+    attempts::{Session, Way},
     cache::{Cache, Computed, Found, Kind, Recipe, is_whole},
     drawing,
     error::{self, Stop},
     metrics::Metrics,
     model::{Model, Profile},
     request::{Picture, Subject},
-    stages,
+    stages::{self, Llm, LlmCall},
 };
 
 /// One model's embeddings, under one profile.
@@ -48,7 +49,7 @@ impl Embeddings {
             // "image", "image.width" and so on are the picture; the rest we filled in.
             let public =
                 |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", picture.field));
-            in_public_terms("encoder", stop, public)
+            error::in_public_terms("encoder", stop, public)
         })
     }
 
@@ -56,7 +57,7 @@ impl Embeddings {
     pub(crate) async fn mean_colour(&self) -> Result<Found, Stop> {
         let source = Source::MeanColour(MeanColour {});
         let found = self.encoded(Kind::MeanColour, source, Bytes::new(), self.profile.llm.n_query).await;
-        found.map_err(|stop| in_public_terms("encoder", stop, |_| None))
+        found.map_err(|stop| error::in_public_terms("encoder", stop, |_| None))
     }
 
     /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
@@ -65,7 +66,7 @@ impl Embeddings {
         let work = self.clone();
         let compute = || work.regress().instrument(Span::current()).boxed();
         let found = self.cache.fetch(Kind::Negative, key, compute).await;
-        found.map_err(|stop| in_public_terms("llm", stop, |_| None))
+        found.map_err(|stop| error::in_public_terms("llm", stop, |_| None))
     }
 
     async fn encoded(&self, kind: Kind, source: Source, content: Bytes, n_query: u32) -> Result<Found, Stop> {
@@ -94,7 +95,9 @@ impl Embeddings {
             stages::encode(&self.model.encoder, &encoder.weights_digest, request, deadline, &self.metrics);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
-        if (&answer.weights_digest, answer.preprocessing_version) != known {
+        if (&answer.weights_digest, answer.preprocessing_version) != known
+            && let Some(lease) = lease
+        {
             lease.refresh().await;
         }
         let tensor = answer.embeddings.filter(is_whole);
@@ -125,30 +128,36 @@ impl Embeddings {
         let start = LlmStart {
             input: Some(llm_start::Input::Prompt(LlmPrompt::default())),
             output: Some(llm_start::Output::Regression(RegressionParameters {})),
+            resume: None,
         };
-        let call =
-            stages::generate(&self.model.llm, &llm.weights_digest, start, deadline, &self.metrics).await?;
-        let mut answers = call.answers;
-        let mut rows = Rows::default();
+        let call = LlmCall::new(start, &llm.weights_digest);
+        let (_, mut session) = Session::new(call, self.way_to_llm(deadline, None));
         let mut accepted = LlmAccepted::default();
         loop {
-            match answers.next().await?.event {
-                // With other weights it is another model's negative: not worth the wait.
-                Some(Event::Accepted(other)) if other.weights_digest != llm.weights_digest => {
-                    answers.lease().refresh().await;
-                    return Err(Stop::Rolled);
-                }
-                Some(Event::Accepted(names)) => {
-                    let known = (&llm.tokenizer_digest, llm.template_version);
-                    if (&names.tokenizer_digest, names.template_version) != known {
-                        answers.lease().refresh().await;
-                    }
-                    accepted = names;
-                }
-                Some(Event::Embeddings(more)) => rows.push(more)?,
-                Some(Event::Finished(_)) => return Ok((accepted, rows.whole(llm.n_query)?)),
-                Some(Event::Text(_)) | None => {}
+            match session.next().await?.event {
+                Some(Event::Accepted(names)) => accepted = names,
+                Some(Event::Finished(_)) => break,
+                _ => {}
             }
+        }
+        let (call, lease) = session.into_parts();
+        let known = (&llm.tokenizer_digest, llm.template_version);
+        if (&accepted.tokenizer_digest, accepted.template_version) != known
+            && let Some(lease) = lease
+        {
+            lease.refresh().await;
+        }
+        Ok((accepted, call.regressed(llm.n_query)?))
+    }
+
+    /// `hint`: of calls that share a beginning.
+    pub(crate) fn way_to_llm(&self, deadline: Deadline, hint: Option<u64>) -> Way<Llm> {
+        Way {
+            pool: Arc::clone(&self.model.llm),
+            digest: self.profile.llm.weights_digest.clone(),
+            hint,
+            deadline,
+            metrics: self.metrics.clone(),
         }
     }
 }
@@ -164,49 +173,6 @@ fn negative_recipe(llm: &LlmInfo, dtype: v1::Dtype) -> Recipe<'_> {
     }
 }
 
-/// Regressed rows, put together as they come.
-#[derive(Default)]
-struct Rows {
-    dtype: i32,
-    width: u32,
-    rows: u32,
-    data: BytesMut,
-}
-
-impl Rows {
-    fn push(&mut self, more: RegressedEmbeddings) -> Result<(), Status> {
-        let tensor = more.embeddings.filter(is_whole).unwrap_or_default();
-        let &[rows, width] = tensor.shape.as_slice() else { return Err(malformed()) };
-        if self.rows == 0 {
-            (self.dtype, self.width) = (tensor.dtype, width);
-        }
-        if more.start != self.rows || (tensor.dtype, width) != (self.dtype, self.width) {
-            return Err(malformed());
-        }
-        self.rows += rows;
-        self.data.extend_from_slice(&tensor.data);
-        Ok(())
-    }
-
-    fn whole(self, expected: u32) -> Result<v1::Tensor, Status> {
-        if self.rows != expected {
-            return Err(malformed());
-        }
-        Ok(v1::Tensor { dtype: self.dtype, shape: vec![self.rows, self.width], data: self.data.freeze() })
-    }
-}
-
-fn malformed() -> Status {
-    status::internal("the llm sent rows that do not make up an image")
-}
-
 fn too_slow() -> Status {
     status::unavailable("it took longer than limits.shared_work_ms")
-}
-
-fn in_public_terms(stage: &str, stop: Stop, public: impl Fn(&str) -> Option<String>) -> Stop {
-    match stop {
-        Stop::Failed(status) => Stop::Failed(error::of_stage(stage, &status, public)),
-        Stop::Rolled | Stop::Left => stop,
-    }
 }

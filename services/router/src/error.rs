@@ -43,6 +43,12 @@ pub(crate) fn is_replica_lost(status: &Status) -> bool {
     status.code() == Code::Unavailable || (local && status.code() != Code::Cancelled)
 }
 
+/// Whether nobody took the call: no connection came about.
+pub(crate) fn never_arrived(status: &Status) -> bool {
+    let mut causes = std::iter::successors(std::error::Error::source(status), |error| error.source());
+    causes.any(|error| error.is::<tonic::ConnectError>())
+}
+
 /// A stage's status in the terms of the public request. `public` translates the name of one of the stage's fields;
 /// a field without a public name was filled by us, so that its violation is our fault.
 pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
@@ -59,6 +65,14 @@ pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Op
         // when it stops.
         Code::Cancelled => status::unavailable(format!("the {stage} stage stopped: {}", status.message())),
         _ => status::internal(format!("the {stage} stage failed: {}", status.message())),
+    }
+}
+
+/// What a stage's call ended with, in the terms of the public request.
+pub(crate) fn in_public_terms(stage: &str, stop: Stop, public: impl Fn(&str) -> Option<String>) -> Stop {
+    match stop {
+        Stop::Failed(status) => Stop::Failed(of_stage(stage, &status, public)),
+        Stop::Rolled | Stop::Left => stop,
     }
 }
 

@@ -10,7 +10,8 @@
 //! | `pipeline` | one request through its stages, top to bottom |
 //! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
 //! | `cache` | memory, Redis, and one flight per key |
-//! | `model`, `pool`, `stages` | a model's stages, their replicas, and the calls to them |
+//! | `model`, `pool` | a model's stages, and the replicas of each |
+//! | `stages`, `attempts`, `rows` | the calls to the stages, and how they outlive a replica |
 //! | [`drawing`] | a box as the picture that upstream draws of it |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
@@ -20,6 +21,7 @@
 pub mod config;
 pub mod drawing;
 
+mod attempts;
 mod cache;
 mod embeddings;
 mod error;
@@ -29,6 +31,7 @@ mod pipeline;
 mod pool;
 mod report;
 mod request;
+mod rows;
 mod service;
 mod stages;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Every metric of the router, units last.
 
-use std::{sync::Arc, time::Duration};
+use std::{sync::Arc, time::Instant};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -66,6 +66,12 @@ struct StageLabels {
     stage: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LossLabels {
+    stage: &'static str,
+    reason: &'static str,
+}
+
 /// Cloning shares the counters.
 #[derive(Clone)]
 pub(crate) struct Metrics(Arc<Families>);
@@ -74,6 +80,7 @@ struct Families {
     lookups: Family<LookupLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
     stages: Family<StageLabels, Histogram, fn() -> Histogram>,
+    lost: Family<LossLabels, Counter>,
 }
 
 /// 1 ms (a cached answer) to about 17 minutes (a large picture without a GPU).
@@ -94,10 +101,16 @@ impl Metrics {
         let stages = Family::new_with_constructor(seconds as fn() -> Histogram);
         registry.register(
             "emu2_router_stage_seconds",
-            "A call of a stage, from opening its stream to the stream's end",
+            "A call of a stage, from its beginning to its end, all its attempts together",
             stages.clone(),
         );
-        Self(Arc::new(Families { lookups, requests, stages }))
+        let lost = Family::default();
+        registry.register(
+            "emu2_router_attempts_lost",
+            "Attempts of a stage's call that ended before the call did; it goes on elsewhere if it can",
+            lost.clone(),
+        );
+        Self(Arc::new(Families { lookups, requests, stages, lost }))
     }
 
     pub(crate) fn cache_lookup(&self, kind: Kind, outcome: Outcome) {
@@ -108,7 +121,25 @@ impl Metrics {
         self.0.requests.get_or_create(&RequestLabels { model: model.to_owned(), task }).inc();
     }
 
-    pub(crate) fn stage(&self, stage: &'static str, took: Duration) {
-        self.0.stages.get_or_create(&StageLabels { stage }).observe(took.as_secs_f64());
+    pub(crate) fn attempt_lost(&self, stage: &'static str, reason: &'static str) {
+        self.0.lost.get_or_create(&LossLabels { stage, reason }).inc();
+    }
+
+    /// Observes a call's length when dropped, however the call ends.
+    pub(crate) fn time(&self, stage: &'static str) -> StageTimer {
+        StageTimer { stage, began: Instant::now(), metrics: self.clone() }
+    }
+}
+
+pub(crate) struct StageTimer {
+    stage: &'static str,
+    began: Instant,
+    metrics: Metrics,
+}
+
+impl Drop for StageTimer {
+    fn drop(&mut self) {
+        let labels = StageLabels { stage: self.stage };
+        self.metrics.0.stages.get_or_create(&labels).observe(self.began.elapsed().as_secs_f64());
     }
 }

@@ -1,11 +1,15 @@
 //! One request through its stages, top to bottom: embeddings of its pictures (side by side) → llm → decoder. Every
 //! stage is opened at once and fed as things become ready: the llm prefills what has arrived while later pictures
-//! are still being encoded, and the decoder takes rows as the llm regresses them.
+//! are still being encoded, and the decoder takes rows as the llm regresses them. A stage whose replica is lost goes
+//! on elsewhere (`attempts`), which nothing here sees.
 //!
 //! All of it is one future: when nobody listens any more it is dropped, and every stage's stream with it.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -20,26 +24,28 @@ use emu2_proto::{
         finished::Parameters, generate_event::Event,
     },
 };
-use emu2_serve::{deadline::Deadline, status, stream::Sender};
-use futures::{StreamExt, TryStreamExt, stream, try_join};
+use emu2_serve::{deadline::Deadline, status, stream};
+use futures::{StreamExt, TryStreamExt, stream::iter, try_join};
+use tokio::sync::mpsc::Sender;
 use tonic::Status;
 use tracing::{Instrument, info_span};
 
 use crate::{
+    attempts::{Session, Way},
     cache::Found,
     embeddings::Embeddings,
     error::{self, Stop},
     pool::Stage,
     report::Report,
     request::{Generation, Task, effective_text},
-    stages::{self, Answers, Decoder, DecoderCall, Llm, LlmCall, Requests},
+    stages::{self, DecodeCall, LlmCall},
 };
 
 /// Times that a request begins because it finds its stages' weights replaced: each stage may be found so once.
 pub(crate) const MAX_BEGINNINGS: usize = 4;
 
-type LlmAnswers = Answers<Llm, emu2_proto::stage::LlmEvent>;
-type DecoderAnswers = Answers<Decoder, emu2_proto::stage::DecodeEvent>;
+type Llm = Session<LlmCall>;
+type Decoder = Session<DecodeCall>;
 
 /// A checked request on its way.
 pub(crate) struct Job {
@@ -52,7 +58,7 @@ pub(crate) struct Job {
 
 impl Job {
     /// Works until the answer is whole, something fails, or nobody listens.
-    pub(crate) async fn run(self, sender: Sender<GenerateEvent>) {
+    pub(crate) async fn run(self, sender: stream::Sender<GenerateEvent>) {
         let client = Client { sender: sender.clone(), sees_progress: AtomicBool::new(false) };
         let outcome = tokio::select! {
             biased;
@@ -107,12 +113,9 @@ impl Job {
         client: &Client,
     ) -> Result<(), Stop> {
         let span = info_span!("llm");
-        let output = llm_start::Output::Text(*parameters);
-        let llm = self.open_llm(input, output).instrument(span.clone()).await?;
-        let (pictures, finished) = try_join!(
-            self.fill_slots(llm.requests),
-            self.read_text(llm.answers, report, client).instrument(span)
-        )?;
+        let (slots, llm) = self.ask_llm(input, llm_start::Output::Text(*parameters));
+        let (pictures, finished) =
+            try_join!(self.fill_slots(slots), self.read_text(llm, report, client).instrument(span))?;
         report.pictures(&pictures);
         let reason = if finished.complete { FinishReason::EndOfText } else { FinishReason::MaxNewTokens };
         report.result(reason, Parameters::Text(effective_text(parameters)));
@@ -127,23 +130,20 @@ impl Job {
         client: &Client,
     ) -> Result<(), Stop> {
         let (llm_span, decoder_span) = (info_span!("llm"), info_span!("decoder"));
-        let output = llm_start::Output::Regression(RegressionParameters {});
-        let (llm, decoder) = try_join!(
-            self.open_llm(input, output).instrument(llm_span.clone()),
-            self.open_decoder(start).instrument(decoder_span.clone())
-        )?;
+        let (slots, llm) = self.ask_llm(input, llm_start::Output::Regression(RegressionParameters {}));
+        let (conditions, decoder) = self.ask_decoder(start)?;
         let total = start.queries;
         let conditions = async {
             // Dropped when both are through: that tells the decoder that no more comes.
-            let requests = decoder.requests;
+            let conditions = conditions;
             let positive =
-                self.forward_regressed(llm.answers, &requests, total, report, client).instrument(llm_span);
-            try_join!(positive, self.send_negative(start, &requests))
+                self.forward_regressed(llm, &conditions, total, report, client).instrument(llm_span);
+            try_join!(positive, self.send_negative(start, &conditions))
         };
         let (pictures, _, finished) = try_join!(
-            self.fill_slots(llm.requests),
+            self.fill_slots(slots),
             conditions,
-            self.read_image(decoder.answers, client).instrument(decoder_span)
+            self.read_image(decoder, client).instrument(decoder_span)
         )?;
         report.pictures(&pictures);
         report.painted(&finished, start);
@@ -157,46 +157,52 @@ impl Job {
         client: &Client,
     ) -> Result<(), Stop> {
         let span = info_span!("decoder");
-        let decoder = self.open_decoder(start).instrument(span.clone()).await?;
+        let (conditions, decoder) = self.ask_decoder(start)?;
         let conditions = async {
-            let requests = decoder.requests;
-            try_join!(self.send_picture(&requests), self.send_negative(start, &requests))
+            let conditions = conditions;
+            try_join!(self.send_picture(&conditions), self.send_negative(start, &conditions))
         };
         let ((pictures, ()), finished) =
-            try_join!(conditions, self.read_image(decoder.answers, client).instrument(span))?;
+            try_join!(conditions, self.read_image(decoder, client).instrument(span))?;
         report.pictures(&pictures);
         report.painted(&finished, start);
         Ok(())
     }
 
-    async fn open_llm(&self, input: &llm_start::Input, output: llm_start::Output) -> Result<LlmCall, Stop> {
-        let Embeddings { model, profile, metrics, .. } = &self.embeddings;
-        let start = LlmStart { input: Some(input.clone()), output: Some(output) };
-        let call = stages::generate(&model.llm, &profile.llm.weights_digest, start, self.deadline, metrics);
-        call.await.map_err(|status| of_llm(&status))
+    /// Where embeddings of the prompt's slots go, and what comes of them.
+    fn ask_llm(&self, input: &llm_start::Input, output: llm_start::Output) -> (Sender<LlmRequest>, Llm) {
+        let start = LlmStart { input: Some(input.clone()), output: Some(output), resume: None };
+        let call = LlmCall::new(start, &self.embeddings.profile.llm.weights_digest);
+        Session::new(call, self.embeddings.way_to_llm(self.deadline, Some(self.generation.beginning())))
     }
 
-    async fn open_decoder(&self, start: &DecodeStart) -> Result<DecoderCall, Stop> {
+    /// Where the picture's conditions go, and what comes of them.
+    fn ask_decoder(&self, start: &DecodeStart) -> Result<(Sender<DecodeRequest>, Decoder), Stop> {
         let Embeddings { model, profile, metrics, .. } = &self.embeddings;
         let (Some(pool), Some(info)) = (&model.decoder, &profile.decoder) else {
             return Err(status::internal("an image was asked of a model without a decoder").into());
         };
-        let call = stages::decode(pool, &info.weights_digest, start.clone(), self.deadline, metrics);
-        call.await.map_err(|status| of_decoder(&status))
+        let way = Way {
+            pool: Arc::clone(pool),
+            digest: info.weights_digest.clone(),
+            hint: None,
+            deadline: self.deadline,
+            metrics: metrics.clone(),
+        };
+        Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), way))
     }
 
     /// Sends every picture's embeddings to its slot as soon as they are there.
-    async fn fill_slots(&self, requests: Requests<LlmRequest>) -> Result<Pictures, Stop> {
+    async fn fill_slots(&self, slots: Sender<LlmRequest>) -> Result<Pictures, Stop> {
         let began = Instant::now();
         let mut pictures = Pictures::default();
-        let slots = 0..self.generation.pictures.len();
-        let mut looked_up =
-            stream::iter(slots.map(|slot| self.slot(slot))).buffer_unordered(self.images_in_flight);
+        let numbers = 0..self.generation.pictures.len();
+        let mut looked_up = iter(numbers.map(|slot| self.slot(slot))).buffer_unordered(self.images_in_flight);
         while let Some((slot, found)) = looked_up.try_next().await? {
             pictures.count(&found, began);
             let embeddings = SlotEmbeddings { slot: slot as u32, embeddings: Some(found.tensor) };
             let request = LlmRequest { message: Some(llm_request::Message::Embeddings(embeddings)) };
-            if !requests.send(request).await {
+            if slots.send(request).await.is_err() {
                 break;
             }
         }
@@ -212,19 +218,21 @@ impl Job {
     }
 
     /// The only picture, as the positive of autoencoding.
-    async fn send_picture(&self, requests: &Requests<DecodeRequest>) -> Result<Pictures, Stop> {
+    async fn send_picture(&self, conditions: &Sender<DecodeRequest>) -> Result<Pictures, Stop> {
         let began = Instant::now();
         let (_, found) = self.slot(0).await?;
         let mut pictures = Pictures::default();
         pictures.count(&found, began);
-        requests.send(positive(RegressedEmbeddings { start: 0, embeddings: Some(found.tensor) })).await;
+        // A decoder that has hung up says why where it is read.
+        let _ =
+            conditions.send(positive(RegressedEmbeddings { start: 0, embeddings: Some(found.tensor) })).await;
         Ok(pictures)
     }
 
     async fn send_negative(
         &self,
         start: &DecodeStart,
-        requests: &Requests<DecodeRequest>,
+        conditions: &Sender<DecodeRequest>,
     ) -> Result<(), Stop> {
         if start.guidance_scale <= 1.0 {
             return Ok(());
@@ -235,25 +243,23 @@ impl Job {
             _ => self.embeddings.empty_prompt().instrument(span).await?,
         };
         let negative = RegressedEmbeddings { start: 0, embeddings: Some(found.tensor) };
-        requests.send(DecodeRequest { message: Some(decode_request::Message::Negative(negative)) }).await;
+        let message = Some(decode_request::Message::Negative(negative));
+        let _ = conditions.send(DecodeRequest { message }).await;
         Ok(())
     }
 
     async fn read_text(
         &self,
-        mut answers: LlmAnswers,
+        mut llm: Llm,
         report: &mut Report,
         client: &Client,
     ) -> Result<LlmFinished, Stop> {
         loop {
-            match self.next_of_llm(&mut answers, report).await? {
-                llm_event::Event::Text(text) if !text.text.is_empty() => {
+            match next_of_llm(&mut llm, report).await? {
+                Some(llm_event::Event::Text(text)) if !text.text.is_empty() => {
                     client.progress(Event::TextDelta(TextDelta { text: text.text })).await?;
                 }
-                llm_event::Event::Finished(finished) => {
-                    report.llm(&finished);
-                    return Ok(finished);
-                }
+                Some(llm_event::Event::Finished(finished)) => return Ok(finished),
                 _ => {}
             }
         }
@@ -262,56 +268,35 @@ impl Job {
     /// Regressed rows to the decoder, one by one, and how far they are to the client.
     async fn forward_regressed(
         &self,
-        mut answers: LlmAnswers,
-        requests: &Requests<DecodeRequest>,
+        mut llm: Llm,
+        conditions: &Sender<DecodeRequest>,
         total: u32,
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
         loop {
-            match self.next_of_llm(&mut answers, report).await? {
-                llm_event::Event::Embeddings(rows) => {
+            match next_of_llm(&mut llm, report).await? {
+                Some(llm_event::Event::Embeddings(rows)) => {
                     let count =
                         rows.embeddings.as_ref().and_then(|it| it.shape.first()).copied().unwrap_or(0);
                     let done = rows.start.saturating_add(count);
-                    if !requests.send(positive(rows)).await {
+                    if conditions.send(positive(rows)).await.is_err() {
                         return Ok(());
                     }
                     report.regressed(done);
                     client.progress(Event::EmbeddingProgress(EmbeddingProgress { done, total })).await?;
                 }
-                llm_event::Event::Finished(finished) => {
-                    report.llm(&finished);
-                    return Ok(());
-                }
+                Some(llm_event::Event::Finished(_)) => return Ok(()),
                 _ => {}
             }
         }
     }
 
-    /// The llm's next event. Its first one names the weights it works with.
-    async fn next_of_llm(
-        &self,
-        answers: &mut LlmAnswers,
-        report: &mut Report,
-    ) -> Result<llm_event::Event, Stop> {
-        let event = answers.next().await.map_err(|status| of_llm(&status))?.event;
-        let event = event.ok_or_else(|| status::internal("the llm sent an event of no kind"))?;
-        if let llm_event::Event::Accepted(accepted) = &event {
-            if accepted.weights_digest != self.embeddings.profile.llm.weights_digest {
-                answers.lease().refresh().await;
-                return Err(Stop::Rolled);
-            }
-            report.prompt(accepted.prompt_positions);
-        }
-        Ok(event)
-    }
-
     /// Steps as they are done; the image once the decoder has said which weights painted it.
-    async fn read_image(&self, mut answers: DecoderAnswers, client: &Client) -> Result<DecodeFinished, Stop> {
+    async fn read_image(&self, mut decoder: Decoder, client: &Client) -> Result<DecodeFinished, Stop> {
         let mut result = None;
         loop {
-            match answers.next().await.map_err(|status| of_decoder(&status))?.event {
+            match decoder.next().await.map_err(of_decoder)?.event {
                 Some(decode_event::Event::Step(step)) => {
                     let progress = DenoiseProgress { step: step.step, steps: step.steps };
                     client.progress(Event::DenoiseProgress(progress)).await?;
@@ -320,11 +305,6 @@ impl Job {
                     result = Some(ImageResult { png: image.png, height: image.height, width: image.width });
                 }
                 Some(decode_event::Event::Finished(finished)) => {
-                    let expected = self.embeddings.profile.decoder.as_ref().map(|info| &info.weights_digest);
-                    if expected != Some(&finished.weights_digest) {
-                        answers.lease().refresh().await;
-                        return Err(Stop::Rolled);
-                    }
                     let result = result.ok_or_else(|| status::internal("the decoder sent no image"))?;
                     client.progress(Event::Image(result)).await?;
                     return Ok(finished);
@@ -333,6 +313,17 @@ impl Job {
             }
         }
     }
+}
+
+/// The llm's next event, and what it says for the report.
+async fn next_of_llm(llm: &mut Llm, report: &mut Report) -> Result<Option<llm_event::Event>, Stop> {
+    let event = llm.next().await.map_err(of_llm)?.event;
+    match &event {
+        Some(llm_event::Event::Accepted(accepted)) => report.prompt(accepted.prompt_positions),
+        Some(llm_event::Event::Finished(finished)) => report.llm(finished),
+        _ => {}
+    }
+    Ok(event)
 }
 
 /// What became of a request's pictures.
@@ -357,7 +348,7 @@ impl Pictures {
 
 /// The client's end of the answer.
 struct Client {
-    sender: Sender<GenerateEvent>,
+    sender: stream::Sender<GenerateEvent>,
     /// Whether it has been shown anything that a new beginning would repeat.
     sees_progress: AtomicBool,
 }
@@ -378,17 +369,17 @@ fn positive(rows: RegressedEmbeddings) -> DecodeRequest {
 }
 
 /// The llm's prompt has the request's own names; embeddings are ours.
-fn of_llm(status: &Status) -> Stop {
+fn of_llm(stop: Stop) -> Stop {
     let public = |field: &str| {
         let field = field.strip_prefix("start.").unwrap_or(field);
         let top = field.split(['.', '[']).next().unwrap_or(field);
         ["prompt", "chat", "text", "input"].contains(&top).then(|| field.to_owned())
     };
-    error::of_stage(Llm::NAME, status, public).into()
+    error::in_public_terms(stages::Llm::NAME, stop, public)
 }
 
 /// The decoder's start is flat; the request has it under `image`.
-fn of_decoder(status: &Status) -> Stop {
+fn of_decoder(stop: Stop) -> Stop {
     const SHARED: [&str; 8] = [
         "height",
         "width",
@@ -403,5 +394,5 @@ fn of_decoder(status: &Status) -> Stop {
         let field = field.strip_prefix("start.").unwrap_or(field);
         SHARED.contains(&field).then(|| format!("image.{field}"))
     };
-    error::of_stage(Decoder::NAME, status, public).into()
+    error::in_public_terms(stages::Decoder::NAME, stop, public)
 }

@@ -7,6 +7,8 @@ mod checks;
 #[cfg(test)]
 mod tests;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use bytes::Bytes;
 use emu2_proto::{
     pooling,
@@ -55,6 +57,35 @@ impl Task {
             Self::Paint { .. } => "image",
             Self::Autoencode { .. } => "autoencode",
         }
+    }
+}
+
+impl Generation {
+    /// Equal for prompts that begin alike, in their first picture and their first text: a hint for finding a replica
+    /// that has read such a beginning before, not an identity. Read are a few thousand bytes at most.
+    pub(crate) fn beginning(&self) -> u64 {
+        const READ: usize = 4096;
+        let mut hasher = DefaultHasher::new();
+        if let Some(Picture { subject: Subject::Sent(data), .. }) = self.pictures.first() {
+            (data.len(), &data[..data.len().min(READ)]).hash(&mut hasher);
+        }
+        let parts = match &self.task {
+            Task::Write { input, .. } | Task::Paint { input, .. } => match input {
+                llm_start::Input::Prompt(prompt) => prompt.parts.as_slice(),
+                llm_start::Input::Chat(chat) => {
+                    chat.system_message.hash(&mut hasher);
+                    chat.turns.first().map_or(&[][..], |turn| &turn.parts)
+                }
+            },
+            Task::Autoencode { .. } => &[],
+        };
+        let texts = parts.iter().filter_map(|part| match &part.kind {
+            Some(llm_part::Kind::Text(text)) => Some(text.as_bytes()),
+            _ => None,
+        });
+        let text = texts.into_iter().next().unwrap_or_default();
+        text[..text.len().min(READ)].hash(&mut hasher);
+        hasher.finish()
     }
 }
 

@@ -1,26 +1,28 @@
-//! The three stages as the router calls them: one streaming call each, its replica's load held until it ends.
+//! The three stages as the router calls them: what each is asked, and what of its answers a next attempt builds on.
 
-use std::{fmt, time::Instant};
+use std::sync::Arc;
 
-use emu2_proto::stage::{
-    DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, EncodeRequest, EncodeResponse,
-    EncoderInfo, EncoderInfoRequest, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmStart, decode_request,
-    language_model_client::LanguageModelClient, llm_request, visual_decoder_client::VisualDecoderClient,
-    visual_encoder_client::VisualEncoderClient,
+use emu2_proto::{
+    stage::{
+        DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, EncodeRequest,
+        EncodeResponse, EncoderInfo, EncoderInfoRequest, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest,
+        LlmResume, LlmStart, decode_event, decode_request, language_model_client::LanguageModelClient,
+        llm_event, llm_request, visual_decoder_client::VisualDecoderClient,
+        visual_encoder_client::VisualEncoderClient,
+    },
+    v1,
 };
-use emu2_serve::{deadline::Deadline, status, trace};
-use tokio::sync::mpsc;
+use emu2_serve::{deadline::Deadline, status};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, Streaming, transport::Channel};
+use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
 use crate::{
-    error,
+    attempts::{Call, Session, Taken, Way},
+    error::Stop,
     metrics::Metrics,
     pool::{Lease, Pool, Stage},
+    rows::Rows,
 };
-
-/// Messages that wait for a stage to take them: one on its way and one ready; more would only be held here.
-const WAITING_MESSAGES: usize = 2;
 
 pub(crate) struct Encoder;
 pub(crate) struct Llm;
@@ -42,6 +44,10 @@ impl Stage for Encoder {
     fn digest(info: &EncoderInfo) -> &str {
         &info.weights_digest
     }
+
+    fn step_ms(info: &EncoderInfo) -> u64 {
+        info.step_ms
+    }
 }
 
 impl Stage for Llm {
@@ -59,6 +65,10 @@ impl Stage for Llm {
 
     fn digest(info: &LlmInfo) -> &str {
         &info.weights_digest
+    }
+
+    fn step_ms(info: &LlmInfo) -> u64 {
+        info.step_ms
     }
 }
 
@@ -78,146 +88,167 @@ impl Stage for Decoder {
     fn digest(info: &DecoderInfo) -> &str {
         &info.weights_digest
     }
-}
 
-/// An open call: what goes in, and what comes out.
-pub(crate) struct Call<S: Stage, In, Out> {
-    pub(crate) requests: Requests<In>,
-    pub(crate) answers: Answers<S, Out>,
-}
-
-pub(crate) type LlmCall = Call<Llm, LlmRequest, LlmEvent>;
-pub(crate) type DecoderCall = Call<Decoder, DecodeRequest, DecodeEvent>;
-
-/// The sending half; dropping it tells the stage that no more comes.
-pub(crate) struct Requests<In>(mpsc::Sender<In>);
-
-/// The receiving half; dropping it stops the stage.
-pub(crate) struct Answers<S: Stage, Out> {
-    stream: Streaming<Out>,
-    lease: Lease<S>,
-    _timer: Timer,
-}
-
-impl<In> Requests<In> {
-    /// False once the stage has hung up: why is among its answers.
-    pub(crate) async fn send(&self, request: In) -> bool {
-        self.0.send(request).await.is_ok()
+    fn step_ms(info: &DecoderInfo) -> u64 {
+        info.step_ms
     }
 }
 
-impl<S: Stage, Out> Answers<S, Out> {
-    /// The next answer. A stage may end its stream only after its last answer, which the caller knows: an end before
-    /// that is a fault.
-    pub(crate) async fn next(&mut self) -> Result<Out, Status> {
-        match self.stream.message().await {
-            Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(ended_early::<S>()),
-            Err(status) => {
-                if error::is_replica_lost(&status) {
-                    self.lease.doubt();
-                }
-                Err(status)
-            }
-        }
-    }
-
-    pub(crate) fn lease(&self) -> &Lease<S> {
-        &self.lease
-    }
-}
-
-/// Encodes one picture. Several of a request go side by side, each where there is room; one whose replica is lost
-/// is encoded by another.
+/// Encodes one picture. Several of a request go side by side, each where there is room. The lease is of the replica
+/// that did it.
 pub(crate) async fn encode(
-    pool: &Pool<Encoder>,
+    pool: &Arc<Pool<Encoder>>,
     digest: &str,
     request: EncodeRequest,
     deadline: Deadline,
     metrics: &Metrics,
-) -> Result<(EncodeResponse, Lease<Encoder>), Status> {
-    let _timer = Timer::start::<Encoder>(metrics);
-    let encode = |mut client: VisualEncoderClient<Channel>| {
-        let request = outgoing(tokio_stream::once(request.clone()), deadline);
-        async move {
-            let answer = client.encode(request).await?.into_inner().message().await?;
-            answer.ok_or_else(ended_early::<Encoder>)
-        }
+) -> Result<(EncodeResponse, Option<Lease<Encoder>>), Stop> {
+    let way = Way {
+        pool: Arc::clone(pool),
+        digest: digest.to_owned(),
+        hint: None,
+        deadline,
+        metrics: metrics.clone(),
     };
-    pool.open(digest, encode).await
+    let (_, mut session) = Session::new(EncodeCall(request), way);
+    let answer = session.next().await?;
+    Ok((answer, session.into_parts().1))
 }
 
-/// Opens the llm's stream with its prompt.
-pub(crate) async fn generate(
-    pool: &Pool<Llm>,
-    digest: &str,
-    start: LlmStart,
-    deadline: Deadline,
-    metrics: &Metrics,
-) -> Result<LlmCall, Status> {
-    let timer = Timer::start::<Llm>(metrics);
-    let open = |mut client: LanguageModelClient<Channel>| {
-        let first = LlmRequest { message: Some(llm_request::Message::Start(start.clone())) };
-        let (requests, stream) = requests(first);
-        let request = outgoing(stream, deadline);
-        async move { Ok((client.generate(request).await?, requests)) }
-    };
-    let ((response, requests), lease) = pool.open(digest, open).await?;
-    Ok(Call { requests, answers: Answers { stream: response.into_inner(), lease, _timer: timer } })
-}
+struct EncodeCall(EncodeRequest);
 
-/// Opens the decoder's stream with the size and steps of its picture.
-pub(crate) async fn decode(
-    pool: &Pool<Decoder>,
-    digest: &str,
-    start: DecodeStart,
-    deadline: Deadline,
-    metrics: &Metrics,
-) -> Result<DecoderCall, Status> {
-    let timer = Timer::start::<Decoder>(metrics);
-    let open = |mut client: VisualDecoderClient<Channel>| {
-        let first = DecodeRequest { message: Some(decode_request::Message::Start(start.clone())) };
-        let (requests, stream) = requests(first);
-        let request = outgoing(stream, deadline);
-        async move { Ok((client.decode(request).await?, requests)) }
-    };
-    let ((response, requests), lease) = pool.open(digest, open).await?;
-    Ok(Call { requests, answers: Answers { stream: response.into_inner(), lease, _timer: timer } })
-}
+impl Call for EncodeCall {
+    type Stage = Encoder;
+    type In = EncodeRequest;
+    type Out = EncodeResponse;
 
-fn requests<In: fmt::Debug + Send + 'static>(first: In) -> (Requests<In>, ReceiverStream<In>) {
-    let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
-    sender.try_send(first).expect("an empty queue takes one message");
-    (Requests(sender), ReceiverStream::new(receiver))
-}
+    fn first(&self) -> EncodeRequest {
+        self.0.clone()
+    }
 
-fn ended_early<S: Stage>() -> Status {
-    status::internal(format!("the {} stage ended before its result", S::NAME))
-}
+    async fn open(
+        mut client: VisualEncoderClient<Channel>,
+        request: Request<ReceiverStream<EncodeRequest>>,
+    ) -> Result<Response<Streaming<EncodeResponse>>, Status> {
+        client.encode(request).await
+    }
 
-/// The message with the request's id, its trace and what is left of its time.
-fn outgoing<T>(message: T, deadline: Deadline) -> Request<T> {
-    let mut request = Request::new(message);
-    trace::inject(request.metadata_mut());
-    deadline.apply(request.metadata_mut());
-    request
-}
-
-/// Observes a call's length when it ends, however it ends.
-struct Timer {
-    stage: &'static str,
-    began: Instant,
-    metrics: Metrics,
-}
-
-impl Timer {
-    fn start<S: Stage>(metrics: &Metrics) -> Self {
-        Self { stage: S::NAME, began: Instant::now(), metrics: metrics.clone() }
+    /// Whatever weights it names: the value is good under their name.
+    fn take(&mut self, _: &EncodeResponse) -> Result<Taken, Status> {
+        Ok(Taken::New)
     }
 }
 
-impl Drop for Timer {
-    fn drop(&mut self) {
-        self.metrics.stage(self.stage, self.began.elapsed());
+/// A prompt to the llm. What came of it so far is the next attempt's beginning.
+pub(crate) struct LlmCall {
+    start: LlmStart,
+    digest: String,
+    accepted: bool,
+    token_ids: Vec<u32>,
+    rows: Rows,
+}
+
+impl LlmCall {
+    pub(crate) fn new(start: LlmStart, digest: &str) -> Self {
+        Self {
+            start,
+            digest: digest.to_owned(),
+            accepted: false,
+            token_ids: Vec::new(),
+            rows: Rows::default(),
+        }
+    }
+
+    /// The embeddings that were regressed; INTERNAL unless there are as many as expected.
+    pub(crate) fn regressed(&self, expected: u32) -> Result<v1::Tensor, Status> {
+        self.rows.whole(expected)
+    }
+}
+
+impl Call for LlmCall {
+    type Stage = Llm;
+    type In = LlmRequest;
+    type Out = LlmEvent;
+
+    fn first(&self) -> LlmRequest {
+        let begun = !self.token_ids.is_empty() || !self.rows.is_empty();
+        let resume = begun.then(|| LlmResume { token_ids: self.token_ids.clone(), rows: self.rows.so_far() });
+        let start = LlmStart { resume, ..self.start.clone() };
+        LlmRequest { message: Some(llm_request::Message::Start(start)) }
+    }
+
+    async fn open(
+        mut client: LanguageModelClient<Channel>,
+        request: Request<ReceiverStream<LlmRequest>>,
+    ) -> Result<Response<Streaming<LlmEvent>>, Status> {
+        client.generate(request).await
+    }
+
+    fn take(&mut self, answer: &LlmEvent) -> Result<Taken, Status> {
+        let event = answer.event.as_ref();
+        match event.ok_or_else(|| status::internal("the llm sent an event of no kind"))? {
+            llm_event::Event::Accepted(accepted) if accepted.weights_digest != self.digest => {
+                Ok(Taken::OtherWeights)
+            }
+            llm_event::Event::Accepted(_) if self.accepted => Ok(Taken::Known),
+            llm_event::Event::Accepted(_) => {
+                self.accepted = true;
+                Ok(Taken::New)
+            }
+            llm_event::Event::Text(text) => {
+                self.token_ids.extend(&text.token_ids);
+                Ok(Taken::New)
+            }
+            llm_event::Event::Embeddings(rows) => {
+                self.rows.push(rows)?;
+                Ok(Taken::New)
+            }
+            llm_event::Event::Finished(_) => Ok(Taken::New),
+        }
+    }
+}
+
+/// A picture of the decoder. Each attempt denoises from the seed; of its steps the reader sees those that are further
+/// than any before.
+pub(crate) struct DecodeCall {
+    start: DecodeStart,
+    digest: String,
+    steps_seen: u32,
+}
+
+impl DecodeCall {
+    pub(crate) fn new(start: DecodeStart, digest: &str) -> Self {
+        Self { start, digest: digest.to_owned(), steps_seen: 0 }
+    }
+}
+
+impl Call for DecodeCall {
+    type Stage = Decoder;
+    type In = DecodeRequest;
+    type Out = DecodeEvent;
+
+    fn first(&self) -> DecodeRequest {
+        DecodeRequest { message: Some(decode_request::Message::Start(self.start.clone())) }
+    }
+
+    async fn open(
+        mut client: VisualDecoderClient<Channel>,
+        request: Request<ReceiverStream<DecodeRequest>>,
+    ) -> Result<Response<Streaming<DecodeEvent>>, Status> {
+        client.decode(request).await
+    }
+
+    fn take(&mut self, answer: &DecodeEvent) -> Result<Taken, Status> {
+        match &answer.event {
+            Some(decode_event::Event::Step(step)) if step.step <= self.steps_seen => Ok(Taken::Known),
+            Some(decode_event::Event::Step(step)) => {
+                self.steps_seen = step.step;
+                Ok(Taken::New)
+            }
+            Some(decode_event::Event::Finished(finished)) if finished.weights_digest != self.digest => {
+                Ok(Taken::OtherWeights)
+            }
+            _ => Ok(Taken::New),
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod caching;
+mod failover;
 mod failures;
 mod flows;
 mod mocks;

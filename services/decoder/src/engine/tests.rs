@@ -20,7 +20,7 @@ use crate::denoise::tests::{painter, request};
 fn worker(queue: usize, max_batch_pixels: u64) -> (Engine, Worker) {
     let (jobs, queue) = mpsc::channel(queue);
     let metrics = Metrics::register(&mut Registry::default());
-    (Engine { jobs }, Worker::new(painter().0, queue, max_batch_pixels, metrics))
+    (Engine { jobs, pulse: Pulse::default() }, Worker::new(painter().0, queue, max_batch_pixels, metrics))
 }
 
 fn steps(worker: &Worker) -> Vec<usize> {
@@ -160,7 +160,7 @@ fn a_reader_who_never_reads_holds_up_nobody() {
     let mut slow = engine.submit(request(1, 40, 3.0)).unwrap();
     let mut fast = engine.submit(request(2, 40, 3.0)).unwrap();
     drop(engine);
-    let engine = thread::spawn(|| worker.run());
+    let engine = thread::spawn(|| worker.run(&Pulse::default()));
     let count = std::iter::from_fn(|| fast.blocking_recv()).count();
     engine.join().unwrap();
     let all = drain(&mut slow);

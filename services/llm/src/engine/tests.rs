@@ -57,7 +57,7 @@ impl Running {
     }
 
     fn submit(&self, prompt: Prompt, output: Output) -> Generation {
-        self.engine.submit(Request { prompt, output, span: Span::none() }).unwrap()
+        self.engine.submit(Request { prompt, output, resumed: 0, span: Span::none() }).unwrap()
     }
 
     async fn runs(&self, sequences: i64) {

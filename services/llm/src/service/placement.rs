@@ -42,6 +42,11 @@ impl Placement {
         Ok((slot, array))
     }
 
+    /// How many the prompt has.
+    pub(super) fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
     /// The first slot that has not been filled.
     pub(super) fn missing(&self) -> Option<usize> {
         self.arrived.iter().position(|arrived| !arrived)

@@ -59,7 +59,7 @@ async fn a_failure_is_told_to_all_that_waited_and_not_kept() {
 /// The replica is rolled in place while the router still believes its last `Info`.
 #[tokio::test]
 async fn new_weights_never_answer_for_old_ones() {
-    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, info_timeout_ms: 2_000 };
+    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, ..Default::default() };
     let sandbox = Sandbox::with(|config| config.pool = pool).await;
     assert_eq!(sandbox.embed(b"cat").await.unwrap().weights_digest, "e1");
     sandbox.encoder.roll("e2");
@@ -76,7 +76,7 @@ async fn new_weights_never_answer_for_old_ones() {
 /// The same weights behind newer code, while the router still believes its last `Info`.
 #[tokio::test]
 async fn new_preprocessing_never_answers_for_the_old() {
-    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, info_timeout_ms: 2_000 };
+    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, ..Default::default() };
     let sandbox = Sandbox::with(|config| config.pool = pool).await;
     sandbox.embed(b"cat").await.unwrap();
     sandbox.encoder.rewrite(2);
@@ -88,7 +88,7 @@ async fn new_preprocessing_never_answers_for_the_old() {
 /// Pictures of one prompt are all encoded with one set of weights, though the first was cached under others.
 #[tokio::test]
 async fn one_request_uses_one_set_of_weights() {
-    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, info_timeout_ms: 2_000 };
+    let pool = PoolConfig { refresh_ms: 600_000, retry_ms: 20, ..Default::default() };
     let sandbox = Sandbox::with(|config| config.pool = pool).await;
     sandbox.embed(b"cat").await.unwrap();
     sandbox.encoder.roll("e2");

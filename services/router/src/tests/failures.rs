@@ -120,7 +120,7 @@ async fn a_stage_that_is_down_is_unavailable_and_comes_back() {
 
 #[tokio::test]
 async fn a_stage_lost_in_the_middle_is_unavailable() {
-    let mut sandbox = Sandbox::start().await;
+    let mut sandbox = Sandbox::with(|config| config.pool.failover_wait_ms = 300).await;
     sandbox.llm.hold();
     let mut stream = sandbox.client().generate(ask(vec![text("a")])).await.unwrap().into_inner();
     stream.message().await.unwrap();
@@ -154,27 +154,67 @@ async fn a_lost_replica_costs_no_request_while_another_is_left() {
 /// With one replica busy, everything new goes to the other.
 #[tokio::test]
 async fn the_less_loaded_replica_is_taken() {
-    let second = Stage::start(Role::Llm { instruct: true }, Script::new("l1"));
+    let second = Stage::start(Role::Encoder, Script::new("e1"));
     let endpoint = second.endpoint();
-    let sandbox = Sandbox::with(|config| config.models[1].llm.push(endpoint)).await;
+    let sandbox = Sandbox::with(|config| {
+        config.models[1].encoder.push(endpoint);
+        config.cache.memory_bytes = 0;
+    })
+    .await;
     until("both replicas are known", || async {
-        sandbox.events(ask(vec![text("a")])).await.unwrap();
-        sandbox.llm.calls() > 0 && second.calls() > 0
+        sandbox.embed(b"a").await.unwrap();
+        sandbox.encoder.calls() > 0 && second.calls() > 0
     })
     .await;
     sandbox.idle().await;
-    sandbox.llm.hold();
+    sandbox.encoder.hold();
     second.hold();
-    let first = sandbox.client().generate(ask(vec![text("a")])).await.unwrap();
-    until("one is busy", || async { sandbox.llm.running() + second.running() == 1 }).await;
-    let (busy, free) = if second.running() == 1 { (&second, &sandbox.llm) } else { (&sandbox.llm, &second) };
-    free.let_go();
+    let mut client = sandbox.client();
+    let image = Some(Image { data: SLOW.into() });
+    let request = EmbedRequest { model: "emu2".into(), image, n_query: None };
+    let first = tokio::spawn(async move { client.embed(request).await });
+    until("one is busy", || async { sandbox.encoder.running() + second.running() == 1 }).await;
+    let busy = if second.running() == 1 { &second } else { &sandbox.encoder };
     let before = busy.calls();
     for _ in 0..10 {
-        sandbox.events(ask(vec![text("b")])).await.unwrap();
+        sandbox.embed(b"b").await.unwrap();
     }
     assert_eq!(busy.calls(), before);
-    drop(first);
+    first.abort();
+}
+
+/// So that a replica has what it read before at hand; but not at the price of a queue.
+#[tokio::test]
+async fn prompts_that_begin_alike_meet_on_one_replica_until_it_is_busy() {
+    let second = Stage::start(Role::Llm { instruct: true }, Script::new("l1"));
+    let endpoint = second.endpoint();
+    let sandbox = Sandbox::with(|config| config.models[1].llm.push(endpoint)).await;
+    let calls = || [sandbox.llm.calls(), second.calls()];
+    until("both replicas are known", || async {
+        sandbox.events(ask(vec![text(&format!("{calls:?}", calls = calls()))])).await.unwrap();
+        calls().into_iter().all(|calls| calls > 0)
+    })
+    .await;
+    let before = calls();
+    for _ in 0..10 {
+        sandbox.events(ask(vec![text("alike"), image("other"), text("end")])).await.unwrap();
+    }
+    let moved = [0, 1].map(|index| calls()[index] - before[index]);
+    assert!(moved == [10, 0] || moved == [0, 10], "{moved:?}");
+
+    sandbox.llm.hold();
+    second.hold();
+    let mut running = Vec::new();
+    for _ in 0..8 {
+        running.push(sandbox.client().generate(ask(vec![text("alike")])).await.unwrap());
+    }
+    until("all are at work", || async { sandbox.llm.running() + second.running() == 8 }).await;
+    assert!(
+        sandbox.llm.running().min(second.running()) >= 2,
+        "{} and {}",
+        sandbox.llm.running(),
+        second.running()
+    );
 }
 
 #[tokio::test]

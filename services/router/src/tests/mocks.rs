@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -54,6 +54,10 @@ pub(super) struct Shared {
     pub(super) gate: watch::Sender<bool>,
     /// Answered in place of work.
     pub(super) fails: Mutex<Option<Status>>,
+    /// Set, the stage neither says what it is nor moves.
+    pub(super) hung: watch::Sender<bool>,
+    /// Said of the engine's current step.
+    pub(super) step_ms: AtomicU64,
     pub(super) calls: AtomicUsize,
     pub(super) running: AtomicUsize,
     /// Calls whose caller went away before their end.
@@ -83,6 +87,8 @@ impl Script {
             dtype: Mutex::new(Dtype::F32),
             gate: watch::channel(true).0,
             fails: Mutex::default(),
+            hung: watch::channel(false).0,
+            step_ms: AtomicU64::new(0),
             calls: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
@@ -123,6 +129,10 @@ impl Script {
         self.version.store(version, Ordering::SeqCst);
     }
 
+    fn step_ms(&self) -> u64 {
+        self.step_ms.load(Ordering::SeqCst)
+    }
+
     fn version(&self) -> u32 {
         self.version.load(Ordering::SeqCst)
     }
@@ -146,6 +156,11 @@ impl Script {
 
     async fn gate(&self) {
         let _ = self.gate.subscribe().wait_for(|open| *open).await;
+        self.hang().await;
+    }
+
+    async fn hang(&self) {
+        let _ = self.hung.subscribe().wait_for(|hung| !hung).await;
     }
 
     /// Runs one call until it ends (`work` says whether with its result) or its caller leaves.
@@ -263,6 +278,7 @@ impl VisualEncoder for MockEncoder {
     type EncodeStream = ReceiverStream<Result<EncodeResponse, Status>>;
 
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
+        self.0.hang().await;
         Ok(Response::new(EncoderInfo {
             weights_digest: self.0.digest(),
             dtype: self.0.dtype(),
@@ -271,6 +287,7 @@ impl VisualEncoder for MockEncoder {
             grid_side: 4,
             preprocessing_version: self.0.version(),
             max_image_pixels: 1 << 20,
+            step_ms: self.0.step_ms(),
         }))
     }
 
@@ -315,6 +332,7 @@ impl LanguageModel for MockLlm {
     type GenerateStream = ReceiverStream<Result<LlmEvent, Status>>;
 
     async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
+        self.0.hang().await;
         Ok(Response::new(LlmInfo {
             weights_digest: self.0.digest(),
             tokenizer_digest: "t1".into(),
@@ -334,6 +352,7 @@ impl LanguageModel for MockLlm {
             min_repetition_penalty: 0.1,
             max_repetition_penalty: 10.0,
             max_text_bytes: 10_000,
+            step_ms: self.0.step_ms(),
         }))
     }
 
@@ -369,17 +388,20 @@ impl LanguageModel for MockLlm {
                     _ => return false,
                 }
             }
+            let resume = start.resume.unwrap_or_default();
             match start.output.expect("an output") {
                 llm_start::Output::Text(_) => {
-                    for (index, text) in ["Hel", "", "lo"].into_iter().enumerate() {
+                    let pieces = ["Hel", "", "lo"].into_iter().enumerate();
+                    for (index, text) in pieces.skip(resume.token_ids.len()) {
                         if index == 2 {
                             script.gate().await;
                         }
-                        send(llm_event::Event::Text(LlmText { token_ids: vec![1], text: text.into() })).await;
+                        let token_ids = vec![10 + index as u32];
+                        send(llm_event::Event::Text(LlmText { token_ids, text: text.into() })).await;
                     }
                 }
                 llm_start::Output::Regression(_) => {
-                    for row in 0..N_QUERY {
+                    for row in resume.rows.map_or(0, |rows| rows.shape[0])..N_QUERY {
                         if row == 1 {
                             script.gate().await;
                         }
@@ -420,6 +442,7 @@ impl VisualDecoder for MockDecoder {
     type DecodeStream = ReceiverStream<Result<DecodeEvent, Status>>;
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
+        self.0.hang().await;
         Ok(Response::new(DecoderInfo {
             weights_digest: self.0.digest(),
             dtype: self.0.dtype(),
@@ -431,6 +454,7 @@ impl VisualDecoder for MockDecoder {
             max_steps: 100,
             max_guidance_scale: 100.0,
             max_queries: 16,
+            step_ms: self.0.step_ms(),
         }))
     }
 

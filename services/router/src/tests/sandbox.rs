@@ -155,7 +155,7 @@ fn config(encoder: &Stage, llm: &Stage, decoder: &Stage) -> Config {
         models: vec![painter, reader],
         limits: LimitsConfig { max_parts: 600, ..Default::default() },
         cache: CacheConfig { deadline_ms: 100, ..Default::default() },
-        pool: PoolConfig { refresh_ms: 200, retry_ms: 20, info_timeout_ms: 2_000 },
+        pool: PoolConfig { refresh_ms: 200, retry_ms: 20, ..Default::default() },
         server: emu2_serve::server::ServerConfig { shutdown_grace_ms: 1_000, ..Default::default() },
         ..Default::default()
     }

@@ -46,7 +46,7 @@ struct ByHand {
 impl ByHand {
     fn new(model: Llama, loaded: &Loaded, prefill_chunk: usize, kv_entries: usize) -> Self {
         let (commands, queue) = mpsc::channel(COMMANDS);
-        let engine = Engine { commands, tickets: Arc::default() };
+        let engine = Engine { commands, tickets: Arc::default(), pulse: Pulse::default() };
         let loaded = Loaded { kv_entries, ..loaded.clone() };
         let config = ModelConfig { prefill_chunk, ..config("emu2-base") };
         let metrics = Metrics::register(&mut Registry::default());
@@ -55,7 +55,8 @@ impl ByHand {
 
     fn submit<'a>(&self, asked: &'a Asked) -> Caller<'a> {
         let (prompt, output) = (asked.prompt.clone(), asked.output.clone());
-        let generation = self.engine.submit(Request { prompt, output, span: Span::none() }).unwrap();
+        let generation =
+            self.engine.submit(Request { prompt, output, resumed: 0, span: Span::none() }).unwrap();
         let missing = (0..asked.slots.len()).collect();
         Caller { asked, generation: Some(generation), missing, answer: Answer::default(), ended: false }
     }
