@@ -166,7 +166,7 @@ async fn the_less_loaded_replica_is_taken() {
         sandbox.encoder.calls() > 0 && second.calls() > 0
     })
     .await;
-    sandbox.idle().await;
+    until("both are idle", || async { sandbox.encoder.running() + second.running() == 0 }).await;
     sandbox.encoder.hold();
     second.hold();
     let mut client = sandbox.client();
