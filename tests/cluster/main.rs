@@ -20,6 +20,7 @@ mod bad_input;
 mod cache;
 mod cancel;
 mod convert;
+mod failover;
 mod invariants;
 mod layouts;
 mod lifecycle;

@@ -9,6 +9,10 @@ use std::{
 };
 
 use emu2_nn::golden;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -20,35 +24,48 @@ use crate::support::binary;
 pub(crate) struct Process {
     child: Child,
     pub(crate) addr: SocketAddr,
+    admin: SocketAddr,
     /// What it writes to standard error.
     errors: PathBuf,
 }
 
-/// Router, encoder, llm and decoder of the tiny Emu2-Gen.
+/// Router, encoders, llms and decoders of the tiny Emu2-Gen.
 pub(crate) struct Processes {
     pub(crate) router: Process,
+    /// Encoders first, then llms, then decoders.
     pub(crate) stages: Vec<Process>,
     _dir: tempfile::TempDir,
 }
 
 impl Processes {
-    /// `extra` is added to every service's TOML.
+    /// One of each; `extra` is added to every service's TOML.
     pub(crate) async fn start(extra: &str) -> Self {
+        Self::replicated(1, extra, "").await
+    }
+
+    /// So many replicas of each stage; `routing` is added to the router's TOML alone.
+    pub(crate) async fn replicated(replicas: usize, extra: &str, routing: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let model_dir = golden::model_dir("emu2-gen");
-        let stage = |name: &str| {
-            let config = format!("model_dir = {model_dir:?}\ncores = 1\n{extra}");
-            Process::start(dir.path(), name, &config)
-        };
-        let stages: Vec<_> = ["emu2-encoder", "emu2-llm", "emu2-decoder"].map(stage).into_iter().collect();
-        let endpoints: Vec<_> = stages.iter().map(|stage| format!("[\"http://{}\"]", stage.addr)).collect();
+        let config = format!("model_dir = {model_dir:?}\ncores = 1\n{extra}");
+        let stages: Vec<_> = ["emu2-encoder", "emu2-llm", "emu2-decoder"]
+            .into_iter()
+            .flat_map(|name| std::iter::repeat_n(name, replicas))
+            .map(|name| Process::start(dir.path(), name, &config))
+            .collect();
+        let endpoints: Vec<_> = stages
+            .chunks(replicas)
+            .map(|pool| pool.iter().map(|stage| format!("http://{}", stage.addr)).collect::<Vec<_>>())
+            .collect();
         let models = format!(
-            "\n[[models]]\nname = \"emu2-gen\"\nencoder = {}\nllm = {}\ndecoder = {}\n",
+            "\n[[models]]\nname = \"emu2-gen\"\nencoder = {:?}\nllm = {:?}\ndecoder = {:?}\n",
             endpoints[0], endpoints[1], endpoints[2]
         );
-        let router = Process::start(dir.path(), "emu2-router", &format!("{extra}{models}"));
+        let router = Process::start(dir.path(), "emu2-router", &format!("{extra}{routing}{models}"));
         let processes = Self { router, stages, _dir: dir };
-        processes.router.serving().await;
+        for process in processes.stages.iter().chain([&processes.router]) {
+            process.serving().await;
+        }
         processes
     }
 }
@@ -58,16 +75,16 @@ impl Process {
         // Released before the service binds them; another process is unlikely to take them in between.
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (addr, admin) = (free(), free());
-        let file = dir.join(format!("{name}.toml"));
+        let file = dir.join(format!("{name}-{}.toml", addr.port()));
         // Tables come last in TOML.
         let (keys, tables) =
             config.split_once("\n[").map_or((config, String::new()), |(k, t)| (k, format!("\n[{t}")));
         let server = format!("\n[server]\nlisten = \"{addr}\"\nadmin = \"{admin}\"\n");
         fs::write(&file, format!("{keys}{server}{tables}")).unwrap();
-        let errors = dir.join(format!("{name}.errors"));
+        let errors = dir.join(format!("{name}-{}.errors", addr.port()));
         let mut command = binary(name);
         command.arg("--config").arg(&file).stdout(Stdio::null()).stderr(fs::File::create(&errors).unwrap());
-        Self { child: command.spawn().unwrap(), addr, errors }
+        Self { child: command.spawn().unwrap(), addr, admin, errors }
     }
 
     /// Waits until its health says SERVING.
@@ -92,8 +109,38 @@ impl Process {
         fs::read_to_string(&self.errors).unwrap()
     }
 
+    /// A gauge or counter without labels; 0 while it is not told.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let mut stream = TcpStream::connect(self.admin).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let value = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0.0, |value| value.trim().parse().unwrap())
+    }
+
     pub(crate) fn terminate(&self) {
-        let sent = std::process::Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        self.signal("TERM");
+    }
+
+    /// At once, as a machine that fails.
+    pub(crate) fn kill(&self) {
+        self.signal("KILL");
+    }
+
+    /// It keeps its connections and answers nothing.
+    pub(crate) fn pause(&self) {
+        self.signal("STOP");
+    }
+
+    pub(crate) fn wake(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = std::process::Command::new("kill")
+            .args([&format!("-{signal}"), &self.child.id().to_string()])
+            .status();
         assert!(sent.unwrap().success());
     }
 
