@@ -95,7 +95,7 @@ def of_kind(objects, *kinds):
 
 
 def pods(objects):
-    workloads = of_kind(objects, "Deployment", "StatefulSet")
+    workloads = of_kind(objects, "Deployment")
     return [(name, item["spec"]["template"]) for name, item in workloads.items()]
 
 
@@ -118,20 +118,26 @@ def check_tomls(objects):
 
 
 def check_endpoints(objects):
-    """Every endpoint of the router is a pod of a StatefulSet with a port that it serves, and every such pod is one."""
+    """Every endpoint of the router is a headless Service of a Deployment's pods with a port that they serve, and every
+    such Deployment has one."""
     listed = set()
     for config in tomls(objects).values():
         for model in config.get("models", []):
             listed |= {endpoint for stage in ("encoder", "llm", "decoder") for endpoint in model.get(stage, [])}
     served = set()
-    for name, item in of_kind(objects, "StatefulSet").items():
-        spec = item["spec"]
-        (container,) = spec["template"]["spec"]["containers"]
-        port = next(port["containerPort"] for port in container["ports"] if port["name"] == "grpc")
-        if spec["serviceName"] not in of_kind(objects, "Service"):
-            return [f"StatefulSet {name}: no Service {spec['serviceName']}"]
-        served |= {f"http://{name}-{i}.{spec['serviceName']}:{port}" for i in range(spec["replicas"])}
-    return [f"only the router or only a StatefulSet knows {endpoint}" for endpoint in listed ^ served]
+    for name, service in of_kind(objects, "Service").items():
+        pods = [
+            item["spec"]["template"]["spec"]["containers"][0]
+            for item in of_kind(objects, "Deployment").values()
+            if item["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+        ]
+        stages = [pod for pod in pods if pod["name"] in ("encoder", "llm", "decoder")]
+        for container in stages:
+            port = next(port["containerPort"] for port in container["ports"] if port["name"] == "grpc")
+            if service["spec"]["clusterIP"] != "None" or service["spec"]["ports"][0]["port"] != port:
+                return [f"Service {name}: not headless, or not on port {port}"]
+            served.add(f"dns+http://{name}:{port}")
+    return [f"only the router or only a Deployment knows {endpoint}" for endpoint in listed ^ served]
 
 
 def check_pod(template, objects):

@@ -93,17 +93,10 @@ each for the last trailers and the admin port, five for the engine to end its st
 {{- end -}}
 
 {{- /*
-The router's endpoints of one pool, as a JSON list: each pod by its own stable name. dict pool.
-The router keeps the replicas that its configuration lists, one connection each. Behind one name (a headless Service as a
-whole) it would connect to whichever pod DNS gave first and leave the others idle, so pools are StatefulSets, whose pods
-have names that can be listed. The price: another number of replicas is another configuration, so the routers roll, and
-no autoscaler may change it behind the chart's back, until routers resolve a pool's members themselves.
+The router's endpoint of one pool. dict pool. A headless Service's name stands for all its pods, and the router asks for
+it again and again: replicas come and go, by hand or by an autoscaler, without a word to the routers. Within the
+namespace, so the cluster's domain need not be known.
 */ -}}
 {{- define "emu2.endpoints" -}}
-{{- $endpoints := list -}}
-{{- range $ordinal := until (int .pool.replicas) -}}
-{{- /* Within the namespace, so the cluster's domain need not be known. */ -}}
-{{- $endpoints = append $endpoints (printf "http://%s-%d.%s:%d" $.pool.name $ordinal $.pool.name (int $.pool.port)) -}}
-{{- end -}}
-{{- toJson $endpoints -}}
+{{- toJson (list (printf "dns+http://%s:%d" .pool.name (int .pool.port))) -}}
 {{- end -}}
