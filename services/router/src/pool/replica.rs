@@ -89,6 +89,12 @@ impl<S: Stage> Replica<S> {
         self.outstanding.load(Ordering::Relaxed)
     }
 
+    /// As if it had been asked and had answered this.
+    #[cfg(test)]
+    pub(super) fn says(&self, info: S::Info) {
+        self.write(|known| (known.info, known.answers) = (Some(Arc::new(info)), true));
+    }
+
     fn read<T>(&self, read: impl FnOnce(&Known<S::Info>) -> T) -> T {
         read(&self.known.read().unwrap_or_else(PoisonError::into_inner))
     }

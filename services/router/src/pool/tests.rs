@@ -1,5 +1,51 @@
+use std::{net::TcpListener, time::Duration};
+
+use emu2_proto::stage::EncoderInfo;
+use tokio::time::advance;
+
 use super::*;
 use crate::stages::Encoder;
+
+/// Replicas that have said which weights they have, and say nothing more: their ports take connections and are silent.
+struct Quiet {
+    pool: Pool<Encoder>,
+    /// In the pool's order.
+    endpoints: Vec<String>,
+    _ports: Vec<TcpListener>,
+}
+
+impl Quiet {
+    fn new(digests: &[&str]) -> Self {
+        let ports: Vec<_> = digests.iter().map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let endpoints: BTreeSet<_> =
+            ports.iter().map(|port| format!("http://{}", port.local_addr().unwrap())).collect();
+        let never = 3_600_000;
+        let config = PoolConfig { info_timeout_ms: never, ..PoolConfig::default() };
+        let pool = Pool::start(&endpoints, &config, 1 << 20).unwrap();
+        for (replica, digest) in pool.members.replicas().iter().zip(digests) {
+            replica.says(EncoderInfo { weights_digest: (*digest).to_owned(), ..Default::default() });
+        }
+        Self { pool, endpoints: endpoints.into_iter().collect(), _ports: ports }
+    }
+
+    /// Which replicas twenty calls in a row go to.
+    fn taken(&self, wanted: Wanted<'_>) -> BTreeSet<usize> {
+        let index = |_| self.index(&self.pool.lease(wanted).unwrap());
+        (0..20).map(index).collect()
+    }
+
+    fn index(&self, lease: &Lease<Encoder>) -> usize {
+        self.endpoints.iter().position(|endpoint| endpoint == lease.endpoint()).unwrap()
+    }
+
+    fn replica(&self, index: usize) -> Arc<Replica<Encoder>> {
+        Arc::clone(&self.pool.members.replicas()[index])
+    }
+}
+
+fn wanted(avoid: &[String]) -> Wanted<'_> {
+    Wanted { digest: "d", hint: None, avoid }
+}
 
 #[tokio::test]
 async fn models_that_name_the_same_replicas_share_a_pool() {
@@ -14,4 +60,61 @@ async fn models_that_name_the_same_replicas_share_a_pool() {
     for other in [pool(&["a:1"]), pool(&["a:1", "b:2"])] {
         assert!(!Arc::ptr_eq(&one, &other));
     }
+}
+
+#[tokio::test]
+async fn a_call_goes_only_where_its_weights_are_and_it_has_not_been() {
+    let quiet = Quiet::new(&["d", "other", "d"]);
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([0, 2]));
+    let tried = &quiet.endpoints;
+    assert_eq!(quiet.taken(wanted(&tried[..1])), BTreeSet::from([2]));
+    assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Gone));
+    let older = Wanted { digest: "older", ..wanted(&[]) };
+    assert_eq!(quiet.pool.lease(older).err(), Some(NoReplica::Rolled));
+}
+
+/// As when a name's addresses change.
+#[tokio::test]
+async fn a_replica_that_leaves_keeps_its_calls_and_gets_no_more() {
+    let quiet = Quiet::new(&["d", "d"]);
+    let leases: Vec<_> = (0..20).map(|_| quiet.pool.lease(wanted(&[])).unwrap()).collect();
+    quiet.pool.members.set(&BTreeSet::from([quiet.endpoints[0].clone()])).unwrap();
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([0]));
+    assert!(leases.iter().any(|lease| quiet.index(lease) == 1), "its calls are still there");
+
+    quiet.pool.members.set(&quiet.endpoints.iter().cloned().collect()).unwrap();
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([0]), "it has not said anything yet");
+    quiet.replica(1).says(EncoderInfo { weights_digest: "d".into(), ..Default::default() });
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([1]), "the less loaded");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_whose_calls_fail_is_set_aside_for_a_while_but_never_most_of_a_pool() {
+    let quiet = Quiet::new(&["d", "d", "d"]);
+    let fail = |index: usize| {
+        let lease = Lease::new(quiet.replica(index));
+        (0..5).for_each(|_| lease.judge(false));
+    };
+    let taken = || quiet.taken(wanted(&[]));
+    fail(0);
+    assert_eq!(taken(), BTreeSet::from([1, 2]));
+    fail(1);
+    assert_eq!(taken(), BTreeSet::from([0, 1, 2]), "two of three are most");
+    advance(Duration::from_secs(5)).await;
+    fail(0);
+    assert_eq!(taken(), BTreeSet::from([1, 2]));
+    advance(Duration::from_secs(5)).await;
+    assert_eq!(taken(), BTreeSet::from([1, 2]), "twice as long the second time");
+    advance(Duration::from_secs(5)).await;
+    assert_eq!(taken(), BTreeSet::from([0, 1, 2]));
+}
+
+#[tokio::test]
+async fn retries_are_spent_and_earned() {
+    let quiet = Quiet::new(&["d"]);
+    let again = || quiet.pool.lease_again(wanted(&[])).map(drop);
+    while again().is_ok() {}
+    assert_eq!(again(), Err(NoReplica::TooManyRetries));
+    (0..5).for_each(|_| drop(quiet.pool.lease(wanted(&[])).unwrap()));
+    assert_eq!(again(), Ok(()));
 }

@@ -151,6 +151,19 @@ async fn a_lost_replica_costs_no_request_while_another_is_left() {
     }
 }
 
+#[tokio::test]
+async fn a_name_stands_for_whoever_has_its_address() {
+    let sandbox = Sandbox::with(|config| {
+        for model in &mut config.models {
+            for endpoint in &mut model.encoder {
+                *endpoint = endpoint.replace("http://127.0.0.1", "dns+http://localhost");
+            }
+        }
+    })
+    .await;
+    sandbox.embed(b"cat").await.unwrap();
+}
+
 /// With one replica busy, everything new goes to the other.
 #[tokio::test]
 async fn the_less_loaded_replica_is_taken() {
