@@ -22,7 +22,13 @@ FOREIGN = {"PodMonitor"}
 
 # Keys that the chart sets itself, so that values must not.
 OWN_OF_ALL = {("server", "listen"), ("server", "admin")}
-OWN = {"router": {("models",), ("cache", "redis_url"), ("auth", "mode"), ("auth", "tenants"), ("auth", "tenants_file")}}
+OWN = {
+    "router": {
+        ("models",),
+        *(("cache", key) for key in ("redis_url", "redis_ca_file")),
+        *(("auth", key) for key in ("mode", "tenants", "tenants_file")),
+    }
+}
 OWN_OF_STAGES = {("model_dir",), ("devices",), ("cores",)}
 
 VOLUME = "models[0].volume.existingClaim=c,models[0].encoder.replicas=1,models[0].llm.replicas=1"

@@ -1,6 +1,6 @@
-//! Values that stages would only compute again: pictures' embeddings and guidance negatives. Memory first, then
-//! Redis, then the stage, and one flight per key at a time. Values are idempotent, so nothing here decides
-//! correctness: a cache that is empty, slow or gone costs work only.
+//! Values that stages would only compute again: pictures' embeddings, what the llm regressed, guidance negatives.
+//! Memory first, then Redis, then the stage: one flight per key in this process, and among routers one lease per key.
+//! Values are idempotent, so nothing here decides correctness: a cache that is empty, slow or gone costs work only.
 
 mod breaker;
 mod flights;
@@ -13,14 +13,18 @@ use std::{sync::Arc, time::Duration};
 
 use emu2_proto::v1;
 use futures::{FutureExt, future::BoxFuture};
+use tonic::Code;
+use tracing::Instrument;
 
 use self::{
     flights::Flights,
     memory::Memory,
-    redis::{Lookup, Redis},
+    redis::{Claim, Lease, Patience, Redis},
+    value::Value,
 };
 pub(crate) use self::{
     key::{Key, Kind, Recipe},
+    redis::Address,
     value::is_whole,
 };
 use crate::{
@@ -39,26 +43,37 @@ pub(crate) struct Found {
     pub(crate) outcome: Outcome,
 }
 
+/// One request's way to the values; a clone shares everything.
 #[derive(Clone)]
 pub(crate) struct Cache {
     levels: Arc<Levels>,
     flights: Arc<Flights<Result<Found, Stop>>>,
     metrics: Metrics,
+    patience: Patience,
 }
 
 struct Levels {
     memory: Memory,
-    redis: Option<Redis>,
+    redis: Option<Arc<Redis>>,
 }
 
 impl Cache {
-    /// Fails on a Redis URL that cannot be read; a Redis that does not answer is no failure.
-    pub(crate) fn open(config: &CacheConfig, metrics: Metrics) -> anyhow::Result<Self> {
-        let redis = config.redis_url.as_ref().map(|url| Redis::open(url, config)).transpose();
-        // The parser's own words could quote the URL, which holds the password.
-        let redis = redis.map_err(|_| anyhow::anyhow!("cache.redis_url cannot be read as a Redis URL"))?;
+    /// `max_value_bytes` is what a message may carry: no larger value is stored in Redis or read from it. Fails on a
+    /// Redis URL or a CA file that cannot be read; a Redis that does not answer is no failure.
+    pub(crate) fn open(
+        config: &CacheConfig,
+        max_value_bytes: usize,
+        metrics: Metrics,
+    ) -> anyhow::Result<Self> {
+        let redis = Redis::open(config, max_value_bytes)?;
         let memory = Memory::new(config.memory_bytes, Duration::from_secs(config.ttl_seconds));
-        Ok(Self { levels: Arc::new(Levels { memory, redis }), flights: Arc::new(Flights::new()), metrics })
+        let levels = Arc::new(Levels { memory, redis });
+        Ok(Self { levels, flights: Arc::new(Flights::new()), metrics, patience: Patience::default() })
+    }
+
+    /// The same cache for another request, with a patience of its own.
+    pub(crate) fn for_request(&self) -> Self {
+        Self { patience: Patience::default(), ..self.clone() }
     }
 
     /// The value of `key`, computed by `compute` if nobody has it and nobody is at it.
@@ -69,8 +84,9 @@ impl Cache {
         let found = match self.levels.memory.get(&key) {
             Some(tensor) => Ok(Found { tensor, outcome: Outcome::L1Hit }),
             None => {
-                let levels = Arc::clone(&self.levels);
-                let (flight, joined) = self.flights.join(key, || levels.obtain(key, compute()).boxed());
+                let (levels, patience) = (Arc::clone(&self.levels), self.patience.clone());
+                let start = || levels.obtain(key, patience, compute()).in_current_span().boxed();
+                let (flight, joined) = self.flights.join(key, start);
                 let found = flight.await;
                 if joined { found.map(|found| Found { outcome: Outcome::Waited, ..found }) } else { found }
             }
@@ -83,29 +99,54 @@ impl Cache {
 }
 
 impl Levels {
-    async fn obtain(self: Arc<Self>, key: Key, compute: BoxFuture<'static, Computed>) -> Result<Found, Stop> {
+    async fn obtain(
+        self: Arc<Self>,
+        key: Key,
+        patience: Patience,
+        compute: BoxFuture<'static, Computed>,
+    ) -> Result<Found, Stop> {
         // An earlier flight may have landed between this request's look at the memory and its joining.
         if let Some(tensor) = self.memory.get(&key) {
             return Ok(Found { tensor, outcome: Outcome::L1Hit });
         }
-        let outcome = match &self.redis {
-            None => Outcome::Miss,
-            Some(redis) => match redis.get(&key).await {
-                Lookup::Hit(tensor) => {
-                    self.memory.put(key, tensor.clone());
-                    return Ok(Found { tensor, outcome: Outcome::L2Hit });
-                }
-                Lookup::Miss => Outcome::Miss,
-                Lookup::Bad => Outcome::BadValue,
-                Lookup::Bypassed => Outcome::Bypassed,
-            },
+        let claim = match &self.redis {
+            None => Claim::Alone(Outcome::Miss),
+            Some(redis) => redis.claim(&key, &patience).await,
         };
-        let (actual, tensor) = compute.await?;
-        self.memory.put(actual, tensor.clone());
-        if let Some(redis) = &self.redis {
-            redis.put(actual, tensor.clone());
-        }
+        let (lease, outcome) = match claim {
+            Claim::Found(Value::Tensor(tensor), outcome) => {
+                self.memory.put(key, tensor.clone());
+                return Ok(Found { tensor, outcome });
+            }
+            Claim::Found(Value::Refusal(status), _) => return Err(status.into()),
+            Claim::Leased(lease, outcome) => (Some(lease), outcome),
+            Claim::Alone(outcome) => (None, outcome),
+        };
+        let computed = match &lease {
+            Some(lease) => lease.hold(compute).await,
+            None => compute.await,
+        };
+        self.keep(key, lease, &computed);
+        let (actual, tensor) = computed?;
         // The weights changed under the request: the value is good, but not what was asked for.
         if actual == key { Ok(Found { tensor, outcome }) } else { Err(Stop::Rolled) }
+    }
+
+    fn keep(&self, key: Key, lease: Option<Lease>, computed: &Computed) {
+        let (key, value) = match computed {
+            Ok((actual, tensor)) => {
+                self.memory.put(*actual, tensor.clone());
+                (*actual, Value::Tensor(tensor.clone()))
+            }
+            // The same everywhere: others need not ask.
+            Err(Stop::Failed(status)) if status.code() == Code::InvalidArgument => {
+                (key, Value::Refusal(status.clone()))
+            }
+            // Another router may have more luck: one of those who wait gets the lease.
+            Err(_) => return,
+        };
+        if let Some(redis) = &self.redis {
+            redis.publish(key, &value, lease);
+        }
     }
 }

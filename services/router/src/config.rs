@@ -1,11 +1,11 @@
 //! The router's configuration. Every limit has a name, its unit in its documentation, and the reason for its default.
 
-use std::{collections::HashSet, fmt};
+use std::{collections::HashSet, fmt, path::PathBuf};
 
 use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig, tenant::AuthConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::pool::RESOLVED;
+use crate::{cache::Address, pool::RESOLVED};
 
 /// What runs here and how far it goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,13 +62,26 @@ pub struct LimitsConfig {
 pub struct CacheConfig {
     /// Bytes of embeddings kept in memory; 0 keeps none. 256 MiB: about 1,000 images at 64 queries in bf16.
     pub memory_bytes: u64,
-    /// `redis://…` of a Redis that all routers share; absent: memory alone. A secret: it may hold a password.
+    /// A Redis that all routers share; absent: memory alone. `redis://` for one server, `redis-cluster://` for a
+    /// Cluster, `redis-sentinel://…#name` for Sentinels, `rediss…` for TLS; several hosts stand with commas between
+    /// them. A secret: it may hold passwords.
     pub redis_url: Option<RedisUrl>,
+    /// The CA that signed the certificates of a `rediss` URL, in PEM; absent: those that the system trusts.
+    pub redis_ca_file: Option<PathBuf>,
     /// Seconds that a value is kept. One day: the same pictures come back within a session's or a job's length.
     pub ttl_seconds: u64,
-    /// Milliseconds that one lookup waits for Redis, connecting included. 20: far above a healthy answer (1 ms),
-    /// far below encoding.
+    /// Milliseconds that a picture's refusal is kept for other routers. 10,000: long enough for one burst of one bad
+    /// picture, short enough that an encoder with wider limits is soon asked.
+    pub refusal_ttl_ms: u64,
+    /// Milliseconds that a request waits for Redis in vain, connecting included. 20: far above a healthy answer
+    /// (1 ms), far below encoding.
     pub deadline_ms: u64,
+    /// Milliseconds after which a value that a lost router was computing is another's to compute. 5,000: a router
+    /// that is alive renews its lease thrice in that time, and waits longer than that only if its process hangs.
+    pub lease_ms: u64,
+    /// Milliseconds that a request waits while another router computes its value; then it is computed here, too.
+    /// 30,000: whoever takes longer is rather stuck than slow, save for negatives on CPUs.
+    pub wait_ms: u64,
 }
 
 /// How replicas are watched.
@@ -132,7 +145,16 @@ impl Default for LimitsConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { memory_bytes: 256 << 20, redis_url: None, ttl_seconds: 24 * 3600, deadline_ms: 20 }
+        Self {
+            memory_bytes: 256 << 20,
+            redis_url: None,
+            redis_ca_file: None,
+            ttl_seconds: 24 * 3600,
+            refusal_ttl_ms: 10_000,
+            deadline_ms: 20,
+            lease_ms: 5_000,
+            wait_ms: 30_000,
+        }
     }
 }
 
@@ -173,7 +195,10 @@ impl Validate for Config {
             ("limits.shared_work_ms", limits.shared_work_ms),
             ("limits.waiting_events", limits.waiting_events as u64),
             ("cache.ttl_seconds", self.cache.ttl_seconds),
+            ("cache.refusal_ttl_ms", self.cache.refusal_ttl_ms),
             ("cache.deadline_ms", self.cache.deadline_ms),
+            ("cache.lease_ms", self.cache.lease_ms),
+            ("cache.wait_ms", self.cache.wait_ms),
             ("pool.refresh_ms", self.pool.refresh_ms),
             ("pool.retry_ms", self.pool.retry_ms),
             ("pool.info_timeout_ms", self.pool.info_timeout_ms),
@@ -184,8 +209,31 @@ impl Validate for Config {
         ];
         let zero = positive.into_iter().filter(|(_, value)| *value == 0);
         problems.extend(zero.map(|(key, _)| format!("{key} must be at least 1, got 0")));
-        if self.cache.redis_url.as_ref().is_some_and(|url| redis::parse_redis_url(url.reveal()).is_none()) {
+        problems.extend(self.cache.problems());
+        problems
+    }
+}
+
+impl CacheConfig {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let address = self.redis_url.as_ref().map(|url| Address::parse(url.reveal()));
+        if matches!(address, Some(None)) {
             problems.push("cache.redis_url cannot be read as a Redis URL".into());
+        }
+        if self.redis_ca_file.is_some() && !matches!(address, Some(None)) {
+            let is_tls = address.flatten().is_some_and(|address| address.is_tls());
+            if !is_tls {
+                problems
+                    .push("cache.redis_ca_file is for a cache.redis_url with rediss, which it is not".into());
+            }
+        }
+        // A third of a lease passes between two renewals, and a renewal may take a deadline.
+        if self.lease_ms / 3 < self.deadline_ms {
+            let (lease, deadline) = (self.lease_ms, self.deadline_ms);
+            problems.push(format!(
+                "cache.lease_ms must be at least thrice cache.deadline_ms ({deadline}), got {lease}"
+            ));
         }
         problems
     }
@@ -273,5 +321,24 @@ mod tests {
             assert!(problems.contains(part), "{part} is missing from {problems}");
         }
         assert!(!format!("{config:?}{problems}").contains("hunter2"));
+    }
+
+    #[test]
+    fn what_a_cache_cannot_go_by_is_told_with_its_values() {
+        let cache = CacheConfig {
+            redis_url: Some(RedisUrl::new("redis-cluster://:hunter2@one,two")),
+            redis_ca_file: Some("ca.pem".into()),
+            deadline_ms: 100,
+            lease_ms: 299,
+            ..Default::default()
+        };
+        let problems = cache.problems().join("\n");
+        for part in ["cache.redis_ca_file", "rediss", "cache.lease_ms", "(100)", "got 299"] {
+            assert!(problems.contains(part), "{part} is missing from {problems}");
+        }
+        assert!(!problems.contains("hunter2"));
+        let url = Some(RedisUrl::new("rediss-cluster://:hunter2@one,two"));
+        let cache = CacheConfig { redis_url: url, lease_ms: 300, ..cache };
+        assert_eq!(cache.problems(), Vec::<String>::new());
     }
 }

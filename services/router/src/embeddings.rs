@@ -11,7 +11,7 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{deadline::Deadline, status};
+use emu2_serve::{deadline::Deadline, status, tenant::Tenant};
 use futures::FutureExt;
 use tonic::Status;
 use tracing::{Instrument, Span};
@@ -33,6 +33,8 @@ pub(crate) struct Embeddings {
     pub(crate) model: Arc<Model>,
     pub(crate) profile: Profile,
     pub(crate) cache: Cache,
+    /// Whose request it is: tenants share no values.
+    pub(crate) tenant: Tenant,
     pub(crate) metrics: Metrics,
     /// What shared work may take: it has no caller whose deadline it could go by.
     pub(crate) shared_work: Duration,
@@ -62,7 +64,7 @@ impl Embeddings {
 
     /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
     pub(crate) async fn empty_prompt(&self) -> Result<Found, Stop> {
-        let key = negative_recipe(&self.profile.llm, self.profile.llm.dtype()).key();
+        let key = negative_recipe(&self.profile.llm, self.profile.llm.dtype(), self.tenant.name()).key();
         let work = self.clone();
         let compute = || work.regress().instrument(Span::current()).boxed();
         let found = self.cache.fetch(Kind::Negative, key, compute).await;
@@ -77,6 +79,7 @@ impl Embeddings {
             preprocessing_version: encoder.preprocessing_version,
             n_query,
             dtype: encoder.dtype(),
+            tenant: self.tenant.name(),
             content: &content,
         };
         let key = recipe.key();
@@ -108,6 +111,7 @@ impl Embeddings {
             preprocessing_version: answer.preprocessing_version,
             n_query,
             dtype: tensor.dtype(),
+            tenant: self.tenant.name(),
             content: &content,
         };
         Ok((recipe.key(), tensor))
@@ -120,7 +124,7 @@ impl Embeddings {
         // Under the names that came with it.
         let LlmAccepted { tokenizer_digest, template_version, .. } = accepted;
         let llm = LlmInfo { tokenizer_digest, template_version, ..(*self.profile.llm).clone() };
-        Ok((negative_recipe(&llm, regressed.dtype()).key(), regressed))
+        Ok((negative_recipe(&llm, regressed.dtype(), self.tenant.name()).key(), regressed))
     }
 
     async fn regress_empty_prompt(&self, deadline: Deadline) -> Result<(LlmAccepted, v1::Tensor), Stop> {
@@ -162,13 +166,14 @@ impl Embeddings {
     }
 }
 
-fn negative_recipe(llm: &LlmInfo, dtype: v1::Dtype) -> Recipe<'_> {
+fn negative_recipe<'a>(llm: &'a LlmInfo, dtype: v1::Dtype, tenant: &'a str) -> Recipe<'a> {
     Recipe {
         kind: Kind::Negative,
         weights_digest: &llm.weights_digest,
         preprocessing_version: llm.template_version,
         n_query: llm.n_query,
         dtype,
+        tenant,
         content: llm.tokenizer_digest.as_bytes(),
     }
 }

@@ -25,8 +25,10 @@ pub(crate) enum Outcome {
     Miss,
     /// Redis held bytes that failed their check: deleted, computed.
     BadValue,
-    /// Another request was computing it already.
+    /// Another request, of this router or of another, was computing it already.
     Waited,
+    /// Another router was computing it for too long: computed here, too.
+    WaitedTooLong,
     /// Redis was not asked or did not answer in time: computed.
     Bypassed,
 }
@@ -39,6 +41,7 @@ impl Outcome {
             Self::Miss => "miss",
             Self::BadValue => "bad_value",
             Self::Waited => "waited",
+            Self::WaitedTooLong => "waited_too_long",
             Self::Bypassed => "bypassed",
         }
     }

@@ -10,6 +10,7 @@ use emu2_serve::{
     deadline::Deadline,
     status,
     stream::{self, Events},
+    tenant::Tenant,
     trace::RequestId,
 };
 use tonic::{Request, Response, Status};
@@ -43,7 +44,7 @@ impl Router {
         let models = config.models.iter().map(|model| Ok(Arc::new(Model::start(model, &mut pools)?)));
         let models = models.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Self {
-            cache: Cache::open(&config.cache, metrics.clone())?,
+            cache: Cache::open(&config.cache, config.server.max_message_bytes, metrics.clone())?,
             by_name: Arc::new(models.iter().map(|model| (model.name.clone(), Arc::clone(model))).collect()),
             models: Arc::new(models),
             config: Arc::new(config),
@@ -62,11 +63,12 @@ impl Router {
         self.by_name.get(name).ok_or_else(|| status::not_found("model", name))
     }
 
-    fn embeddings(&self, model: &Arc<Model>, profile: Profile) -> Embeddings {
+    fn embeddings(&self, model: &Arc<Model>, profile: Profile, tenant: Tenant) -> Embeddings {
         Embeddings {
             model: Arc::clone(model),
             profile,
-            cache: self.cache.clone(),
+            cache: self.cache.for_request(),
+            tenant,
             metrics: self.metrics.clone(),
             shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
         }
@@ -76,6 +78,7 @@ impl Router {
         &self,
         request: GenerateRequest,
         request_id: RequestId,
+        tenant: Tenant,
         deadline: Deadline,
     ) -> Result<Job, Status> {
         let model = self.model(&request.model)?;
@@ -84,19 +87,19 @@ impl Router {
         self.metrics.request(&model.name, generation.task.name());
         Ok(Job {
             generation,
-            embeddings: self.embeddings(model, profile),
+            embeddings: self.embeddings(model, profile, tenant),
             request_id: request_id.to_string(),
             deadline,
             images_in_flight: self.config.limits.images_in_flight,
         })
     }
 
-    async fn embedding(&self, request: EmbedRequest) -> Result<EmbedResponse, Status> {
+    async fn embedding(&self, request: EmbedRequest, tenant: Tenant) -> Result<EmbedResponse, Status> {
         let model = self.model(&request.model)?;
         let profile = model.profile(false)?;
         let picture = request::check_embed(request, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, "embed");
-        let mut embeddings = self.embeddings(model, profile);
+        let mut embeddings = self.embeddings(model, profile, tenant);
         for _ in 0..MAX_BEGINNINGS {
             match embeddings.picture(&picture).await {
                 Ok(found) => {
@@ -123,7 +126,8 @@ impl Emu2 for Router {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (deadline, request_id) = (Deadline::of(&request), RequestId::of(&request));
-        let job = self.job(request.into_inner(), request_id, deadline)?;
+        let tenant = Tenant::of(&request);
+        let job = self.job(request.into_inner(), request_id, tenant, deadline)?;
         let (sender, events) = stream::channel(self.config.limits.waiting_events, deadline);
         // Ends by itself once nobody listens to `events`.
         tokio::spawn(Box::pin(job.run(sender)).in_current_span());
@@ -132,7 +136,8 @@ impl Emu2 for Router {
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
         let deadline = Deadline::of(&request);
-        let embedding = Box::pin(self.embedding(request.into_inner()));
+        let tenant = Tenant::of(&request);
+        let embedding = Box::pin(self.embedding(request.into_inner(), tenant));
         Ok(Response::new(deadline.run(embedding).await??))
     }
 

@@ -6,5 +6,7 @@ mod failover;
 mod failures;
 mod flows;
 mod mocks;
+mod redis_kinds;
 mod redis_server;
 mod sandbox;
+mod single_flight;

@@ -10,47 +10,55 @@ use futures::{
     FutureExt,
     future::{BoxFuture, Shared, WeakShared},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::key::Key;
 
-type Running<T> = HashMap<Key, (u64, WeakShared<BoxFuture<'static, T>>)>;
+type Flight<T> = Shared<BoxFuture<'static, T>>;
 
 /// The computations that are under way.
 #[derive(Debug)]
 pub(crate) struct Flights<T> {
-    running: Arc<Mutex<Board<T>>>,
+    board: Arc<Mutex<Board<T>>>,
 }
 
 #[derive(Debug)]
 struct Board<T> {
-    running: Running<T>,
+    running: HashMap<Key, (u64, WeakShared<BoxFuture<'static, T>>)>,
     started: u64,
 }
 
 impl<T: Clone + Send + Sync + 'static> Flights<T> {
     pub(crate) fn new() -> Self {
-        Self { running: Arc::new(Mutex::new(Board { running: HashMap::new(), started: 0 })) }
+        Self { board: Arc::new(Mutex::new(Board { running: HashMap::new(), started: 0 })) }
     }
 
-    /// The flight of this key, and whether it was already under way; `start` makes one if not. It moves only while a
-    /// waiter polls it.
-    pub(crate) fn join<F>(&self, key: Key, start: F) -> (Shared<BoxFuture<'static, T>>, bool)
+    /// The flight of this key, and whether it was already under way; `start` makes one if not. It moves by itself,
+    /// for a waiter may be held up by its client, and a flight has a lease to renew.
+    pub(crate) fn join<F>(&self, key: Key, start: F) -> (Flight<T>, bool)
     where
         F: FnOnce() -> BoxFuture<'static, T>,
     {
-        let mut board = lock(&self.running);
+        let mut board = lock(&self.board);
         if let Some(flight) = board.running.get(&key).and_then(|(_, flight)| flight.upgrade()) {
             return (flight, true);
         }
         board.started += 1;
-        let landing = Landing { running: Arc::clone(&self.running), key, number: board.started };
-        let work = start();
+        let number = board.started;
+        let landing = Landing { board: Arc::clone(&self.board), key, number };
+        let work = AbortOnDropHandle::new(tokio::spawn(start()));
         let flight = async move {
             let _landing = landing;
-            work.await
+            match work.await {
+                Ok(result) => result,
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    // Only the end of the runtime cancels it before its waiters do, and them with it.
+                    Err(_) => std::future::pending().await,
+                },
+            }
         };
         let flight = flight.boxed().shared();
-        let number = board.started;
         let weak = flight.downgrade().expect("a flight that was never polled is not over");
         board.running.insert(key, (number, weak));
         (flight, false)
@@ -59,14 +67,14 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
 
 /// Takes a flight off the board when it is over or its last waiter has left.
 struct Landing<T: Clone + Send + Sync + 'static> {
-    running: Arc<Mutex<Board<T>>>,
+    board: Arc<Mutex<Board<T>>>,
     key: Key,
     number: u64,
 }
 
 impl<T: Clone + Send + Sync + 'static> Drop for Landing<T> {
     fn drop(&mut self) {
-        let mut board = lock(&self.running);
+        let mut board = lock(&self.board);
         // A successor may have taken the place between the last waiter's leaving and now.
         if board.running.get(&self.key).is_some_and(|(number, _)| *number == self.number) {
             board.running.remove(&self.key);
@@ -81,39 +89,25 @@ fn lock<T>(board: &Mutex<Board<T>>) -> std::sync::MutexGuard<'_, Board<T>> {
 
 #[cfg(test)]
 mod tests {
-    use emu2_proto::v1;
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::cache::key::{Kind, Recipe};
-
-    fn key() -> Key {
-        let dtype = v1::Dtype::F32;
-        Recipe {
-            kind: Kind::Image,
-            weights_digest: "d",
-            preprocessing_version: 1,
-            n_query: 4,
-            dtype,
-            content: b"a",
-        }
-        .key()
-    }
+    use crate::cache::key::tests::key;
 
     #[tokio::test]
     async fn waiters_share_one_flight_and_its_result() {
         let flights = Flights::new();
         let (finish, finished) = oneshot::channel::<u32>();
-        let (first, joined) = flights.join(key(), || async { finished.await.unwrap() }.boxed());
+        let (first, joined) = flights.join(key(b"a"), || async { finished.await.unwrap() }.boxed());
         assert!(!joined);
-        let (second, joined) = flights.join(key(), || unreachable!("one is under way"));
+        let (second, joined) = flights.join(key(b"a"), || unreachable!("one is under way"));
         assert!(joined);
         finish.send(7).unwrap();
         assert_eq!((first.await, second.await), (7, 7));
-        let (next, joined) = flights.join(key(), || async { 8 }.boxed());
+        let (next, joined) = flights.join(key(b"a"), || async { 8 }.boxed());
         assert!(!joined);
         assert_eq!(next.await, 8);
-        assert!(lock(&flights.running).running.is_empty());
+        assert!(lock(&flights.board).running.is_empty());
     }
 
     #[tokio::test]
@@ -124,14 +118,34 @@ mod tests {
             let _alive = alive;
             std::future::pending().await
         };
-        let (mut first, _) = flights.join(key(), || work.boxed());
-        assert!(futures::poll!(&mut first).is_pending());
-        let (mut second, _) = flights.join(key(), || unreachable!());
+        let (first, _) = flights.join(key(b"a"), || work.boxed());
+        let (second, _) = flights.join(key(b"a"), || unreachable!());
         drop(first);
-        assert!(futures::poll!(&mut second).is_pending());
+        tokio::task::yield_now().await;
         assert!(dropped.try_recv() == Err(oneshot::error::TryRecvError::Empty));
         drop(second);
-        assert!(dropped.try_recv() == Err(oneshot::error::TryRecvError::Closed));
-        assert!(lock(&flights.running).running.is_empty());
+        assert!(lock(&flights.board).running.is_empty());
+        assert!(dropped.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_flight_moves_while_its_waiters_do_other_things() {
+        let flights = Flights::<u32>::new();
+        let (landed, lands) = oneshot::channel::<()>();
+        let work = async move {
+            landed.send(()).unwrap();
+            7
+        };
+        let (flight, _) = flights.join(key(b"a"), || work.boxed());
+        lands.await.unwrap();
+        assert_eq!(flight.await, 7);
+    }
+
+    #[tokio::test]
+    async fn a_panic_reaches_the_waiters() {
+        let flights = Flights::<u32>::new();
+        let (flight, _) = flights.join(key(b"a"), || async { panic!("broken") }.boxed());
+        assert!(tokio::spawn(flight).await.unwrap_err().is_panic());
+        assert!(lock(&flights.board).running.is_empty());
     }
 }

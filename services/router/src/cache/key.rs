@@ -6,9 +6,7 @@ use std::fmt;
 use emu2_proto::v1;
 
 /// Grows whenever the fields below or the bytes of a value change their meaning.
-const FORMAT_VERSION: u32 = 1;
-/// Tenants are told apart by key. There is one until callers have names.
-const TENANT: &str = "default";
+const FORMAT_VERSION: u32 = 2;
 
 /// What kind of thing is cached; also a label of metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +39,8 @@ pub(crate) struct Recipe<'a> {
     pub(crate) preprocessing_version: u32,
     pub(crate) n_query: u32,
     pub(crate) dtype: v1::Dtype,
+    /// Whose value it is: nobody learns from a quick answer what another tenant has sent.
+    pub(crate) tenant: &'a str,
     /// The picture's bytes; for a negative, the tokenizer's digest.
     pub(crate) content: &'a [u8],
 }
@@ -58,7 +58,7 @@ impl Recipe<'_> {
         field(&self.preprocessing_version.to_le_bytes());
         field(&self.n_query.to_le_bytes());
         field(self.dtype.as_str_name().as_bytes());
-        field(TENANT.as_bytes());
+        field(self.tenant.as_bytes());
         field(self.content);
         Key(hasher.finalize().into())
     }
@@ -88,10 +88,15 @@ impl fmt::Debug for Key {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    /// The key of a picture, for the tests of the modules beside this one.
+    pub(in crate::cache) fn key(content: &[u8]) -> Key {
+        Recipe { content, ..RECIPE }.key()
+    }
 
     const RECIPE: Recipe<'static> = Recipe {
         kind: Kind::Image,
@@ -99,6 +104,7 @@ mod tests {
         preprocessing_version: 1,
         n_query: 64,
         dtype: v1::Dtype::F32,
+        tenant: "default",
         content: b"picture",
     };
 
@@ -107,7 +113,7 @@ mod tests {
     fn a_key_is_the_same_in_every_build() {
         assert_eq!(
             RECIPE.key().to_string(),
-            "82e5772d3a57f36559a22b3810a39528e05eb9e5d2b6c5858b4ff63fdd411aea"
+            "3627dd400d3cd5e12e5dc34748b399c2be4bae569080aca7a31f22af8db8504f"
         );
     }
 
@@ -121,6 +127,7 @@ mod tests {
             Recipe { preprocessing_version: 2, ..RECIPE },
             Recipe { n_query: 256, ..RECIPE },
             Recipe { dtype: v1::Dtype::Bf16, ..RECIPE },
+            Recipe { tenant: "acme", ..RECIPE },
             Recipe { content: b"picturf", ..RECIPE },
             Recipe { content: b"", ..RECIPE },
             // Bytes that wander over a field's border.

@@ -36,20 +36,7 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::key::{Kind, Recipe};
-
-    fn key(content: &[u8]) -> Key {
-        let dtype = v1::Dtype::F32;
-        Recipe {
-            kind: Kind::Image,
-            weights_digest: "d",
-            preprocessing_version: 1,
-            n_query: 4,
-            dtype,
-            content,
-        }
-        .key()
-    }
+    use crate::cache::key::tests::key;
 
     #[test]
     fn the_budget_in_bytes_is_kept() {

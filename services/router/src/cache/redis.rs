@@ -1,132 +1,211 @@
 //! The second level: Redis, shared by all routers. Never an error: whatever goes wrong here is a bypass. A request
-//! waits for it at most one deadline, which covers everything (connecting, too); writes are off the path.
+//! waits for it at most one deadline in vain, which covers everything (connecting, too); what need not be waited for
+//! is off the path. By the leases in it, a value that many routers want is computed by one of them.
 
-use std::{sync::Arc, time::Duration};
+mod address;
+mod lease;
+mod link;
+mod questions;
 
-use bytes::Bytes;
-use emu2_proto::v1;
-use redis::{
-    AsyncCommands, RedisResult,
-    aio::{ConnectionManager, ConnectionManagerConfig},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
+
+use anyhow::Context;
+use redis::{Cmd, FromRedisValue};
 use tokio::{
     sync::mpsc,
-    time::{error::Elapsed, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{breaker::Breaker, key::Key, value};
-use crate::config::{CacheConfig, RedisUrl};
+pub(crate) use self::{address::Address, lease::Lease};
+use self::{
+    lease::Token,
+    link::Link,
+    questions::{Look, Said},
+};
+use super::{
+    breaker::Breaker,
+    key::Key,
+    value::{self, Value},
+};
+use crate::{config::CacheConfig, metrics::Outcome};
 
-/// Writes that wait at most; 64 pictures of 64 queries in bf16 are 15 MB. More are dropped: the next miss writes again.
-const WAITING_WRITES: usize = 64;
-/// A write is off the path, so it may take longer than a read; but not for ever.
+/// Errands that wait at most; 64 pictures of 64 queries in bf16 are 15 MB. More are dropped: the next miss writes
+/// again, and a lease ends by itself.
+const WAITING_ERRANDS: usize = 64;
+/// An errand is off the path, so it may take longer than a question; but not for ever.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two looks for a value that another router is computing: a quarter of what has been waited, so that a
+/// value is seen at most about a quarter later than it came, within these.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
 pub(crate) struct Redis {
-    connection: ConnectionManager,
-    deadline: Duration,
+    link: Arc<Link>,
     breaker: Arc<Breaker>,
-    writes: mpsc::Sender<Write>,
-    _writer: AbortOnDropHandle<()>,
+    errands: mpsc::Sender<Errand>,
+    deadline: Duration,
+    lease: Duration,
+    wait: Duration,
+    ttl: Duration,
+    refusal_ttl: Duration,
+    max_value_bytes: usize,
+    _errand_runner: AbortOnDropHandle<()>,
 }
 
-/// What Redis said of a key.
-#[derive(Debug, PartialEq)]
-pub(crate) enum Lookup {
-    Hit(v1::Tensor),
-    Miss,
-    /// What it held is not what was stored; it is being deleted.
-    Bad,
-    /// It was not asked, or did not answer in time.
-    Bypassed,
+/// Whether a request has waited for Redis in vain: then it asks no more, so that all its questions together cost at
+/// most one deadline more than they are worth.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Patience(Arc<AtomicBool>);
+
+/// Who has a value, or is to compute it.
+pub(crate) enum Claim {
+    Found(Value, Outcome),
+    /// Nobody: the asker computes it, and every other router knows.
+    Leased(Lease, Outcome),
+    /// The asker computes it, and nobody knows.
+    Alone(Outcome),
 }
 
-enum Write {
-    Store(Key, v1::Tensor),
-    Delete(Key),
+/// What nobody waits for.
+enum Errand {
+    Publish { key: Key, token: Option<Token>, value: Vec<u8>, ttl: Duration },
+    Release { key: Key, token: Token },
 }
 
 impl Redis {
-    /// Connects in the background: Redis may come later, or never. Fails on a URL that cannot be read.
-    pub(crate) fn open(url: &RedisUrl, config: &CacheConfig) -> RedisResult<Self> {
-        let client = redis::Client::open(url.reveal())?;
-        let manager = ConnectionManagerConfig::new()
-            // Our breaker decides when to try again.
-            .set_number_of_retries(0)
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(WRITE_TIMEOUT));
-        let connection = ConnectionManager::new_lazy_with_config(client, manager)?;
-        let breaker = Arc::new(Breaker::default());
-        let (writes, waiting) = mpsc::channel(WAITING_WRITES);
-        let ttl = Duration::from_secs(config.ttl_seconds);
-        let writer = tokio::spawn(write(connection.clone(), Arc::clone(&breaker), waiting, ttl));
-        let deadline = Duration::from_millis(config.deadline_ms);
-        Ok(Self { connection, deadline, breaker, writes, _writer: AbortOnDropHandle::new(writer) })
+    /// None where the configuration has none. Connects in the background: Redis may come later, or never. Fails on an
+    /// address or certificates that cannot be read.
+    pub(crate) fn open(config: &CacheConfig, max_value_bytes: usize) -> anyhow::Result<Option<Arc<Self>>> {
+        let Some(url) = &config.redis_url else { return Ok(None) };
+        // The parser's own words could quote the URL, which holds the password.
+        let address =
+            Address::parse(url.reveal()).context("cache.redis_url cannot be read as a Redis URL")?;
+        let ca = config.redis_ca_file.as_ref();
+        let ca = ca.map(|path| {
+            std::fs::read(path).with_context(|| format!("cache.redis_ca_file {}", path.display()))
+        });
+        let link = Link::open(address, ca.transpose()?, WRITE_TIMEOUT).map_err(|error| {
+            anyhow::anyhow!(
+                "cache.redis_url and cache.redis_ca_file do not make a connection: {:?}",
+                error.kind()
+            )
+        })?;
+        let (link, breaker) = (Arc::new(link), Arc::new(Breaker::default()));
+        let (errands, waiting) = mpsc::channel(WAITING_ERRANDS);
+        let runner = tokio::spawn(run_errands(Arc::clone(&link), Arc::clone(&breaker), waiting));
+        Ok(Some(Arc::new(Self {
+            link,
+            breaker,
+            errands,
+            deadline: Duration::from_millis(config.deadline_ms),
+            lease: Duration::from_millis(config.lease_ms),
+            wait: Duration::from_millis(config.wait_ms),
+            ttl: Duration::from_secs(config.ttl_seconds),
+            refusal_ttl: Duration::from_millis(config.refusal_ttl_ms),
+            max_value_bytes,
+            _errand_runner: AbortOnDropHandle::new(runner),
+        })))
     }
 
-    pub(crate) async fn get(&self, key: &Key) -> Lookup {
-        if !self.breaker.allows() {
-            return Lookup::Bypassed;
-        }
-        let mut connection = self.connection.clone();
-        let answer = timeout(self.deadline, connection.get::<_, Option<Vec<u8>>>(name(key))).await;
-        match judge(&self.breaker, answer) {
-            None => Lookup::Bypassed,
-            Some(None) => Lookup::Miss,
-            Some(Some(bytes)) => match value::decode(key, Bytes::from(bytes)) {
-                Ok(tensor) => Lookup::Hit(tensor),
-                Err(error) => {
-                    tracing::warn!(%key, %error, "bad value in Redis");
-                    self.queue(Write::Delete(*key));
-                    Lookup::Bad
+    /// The value of `key`, or the task to compute it. Waits while another router is at it.
+    pub(crate) async fn claim(self: &Arc<Self>, key: &Key, patience: &Patience) -> Claim {
+        let token: Token = rand::random();
+        let began = Instant::now();
+        let (mut has_waited, mut was_bad, mut discards) = (false, false, false);
+        loop {
+            let Some(said) = self.look(key, &token, discards, patience).await else {
+                return Claim::Alone(Outcome::Bypassed);
+            };
+            discards = false;
+            let missed = if was_bad { Outcome::BadValue } else { Outcome::Miss };
+            let problem = match said {
+                Said::Value(bytes) => match value::decode(key, bytes) {
+                    Ok(value) if has_waited => return Claim::Found(value, Outcome::Waited),
+                    Ok(value) => return Claim::Found(value, Outcome::L2Hit),
+                    Err(problem) => problem.to_string(),
+                },
+                Said::TooLarge => format!("it has more than {} bytes", self.max_value_bytes),
+                Said::Leased => return Claim::Leased(Lease::new(Arc::clone(self), *key, token), missed),
+                Said::Nothing => return Claim::Alone(missed),
+                Said::Busy if began.elapsed() >= self.wait => return Claim::Alone(Outcome::WaitedTooLong),
+                Said::Busy => {
+                    has_waited = true;
+                    sleep(pause(began.elapsed())).await;
+                    continue;
                 }
-            },
+            };
+            tracing::warn!(%key, problem, "bad value in Redis");
+            (was_bad, discards) = (true, true);
         }
     }
 
-    pub(crate) fn put(&self, key: Key, tensor: v1::Tensor) {
-        self.queue(Write::Store(key, tensor));
-    }
-
-    fn queue(&self, write: Write) {
-        if self.writes.try_send(write).is_err() {
-            tracing::debug!("too many writes wait for Redis: one dropped");
-        }
-    }
-}
-
-/// The writer's task: one write after the other until the cache is dropped.
-async fn write(
-    mut connection: ConnectionManager,
-    breaker: Arc<Breaker>,
-    mut writes: mpsc::Receiver<Write>,
-    ttl: Duration,
-) {
-    // Connecting takes longer than a read may wait, with TLS above all: begin now.
-    let _ = connection.ping::<()>().await;
-    while let Some(write) = writes.recv().await {
-        if !breaker.allows() {
-            continue;
-        }
-        let done = async {
-            match write {
-                Write::Store(key, tensor) => {
-                    connection
-                        .set_ex::<_, _, ()>(name(&key), value::encode(&key, &tensor), ttl.as_secs())
-                        .await
-                }
-                Write::Delete(key) => connection.del::<_, ()>(name(&key)).await,
-            }
+    /// Stores a value under the key that it was computed for, off the path, and ends the lease with it.
+    pub(crate) fn publish(&self, key: Key, value: &Value, lease: Option<Lease>) {
+        let Some(bytes) = value::encode(&key, value).filter(|bytes| bytes.len() <= self.max_value_bytes)
+        else {
+            return;
         };
-        judge(&breaker, timeout(WRITE_TIMEOUT, done).await);
+        let ttl = match value {
+            Value::Tensor(_) => self.ttl,
+            Value::Refusal(_) => self.refusal_ttl,
+        };
+        let token = lease.filter(|lease| *lease.key() == key).map(Lease::hand_over);
+        self.queue(Errand::Publish { key, token, value: bytes, ttl });
+    }
+
+    async fn look(&self, key: &Key, token: &[u8], discards: bool, patience: &Patience) -> Option<Said> {
+        if patience.0.load(Ordering::Relaxed) {
+            return None;
+        }
+        let look = Look { token, lease: self.lease, max_value_bytes: self.max_value_bytes, discards };
+        let said = ask(&self.link, &self.breaker, &questions::look(key, look), self.deadline).await;
+        patience.0.fetch_or(said.is_none(), Ordering::Relaxed);
+        said
+    }
+
+    fn queue(&self, errand: Errand) {
+        if self.errands.try_send(errand).is_err() {
+            tracing::debug!("too many errands wait for Redis: one dropped");
+        }
     }
 }
 
-/// The answer, if one came in time; the breaker learns either way.
-fn judge<T>(breaker: &Breaker, answer: Result<RedisResult<T>, Elapsed>) -> Option<T> {
-    let reason = match answer {
+fn pause(waited: Duration) -> Duration {
+    // Drawn, so that routers do not come together.
+    (waited / 4).clamp(SHORTEST_PAUSE, LONGEST_PAUSE).mul_f64(rand::random_range(0.5..1.5))
+}
+
+/// The errand runner's task: one after the other until the cache is dropped.
+async fn run_errands(link: Arc<Link>, breaker: Arc<Breaker>, mut errands: mpsc::Receiver<Errand>) {
+    while let Some(errand) = errands.recv().await {
+        let question = match &errand {
+            Errand::Publish { key, token, value, ttl } => {
+                questions::publish(key, token.as_ref().map_or(&[], |token| token), value, *ttl)
+            }
+            Errand::Release { key, token } => questions::release(key, token),
+        };
+        ask::<redis::Value>(&link, &breaker, &question, WRITE_TIMEOUT).await;
+    }
+}
+
+/// The answer, if one comes in time; the breaker learns either way.
+async fn ask<T: FromRedisValue>(
+    link: &Link,
+    breaker: &Breaker,
+    question: &Cmd,
+    within: Duration,
+) -> Option<T> {
+    if !breaker.allows() {
+        return None;
+    }
+    let reason = match timeout(within, link.ask(question)).await {
         Ok(Ok(answer)) => {
             breaker.succeeded();
             return Some(answer);
@@ -137,10 +216,8 @@ fn judge<T>(breaker: &Breaker, answer: Result<RedisResult<T>, Elapsed>) -> Optio
     };
     if breaker.failed() {
         tracing::warn!(reason, "Redis is bypassed for now");
+        // It may be half dead: a connection whose other end has gone without a word never fails by itself.
+        link.renew();
     }
     None
-}
-
-fn name(key: &Key) -> String {
-    format!("emu2:embeddings:{key}")
 }

@@ -2,7 +2,9 @@
 
 use std::{net::TcpListener, time::Duration};
 
-use tonic::{Code, Status};
+use emu2_proto::v1::{EmbedRequest, Image};
+use emu2_serve::tenant::{AuthConfig, AuthMode, TenantConfig, TokenHash};
+use tonic::{Code, Request, Status};
 
 use super::{
     mocks::{N_QUERY, SLOW, tensor},
@@ -143,6 +145,33 @@ async fn a_bad_value_is_a_miss_and_is_deleted() {
     assert_eq!((second.embeddings, second.cached), (first.embeddings, false));
     assert_eq!(other.lookups("bad_value").await, 1);
     until("the good value is back", || async { redis.get(&key).await == good }).await;
+}
+
+/// Nobody learns from a quick answer what another tenant has sent.
+#[tokio::test]
+async fn tenants_share_no_values() {
+    let Some(redis) = RedisServer::start().await else { return };
+    let tenant = |name: &str, sha256: &str| TenantConfig {
+        name: name.into(),
+        token_sha256: vec![TokenHash::new(sha256)],
+    };
+    let tenants = vec![
+        tenant("acme", "cdc6633563b40a9f0194bd97ce94150fb3a153ad956aba23c8b20f762c811106"),
+        tenant("bolt", "6a03a8044da0b9360a513e79a106ff3b8b1e1dab47cacada454abcdac2c6ac72"),
+    ];
+    let sandbox = Sandbox::with(|config| {
+        config.cache = redis.cache();
+        config.auth = AuthConfig { mode: Some(AuthMode::Tokens), tenants, tenants_file: None };
+    })
+    .await;
+    for (token, cached) in [("acme", false), ("bolt", false), ("acme", true)] {
+        let image = Some(Image { data: b"cat".as_slice().into() });
+        let mut request = Request::new(EmbedRequest { model: "emu2".into(), image, n_query: None });
+        let token = format!("Bearer token-of-{token}-0123456789abcdef").parse().unwrap();
+        request.metadata_mut().insert("authorization", token);
+        assert_eq!(sandbox.client().embed(request).await.unwrap().into_inner().cached, cached);
+    }
+    until("both are written", || async { redis.keys().await.len() == 2 }).await;
 }
 
 /// Answers come, and late by at most the deadline, whatever listens at Redis' address.

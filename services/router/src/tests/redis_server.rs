@@ -1,42 +1,55 @@
-//! A real redis-server of a test's own.
+//! Real redis-servers of a test's own.
 
 use std::{
+    path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use redis::{AsyncCommands, aio::MultiplexedConnection};
+use redis::{AsyncCommands, FromRedisValue, aio::MultiplexedConnection};
+use tempfile::TempDir;
 
 use super::sandbox::until;
 use crate::config::{CacheConfig, RedisUrl};
 
 pub(super) struct RedisServer {
     process: Child,
-    port: u16,
+    pub(super) port: u16,
+    args: Vec<String>,
+    directory: TempDir,
 }
 
 impl RedisServer {
     /// None, with a line that says so, where there is no redis-server.
     pub(super) async fn start() -> Option<Self> {
-        let port = free_port();
-        let mut command = Command::new("redis-server");
-        command.args([
-            "--port",
-            &port.to_string(),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-        ]);
-        let Ok(process) = command.stdout(Stdio::null()).spawn() else {
-            println!("skipped: redis-server is not in PATH");
-            return None;
-        };
-        let server = Self { process, port };
-        until("redis-server answers", || async { server.connect().await.is_some() }).await;
+        let server = Self::with(&[])?;
+        server.answers().await;
         Some(server)
+    }
+
+    /// With more arguments, which may come to anything: not waited for.
+    pub(super) fn with(args: &[&str]) -> Option<Self> {
+        let given = ["--save", "", "--appendonly", "no"].iter().chain(args).map(|arg| (*arg).to_owned());
+        Self::launch(given.collect())
+    }
+
+    /// A Sentinel with this configuration, which it will write to.
+    pub(super) fn sentinel(configuration: &Path) -> Option<Self> {
+        Self::launch(vec![configuration.display().to_string(), "--sentinel".to_owned()])
+    }
+
+    fn launch(mut args: Vec<String>) -> Option<Self> {
+        let (port, directory) = (free_port(), tempfile::tempdir().unwrap());
+        // Before the test's own, the last of which counts; a configuration file stands before all.
+        let at = usize::from(args.first().is_some_and(|arg| !arg.starts_with("--")));
+        let ours = ["--bind", "127.0.0.1", "--port", &port.to_string()].map(ToOwned::to_owned);
+        args.splice(at..at, ours);
+        let process = spawn(&args, &directory)?;
+        Some(Self { process, port, args, directory })
+    }
+
+    pub(super) async fn answers(&self) {
+        until("redis-server answers", || async { self.connect().await.is_some() }).await;
     }
 
     pub(super) fn cache(&self) -> CacheConfig {
@@ -48,8 +61,32 @@ impl RedisServer {
         client.get_multiplexed_async_connection().await.ok()
     }
 
+    /// What it says to a command, written as on a command line.
+    pub(super) async fn ask<T: FromRedisValue>(&self, command: &str) -> T {
+        question(command).query_async(&mut self.connect().await.unwrap()).await.unwrap()
+    }
+
+    /// Whether a command's answer holds these words; one that changes its role answers nobody for a moment.
+    pub(super) async fn says(&self, command: &str, words: &str) -> bool {
+        let Some(mut connection) = self.connect().await else { return false };
+        let answer = question(command).query_async::<String>(&mut connection).await;
+        answer.is_ok_and(|answer| answer.contains(words))
+    }
+
+    /// Values' keys; leases have others.
     pub(super) async fn keys(&self) -> Vec<String> {
-        self.connect().await.unwrap().keys("*").await.unwrap()
+        self.ask("KEYS emu2:embeddings:*").await
+    }
+
+    pub(super) async fn leases(&self) -> Vec<String> {
+        self.ask("KEYS emu2:lease:*").await
+    }
+
+    /// Scripts run so far: each is one look, renewal, release or publication.
+    pub(super) async fn scripts_run(&self) -> u64 {
+        let stats: String = self.ask("INFO commandstats").await;
+        let calls = stats.lines().find_map(|line| line.strip_prefix("cmdstat_eval:calls="));
+        calls.map_or(0, |line| line.split(',').next().unwrap().parse().unwrap())
     }
 
     pub(super) async fn get(&self, key: &str) -> Vec<u8> {
@@ -70,20 +107,66 @@ impl RedisServer {
         until("a value is written", || async { self.keys().await.len() == 1 }).await;
         self.keys().await.remove(0)
     }
+
+    /// Takes connections still, and answers nothing.
+    pub(super) fn pause(&self) {
+        self.signal("-STOP");
+    }
+
+    pub(super) fn resume(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.process.id().to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+
+    pub(super) fn kill(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    /// On the same port, with nothing in it.
+    pub(super) async fn restart(&mut self) {
+        self.kill();
+        self.process = spawn(&self.args, &self.directory).unwrap();
+        self.answers().await;
+    }
 }
 
 impl Drop for RedisServer {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.kill();
     }
+}
+
+fn question(command: &str) -> redis::Cmd {
+    let mut words = command.split(' ');
+    let mut question = redis::cmd(words.next().unwrap());
+    words.for_each(|word| {
+        question.arg(word);
+    });
+    question
+}
+
+fn spawn(args: &[String], directory: &TempDir) -> Option<Child> {
+    let mut command = Command::new("redis-server");
+    let child = command.args(args).current_dir(directory.path()).stdout(Stdio::null()).spawn();
+    if child.is_err() {
+        println!("skipped: redis-server is not in PATH");
+    }
+    child.ok()
 }
 
 /// A cache whose Redis is whatever listens there.
 pub(super) fn cache_at(port: u16) -> CacheConfig {
-    let redis_url = Some(RedisUrl::new(format!("redis://127.0.0.1:{port}")));
+    cache_of(format!("redis://127.0.0.1:{port}"))
+}
+
+pub(super) fn cache_of(url: impl Into<String>) -> CacheConfig {
     // Wide enough for a busy machine: a healthy Redis must not look slow here.
-    CacheConfig { redis_url, deadline_ms: 1_000, ..Default::default() }
+    CacheConfig { redis_url: Some(RedisUrl::new(url)), deadline_ms: 1_000, ..Default::default() }
 }
 
 /// A port that nobody listens on just now.

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use emu2_proto::v1::{
     Box as Region, Chat, EmbedRequest, EmbedResponse, Finished, GenerateEvent, GenerateRequest, Image,
-    ImageOutput, ListModelsRequest, Part, Prompt, TextOutput,
+    ImageOutput, Part, Prompt, TextOutput,
     emu2_client::Emu2Client,
     generate_event::Event,
     generate_request::{Input, Output},
@@ -20,6 +20,7 @@ use emu2_serve::{server::Listeners, shutdown::Shutdown, telemetry};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    runtime::Runtime,
     task::JoinHandle,
 };
 use tonic::{Code, Status, Streaming, transport::Channel};
@@ -71,6 +72,17 @@ impl Sandbox {
         router
     }
 
+    /// Another router on a runtime of its own, whose end is as sudden as a process'.
+    pub(super) async fn router_to_kill(&self, change: impl FnOnce(&mut Config)) -> (Runtime, Router) {
+        let mut config = config(&self.encoder, &self.llm, &self.decoder);
+        change(&mut config);
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let router = runtime.spawn(Router::start(config)).await.unwrap();
+        router.ready().await;
+        (runtime, router)
+    }
+
     pub(super) fn client(&self) -> Emu2Client<Channel> {
         self.router.client.clone()
     }
@@ -108,7 +120,7 @@ impl Router {
     }
 
     pub(super) async fn is_ready(&self) -> bool {
-        self.client.clone().list_models(ListModelsRequest {}).await.is_ok()
+        self.admin("/readyz").await.starts_with("HTTP/1.0 200")
     }
 
     async fn ready(&self) {
@@ -116,14 +128,27 @@ impl Router {
     }
 
     pub(super) async fn embed(&self, data: &'static [u8]) -> Result<EmbedResponse, Status> {
+        self.begin_embed(data).await
+    }
+
+    /// As [`Self::embed`], for a task of its own.
+    pub(super) fn begin_embed(
+        &self,
+        data: &'static [u8],
+    ) -> impl Future<Output = Result<EmbedResponse, Status>> + Send + use<> {
         let image = Some(Image { data: data.into() });
         let request = EmbedRequest { model: "emu2".into(), image, n_query: None };
-        Ok(self.client.clone().embed(request).await?.into_inner())
+        let mut client = self.client.clone();
+        async move { Ok(client.embed(request).await?.into_inner()) }
     }
 
     pub(super) async fn metrics(&self) -> String {
+        self.admin("/metrics").await
+    }
+
+    async fn admin(&self, path: &str) -> String {
         let mut stream = TcpStream::connect(self.admin).await.unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
