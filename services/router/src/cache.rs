@@ -92,9 +92,34 @@ impl Cache {
             }
         };
         if let Ok(found) = &found {
-            self.metrics.cache_lookup(kind, found.outcome);
+            self.count(kind, found.outcome);
         }
         found
+    }
+
+    /// The value of `key` if somebody has it, or what became of the lookup; nothing is computed. Whoever uses it (or
+    /// not) counts it.
+    pub(crate) async fn peek(&self, key: Key) -> Result<Found, Outcome> {
+        let Levels { memory, redis } = &*self.levels;
+        if let Some(tensor) = memory.get(&key) {
+            return Ok(Found { tensor, outcome: Outcome::L1Hit });
+        }
+        let redis = redis.as_ref().ok_or(Outcome::Miss)?;
+        let tensor = redis.read(&key, &self.patience).await?;
+        memory.put(key, tensor.clone());
+        Ok(Found { tensor, outcome: Outcome::L2Hit })
+    }
+
+    /// Keeps what was computed anyway.
+    pub(crate) fn put(&self, key: Key, tensor: v1::Tensor) {
+        self.levels.memory.put(key, tensor.clone());
+        if let Some(redis) = &self.levels.redis {
+            redis.publish(key, &Value::Tensor(tensor), None);
+        }
+    }
+
+    pub(crate) fn count(&self, kind: Kind, outcome: Outcome) {
+        self.metrics.cache_lookup(kind, outcome);
     }
 }
 

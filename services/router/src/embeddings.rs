@@ -21,7 +21,7 @@ use crate::{
     cache::{Cache, Computed, Found, Kind, Recipe, is_whole},
     drawing,
     error::{self, Stop},
-    metrics::Metrics,
+    metrics::{Metrics, Outcome},
     model::{Model, Profile},
     request::{Picture, Subject},
     stages::{self, Llm, LlmCall},
@@ -42,10 +42,7 @@ pub(crate) struct Embeddings {
 
 impl Embeddings {
     pub(crate) async fn picture(&self, picture: &Picture) -> Result<Found, Stop> {
-        let data = match &picture.subject {
-            Subject::Sent(data) => data.clone(),
-            Subject::Outline(region) => drawing::outline_png(region),
-        };
+        let data = encoded_image(picture);
         let found = self.encoded(Kind::Image, Source::Image(data.clone()), data, picture.n_query).await;
         found.map_err(|stop| {
             // "image", "image.width" and so on are the picture; the rest we filled in.
@@ -53,6 +50,11 @@ impl Embeddings {
                 |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", picture.field));
             error::in_public_terms("encoder", stop, public)
         })
+    }
+
+    /// A picture's embeddings if the cache holds them; neither computed nor counted.
+    pub(crate) async fn cached_picture(&self, picture: &Picture) -> Result<Found, Outcome> {
+        self.cache.peek(self.recipe(Kind::Image, &encoded_image(picture), picture.n_query).key()).await
     }
 
     /// The negative of autoencoding: a picture that is zero after normalisation, as upstream.
@@ -72,22 +74,26 @@ impl Embeddings {
     }
 
     async fn encoded(&self, kind: Kind, source: Source, content: Bytes, n_query: u32) -> Result<Found, Stop> {
+        let key = self.recipe(kind, &content, n_query).key();
+        let work = self.clone();
+        let request = EncodeRequest { id: 0, source: Some(source), n_query };
+        let content = content.clone();
+        let compute = || work.encode(kind, request, content).instrument(Span::current()).boxed();
+        self.cache.fetch(kind, key, compute).await
+    }
+
+    /// As the profile's encoder would make it.
+    fn recipe<'a>(&'a self, kind: Kind, content: &'a [u8], n_query: u32) -> Recipe<'a> {
         let encoder = &self.profile.encoder;
-        let recipe = Recipe {
+        Recipe {
             kind,
             weights_digest: &encoder.weights_digest,
             preprocessing_version: encoder.preprocessing_version,
             n_query,
             dtype: encoder.dtype(),
             tenant: self.tenant.name(),
-            content: &content,
-        };
-        let key = recipe.key();
-        let work = self.clone();
-        let request = EncodeRequest { id: 0, source: Some(source), n_query };
-        let content = content.clone();
-        let compute = || work.encode(kind, request, content).instrument(Span::current()).boxed();
-        self.cache.fetch(kind, key, compute).await
+            content,
+        }
     }
 
     async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes) -> Computed {
@@ -163,6 +169,13 @@ impl Embeddings {
             deadline,
             metrics: self.metrics.clone(),
         }
+    }
+}
+
+fn encoded_image(picture: &Picture) -> Bytes {
+    match &picture.subject {
+        Subject::Sent(data) => data.clone(),
+        Subject::Outline(region) => drawing::outline_png(region),
     }
 }
 

@@ -9,6 +9,7 @@
 //! | `request` | what a client asks, checked and with every default filled in; pure |
 //! | `pipeline` | one request through its stages, top to bottom |
 //! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
+//! | `regressed` | what the llm regressed for the same prompt before |
 //! | `cache` | memory, Redis, one flight per key here and one lease per key among routers |
 //! | `model`, `pool` | a model's stages, and the replicas of each |
 //! | `stages`, `attempts`, `rows` | the calls to the stages, and how they outlive a replica |
@@ -29,6 +30,7 @@ mod metrics;
 mod model;
 mod pipeline;
 mod pool;
+mod regressed;
 mod report;
 mod request;
 mod rows;

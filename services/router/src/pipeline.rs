@@ -15,13 +15,13 @@ use std::{
 
 use emu2_proto::{
     stage::{
-        DecodeFinished, DecodeRequest, DecodeStart, LlmFinished, LlmRequest, LlmStart, RegressedEmbeddings,
-        RegressionParameters, SlotEmbeddings, TextParameters, decode_event, decode_request, llm_event,
-        llm_request, llm_start,
+        DecodeFinished, DecodeRequest, DecodeStart, LlmAccepted, LlmFinished, LlmRequest, LlmStart,
+        RegressedEmbeddings, RegressionParameters, SlotEmbeddings, TextParameters, decode_event,
+        decode_request, llm_event, llm_request, llm_start,
     },
     v1::{
-        Accepted, DenoiseProgress, EmbeddingProgress, FinishReason, GenerateEvent, ImageResult, TextDelta,
-        finished::Parameters, generate_event::Event,
+        self, Accepted, DenoiseProgress, EmbeddingProgress, FinishReason, GenerateEvent, ImageResult,
+        TextDelta, finished::Parameters, generate_event::Event,
     },
 };
 use emu2_serve::{deadline::Deadline, status, stream};
@@ -36,6 +36,7 @@ use crate::{
     embeddings::Embeddings,
     error::{self, Stop},
     pool::Stage,
+    regressed::SentPrompt,
     report::Report,
     request::{Generation, Task, effective_text},
     stages::{self, DecodeCall, LlmCall},
@@ -115,7 +116,7 @@ impl Job {
         let span = info_span!("llm");
         let (slots, llm) = self.ask_llm(input, llm_start::Output::Text(*parameters));
         let (pictures, finished) =
-            try_join!(self.fill_slots(slots), self.read_text(llm, report, client).instrument(span))?;
+            try_join!(self.fill_slots(slots, &[]), self.read_text(llm, report, client).instrument(span))?;
         report.pictures(&pictures);
         let reason = if finished.complete { FinishReason::EndOfText } else { FinishReason::MaxNewTokens };
         report.result(reason, Parameters::Text(effective_text(parameters)));
@@ -129,23 +130,75 @@ impl Job {
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
+        let pictures = self.embeddings.cached_pictures(&self.generation.pictures, self.images_in_flight);
+        let Some(known) = pictures.instrument(info_span!("embeddings")).await else {
+            return self.paint_new(input, &[], start, report, client).await;
+        };
+        let embeddings: Vec<v1::Tensor> = known.iter().map(|found| found.tensor.clone()).collect();
+        match self.embeddings.regressed(SentPrompt { input, embeddings: &embeddings }).await {
+            Some(regressed) => {
+                report.pictures(&Pictures::all_cached(&known));
+                self.paint_again(regressed.tensor, start, report, client).await
+            }
+            None => self.paint_new(input, &known, start, report, client).await,
+        }
+    }
+
+    /// `known`: all of the prompt's pictures, or nothing.
+    async fn paint_new(
+        &self,
+        input: &llm_start::Input,
+        known: &[Found],
+        start: &DecodeStart,
+        report: &mut Report,
+        client: &Client,
+    ) -> Result<(), Stop> {
         let (llm_span, decoder_span) = (info_span!("llm"), info_span!("decoder"));
         let (slots, llm) = self.ask_llm(input, llm_start::Output::Regression(RegressionParameters {}));
         let (conditions, decoder) = self.ask_decoder(start)?;
-        let total = start.queries;
         let conditions = async {
             // Dropped when both are through: that tells the decoder that no more comes.
             let conditions = conditions;
-            let positive =
-                self.forward_regressed(llm, &conditions, total, report, client).instrument(llm_span);
+            let positive = async {
+                let rows = self.forward_regressed(llm, &conditions, start.queries, report, client);
+                let (pictures, regressed) =
+                    try_join!(self.fill_slots(slots, known), rows.instrument(llm_span))?;
+                if let Some((accepted, regressed)) = regressed {
+                    let prompt = SentPrompt { input, embeddings: &pictures.sent };
+                    self.embeddings.keep_regressed(&accepted, prompt, regressed);
+                }
+                Ok(pictures)
+            };
             try_join!(positive, self.send_negative(start, &conditions))
         };
-        let (pictures, _, finished) = try_join!(
-            self.fill_slots(slots),
-            conditions,
-            self.read_image(decoder, client).instrument(decoder_span)
-        )?;
+        let ((pictures, ()), finished) =
+            try_join!(conditions, self.read_image(decoder, client).instrument(decoder_span))?;
         report.pictures(&pictures);
+        report.painted(&finished, start);
+        Ok(())
+    }
+
+    /// From what the llm regressed for the same prompt before.
+    async fn paint_again(
+        &self,
+        regressed: v1::Tensor,
+        start: &DecodeStart,
+        report: &mut Report,
+        client: &Client,
+    ) -> Result<(), Stop> {
+        let total = start.queries;
+        client.progress(Event::EmbeddingProgress(EmbeddingProgress { done: total, total })).await?;
+        report.regressed_before(total);
+        let (conditions, decoder) = self.ask_decoder(start)?;
+        let conditions = async {
+            let conditions = conditions;
+            let rows = RegressedEmbeddings { start: 0, embeddings: Some(regressed) };
+            // A decoder that has hung up says why where it is read.
+            let _ = conditions.send(positive(rows)).await;
+            self.send_negative(start, &conditions).await
+        };
+        let ((), finished) =
+            try_join!(conditions, self.read_image(decoder, client).instrument(info_span!("decoder")))?;
         report.painted(&finished, start);
         Ok(())
     }
@@ -193,13 +246,20 @@ impl Job {
     }
 
     /// Sends every picture's embeddings to its slot as soon as they are there.
-    async fn fill_slots(&self, slots: Sender<LlmRequest>) -> Result<Pictures, Stop> {
+    async fn fill_slots(&self, slots: Sender<LlmRequest>, known: &[Found]) -> Result<Pictures, Stop> {
         let began = Instant::now();
-        let mut pictures = Pictures::default();
-        let numbers = 0..self.generation.pictures.len();
-        let mut looked_up = iter(numbers.map(|slot| self.slot(slot))).buffer_unordered(self.images_in_flight);
+        let count = self.generation.pictures.len();
+        let mut pictures = Pictures { sent: vec![v1::Tensor::default(); count], ..Default::default() };
+        let find = |slot: usize| async move {
+            match known.get(slot) {
+                Some(found) => Ok((slot, found.clone())),
+                None => self.slot(slot).await,
+            }
+        };
+        let mut looked_up = iter((0..count).map(find)).buffer_unordered(self.images_in_flight);
         while let Some((slot, found)) = looked_up.try_next().await? {
             pictures.count(&found, began);
+            pictures.sent[slot] = found.tensor.clone();
             let embeddings = SlotEmbeddings { slot: slot as u32, embeddings: Some(found.tensor) };
             let request = LlmRequest { message: Some(llm_request::Message::Embeddings(embeddings)) };
             if slots.send(request).await.is_err() {
@@ -265,7 +325,8 @@ impl Job {
         }
     }
 
-    /// Regressed rows to the decoder, one by one, and how far they are to the client.
+    /// Regressed rows to the decoder, one by one, and how far they are to the client. All of them in the end, unless
+    /// the decoder has hung up.
     async fn forward_regressed(
         &self,
         mut llm: Llm,
@@ -273,7 +334,8 @@ impl Job {
         total: u32,
         report: &mut Report,
         client: &Client,
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<(LlmAccepted, v1::Tensor)>, Stop> {
+        let mut accepted = LlmAccepted::default();
         loop {
             match next_of_llm(&mut llm, report).await? {
                 Some(llm_event::Event::Embeddings(rows)) => {
@@ -281,15 +343,18 @@ impl Job {
                         rows.embeddings.as_ref().and_then(|it| it.shape.first()).copied().unwrap_or(0);
                     let done = rows.start.saturating_add(count);
                     if conditions.send(positive(rows)).await.is_err() {
-                        return Ok(());
+                        return Ok(None);
                     }
                     report.regressed(done);
                     client.progress(Event::EmbeddingProgress(EmbeddingProgress { done, total })).await?;
                 }
-                Some(llm_event::Event::Finished(_)) => return Ok(()),
+                Some(llm_event::Event::Accepted(names)) => accepted = names,
+                Some(llm_event::Event::Finished(_)) => break,
                 _ => {}
             }
         }
+        let (call, _) = llm.into_parts();
+        Ok(Some((accepted, call.regressed(total)?)))
     }
 
     /// Steps as they are done; the image once the decoder has said which weights painted it.
@@ -327,15 +392,22 @@ async fn next_of_llm(llm: &mut Llm, report: &mut Report) -> Result<Option<llm_ev
 }
 
 /// What became of a request's pictures.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Pictures {
     pub(crate) images: u32,
     pub(crate) cached: u32,
     /// From the first lookup to the last picture that the cache did not hold.
     pub(crate) encode_ms: f64,
+    /// By slot, where there are slots.
+    sent: Vec<v1::Tensor>,
 }
 
 impl Pictures {
+    fn all_cached(found: &[Found]) -> Self {
+        let images = found.len() as u32;
+        Self { images, cached: images, ..Default::default() }
+    }
+
     fn count(&mut self, found: &Found, began: Instant) {
         self.images += 1;
         if found.outcome.is_hit() {

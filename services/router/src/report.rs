@@ -32,6 +32,12 @@ impl Report {
         self.usage.regressed_embeddings = embeddings;
     }
 
+    /// Nothing was asked of the llm.
+    pub(crate) fn regressed_before(&mut self, embeddings: u32) {
+        self.usage.regressed_embeddings = embeddings;
+        self.usage.cached_embeddings = embeddings;
+    }
+
     pub(crate) fn llm(&mut self, llm: &LlmFinished) {
         self.usage.generated_tokens = llm.generated_tokens;
         self.timings.llm_queue_ms = llm.queue_ms;

@@ -8,5 +8,6 @@ mod flows;
 mod mocks;
 mod redis_kinds;
 mod redis_server;
+mod regressing;
 mod sandbox;
 mod single_flight;

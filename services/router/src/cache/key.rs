@@ -17,6 +17,8 @@ pub(crate) enum Kind {
     MeanColour,
     /// The regression of the empty prompt: the negative of image generation.
     Negative,
+    /// The regression of a whole prompt.
+    Regressed,
 }
 
 impl Kind {
@@ -25,6 +27,7 @@ impl Kind {
             Self::Image => "image",
             Self::MeanColour => "mean_colour",
             Self::Negative => "negative",
+            Self::Regressed => "regressed",
         }
     }
 }
@@ -41,7 +44,7 @@ pub(crate) struct Recipe<'a> {
     pub(crate) dtype: v1::Dtype,
     /// Whose value it is: nobody learns from a quick answer what another tenant has sent.
     pub(crate) tenant: &'a str,
-    /// The picture's bytes; for a negative, the tokenizer's digest.
+    /// The picture's bytes; for a negative, the tokenizer's digest; for a prompt, that and its parts.
     pub(crate) content: &'a [u8],
 }
 
@@ -123,6 +126,7 @@ pub(super) mod tests {
             RECIPE,
             Recipe { kind: Kind::MeanColour, ..RECIPE },
             Recipe { kind: Kind::Negative, ..RECIPE },
+            Recipe { kind: Kind::Regressed, ..RECIPE },
             Recipe { weights_digest: "d2", ..RECIPE },
             Recipe { preprocessing_version: 2, ..RECIPE },
             Recipe { n_query: 256, ..RECIPE },

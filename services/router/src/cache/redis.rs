@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::Context;
+use emu2_proto::v1;
 use redis::{Cmd, FromRedisValue};
 use tokio::{
     sync::mpsc,
@@ -112,6 +113,20 @@ impl Redis {
             max_value_bytes,
             _errand_runner: AbortOnDropHandle::new(runner),
         })))
+    }
+
+    /// The tensor of `key`, or what became of the lookup. Takes no lease and waits for nobody.
+    pub(crate) async fn read(&self, key: &Key, patience: &Patience) -> Result<v1::Tensor, Outcome> {
+        match self.look(key, &[], false, patience).await {
+            None => Err(Outcome::Bypassed),
+            Some(Said::Value(bytes)) => match value::decode(key, bytes) {
+                Ok(Value::Tensor(tensor)) => Ok(tensor),
+                Ok(Value::Refusal(_)) => Err(Outcome::Miss),
+                Err(_) => Err(Outcome::BadValue),
+            },
+            Some(Said::TooLarge) => Err(Outcome::BadValue),
+            Some(Said::Leased | Said::Busy | Said::Nothing) => Err(Outcome::Miss),
+        }
     }
 
     /// The value of `key`, or the task to compute it. Waits while another router is at it.

@@ -117,8 +117,8 @@ async fn an_image_is_painted_from_regressed_embeddings_as_they_come() {
 #[tokio::test]
 async fn the_negative_is_the_empty_prompts_and_is_regressed_once() {
     let sandbox = Sandbox::start().await;
-    for _ in 0..2 {
-        sandbox.events(paint(vec![text("a cat")], 3.0)).await.unwrap();
+    for prompt in ["a cat", "a dog"] {
+        sandbox.events(paint(vec![text(prompt)], 3.0)).await.unwrap();
     }
     assert_eq!(sandbox.llm.calls(), 3, "two prompts and one negative");
     let starts = sandbox.llm.starts.lock().unwrap();

@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use redis::{AsyncCommands, FromRedisValue, aio::MultiplexedConnection};
+use redis::{AsyncCommands, AsyncConnectionConfig, FromRedisValue, aio::MultiplexedConnection};
 use tempfile::TempDir;
 
-use super::sandbox::until;
+use super::sandbox::{PATIENCE, until};
 use crate::config::{CacheConfig, RedisUrl};
 
 pub(super) struct RedisServer {
@@ -58,7 +58,11 @@ impl RedisServer {
 
     async fn connect(&self) -> Option<MultiplexedConnection> {
         let client = redis::Client::open(format!("redis://127.0.0.1:{}", self.port)).unwrap();
-        client.get_multiplexed_async_connection().await.ok()
+        // The crate's own half a second is too little on a busy machine.
+        let patient = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
+        client.get_multiplexed_async_connection_with_config(&patient).await.ok()
     }
 
     /// What it says to a command, written as on a command line.

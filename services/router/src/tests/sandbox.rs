@@ -30,7 +30,7 @@ use super::mocks::{Role, Script, Stage};
 use crate::config::{CacheConfig, Config, LimitsConfig, ModelConfig, PoolConfig};
 
 /// Far above what anything here takes, far below a person's patience.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) struct Sandbox {
     pub(super) encoder: Stage,
@@ -156,7 +156,11 @@ impl Router {
 
     /// Lookups of pictures that ended so.
     pub(super) async fn lookups(&self, outcome: &str) -> u64 {
-        let series = format!("emu2_router_cache_lookups_total{{kind=\"image\",outcome=\"{outcome}\"}} ");
+        self.lookups_of("image", outcome).await
+    }
+
+    pub(super) async fn lookups_of(&self, kind: &str, outcome: &str) -> u64 {
+        let series = format!("emu2_router_cache_lookups_total{{kind=\"{kind}\",outcome=\"{outcome}\"}} ");
         let metrics = self.metrics().await;
         let line = metrics.lines().find_map(|line| line.strip_prefix(&series));
         line.map_or(0, |count| count.trim().parse().unwrap())
