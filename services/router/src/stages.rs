@@ -5,10 +5,10 @@ use std::sync::Arc;
 use emu2_proto::{
     stage::{
         DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, EncodeRequest,
-        EncodeResponse, EncoderInfo, EncoderInfoRequest, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest,
-        LlmResume, LlmStart, decode_event, decode_request, language_model_client::LanguageModelClient,
-        llm_event, llm_request, visual_decoder_client::VisualDecoderClient,
-        visual_encoder_client::VisualEncoderClient,
+        EncodeResponse, EncoderInfo, EncoderInfoRequest, LlmAccepted, LlmEvent, LlmInfo, LlmInfoRequest,
+        LlmRequest, LlmResume, LlmStart, decode_event, decode_request,
+        language_model_client::LanguageModelClient, llm_event, llm_request,
+        visual_decoder_client::VisualDecoderClient, visual_encoder_client::VisualEncoderClient,
     },
     v1,
 };
@@ -143,7 +143,8 @@ impl Call for EncodeCall {
 pub(crate) struct LlmCall {
     start: LlmStart,
     digest: String,
-    accepted: bool,
+    /// What the first attempt's replica called itself: another that reads prompts otherwise cannot go on with them.
+    accepted: Option<LlmAccepted>,
     token_ids: Vec<u32>,
     rows: Rows,
 }
@@ -153,9 +154,21 @@ impl LlmCall {
         Self {
             start,
             digest: digest.to_owned(),
-            accepted: false,
+            accepted: None,
             token_ids: Vec::new(),
             rows: Rows::default(),
+        }
+    }
+
+    fn accept(&mut self, accepted: &LlmAccepted) -> Taken {
+        match &self.accepted {
+            _ if accepted.weights_digest != self.digest => Taken::OtherWeights,
+            Some(first) if first == accepted => Taken::Known,
+            Some(_) => Taken::OtherWeights,
+            None => {
+                self.accepted = Some(accepted.clone());
+                Taken::New
+            }
         }
     }
 
@@ -187,14 +200,7 @@ impl Call for LlmCall {
     fn take(&mut self, answer: &LlmEvent) -> Result<Taken, Status> {
         let event = answer.event.as_ref();
         match event.ok_or_else(|| status::internal("the llm sent an event of no kind"))? {
-            llm_event::Event::Accepted(accepted) if accepted.weights_digest != self.digest => {
-                Ok(Taken::OtherWeights)
-            }
-            llm_event::Event::Accepted(_) if self.accepted => Ok(Taken::Known),
-            llm_event::Event::Accepted(_) => {
-                self.accepted = true;
-                Ok(Taken::New)
-            }
+            llm_event::Event::Accepted(accepted) => Ok(self.accept(accepted)),
             llm_event::Event::Text(text) => {
                 self.token_ids.extend(&text.token_ids);
                 Ok(Taken::New)

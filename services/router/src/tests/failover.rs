@@ -18,8 +18,7 @@ use crate::config::Config;
 /// A cluster with two replicas of every stage.
 struct Pair {
     sandbox: Sandbox,
-    /// Only there.
-    _encoder: Stage,
+    encoder: Stage,
     llm: Stage,
     decoder: Stage,
 }
@@ -43,14 +42,23 @@ impl Pair {
             }
             config.cache.memory_bytes = 0;
             config.pool.refresh_ms = 50;
-            config.pool.info_timeout_ms = 50;
+            // Enough for a starved machine to answer.
+            config.pool.info_timeout_ms = 500;
             change(config);
         })
         .await;
-        let pair = Self { sandbox, _encoder: encoder, llm, decoder };
-        // The router is ready with one replica of each.
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let pair = Self { sandbox, encoder, llm, decoder };
+        pair.known().await;
         pair
+    }
+
+    /// The router is ready with one replica of each; waits until it has asked all.
+    async fn known(&self) {
+        let stages = [&self.encoder, &self.llm, &self.decoder];
+        until("every replica has been asked", || async {
+            stages.iter().all(|stage| stage.asked.load(Ordering::SeqCst) > 1)
+        })
+        .await;
     }
 
     fn run(&self, request: GenerateRequest) -> JoinHandle<Result<Vec<Event>, Status>> {
@@ -206,8 +214,10 @@ async fn a_call_that_loses_every_replica_is_given_up() {
     let more: Vec<_> = (0..5).map(|_| Stage::start(Role::Encoder, Script::new("e1"))).collect();
     let endpoints: Vec<_> = more.iter().map(Stage::endpoint).collect();
     let sandbox = Sandbox::with(|config| config.models[1].encoder.extend(endpoints)).await;
-    // The router is ready with one of them.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    until("every replica has been asked", || async {
+        more.iter().all(|stage| stage.asked.load(Ordering::SeqCst) > 1)
+    })
+    .await;
     let lost = Some(Status::unavailable("the engine has stopped"));
     more.iter().for_each(|stage| stage.fail(lost.clone()));
     sandbox.encoder.fail(lost);

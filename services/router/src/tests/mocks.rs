@@ -58,6 +58,8 @@ pub(super) struct Shared {
     pub(super) hung: watch::Sender<bool>,
     /// Said of the engine's current step.
     pub(super) step_ms: AtomicU64,
+    /// Times that it was asked what it is.
+    pub(super) asked: AtomicUsize,
     pub(super) calls: AtomicUsize,
     pub(super) running: AtomicUsize,
     /// Calls whose caller went away before their end.
@@ -89,6 +91,7 @@ impl Script {
             fails: Mutex::default(),
             hung: watch::channel(false).0,
             step_ms: AtomicU64::new(0),
+            asked: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
@@ -278,6 +281,7 @@ impl VisualEncoder for MockEncoder {
     type EncodeStream = ReceiverStream<Result<EncodeResponse, Status>>;
 
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
+        self.0.asked.fetch_add(1, Ordering::SeqCst);
         self.0.hang().await;
         Ok(Response::new(EncoderInfo {
             weights_digest: self.0.digest(),
@@ -332,6 +336,7 @@ impl LanguageModel for MockLlm {
     type GenerateStream = ReceiverStream<Result<LlmEvent, Status>>;
 
     async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
+        self.0.asked.fetch_add(1, Ordering::SeqCst);
         self.0.hang().await;
         Ok(Response::new(LlmInfo {
             weights_digest: self.0.digest(),
@@ -442,6 +447,7 @@ impl VisualDecoder for MockDecoder {
     type DecodeStream = ReceiverStream<Result<DecodeEvent, Status>>;
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
+        self.0.asked.fetch_add(1, Ordering::SeqCst);
         self.0.hang().await;
         Ok(Response::new(DecoderInfo {
             weights_digest: self.0.digest(),
