@@ -22,11 +22,13 @@ FOREIGN = {"PodMonitor"}
 
 # Keys that the chart sets itself, so that values must not.
 OWN_OF_ALL = {("server", "listen"), ("server", "admin")}
+OWN_OF_ALL |= {("server", "tls", key) for key in ("mode", "cert_file", "key_file", "client_ca_file")}
 OWN = {
     "router": {
         ("models",),
         *(("cache", key) for key in ("redis_url", "redis_ca_file")),
         *(("auth", key) for key in ("mode", "tenants", "tenants_file")),
+        *(("pool", "tls", key) for key in ("ca_file", "cert_file", "key_file", "server_name")),
     }
 }
 OWN_OF_STAGES = {("model_dir",), ("devices",), ("cores",)}
@@ -50,6 +52,9 @@ REFUSED = {
     f"models[0].name=a,{VOLUME},fullnameOverride={'x' * 43}": "at most 52 fit",
     "router.auth.mode=open": "router.auth.mode must be one of the following",
     "router.auth.mode=tokens": "router.auth.existingSecret.name: String length must be greater than or equal to 1",
+    "tls.clients.mode=server": "tls.clients.existingSecret: String length must be greater than or equal to 1",
+    "tls.stages.mode=mutual": "tls.stages.serverSecret: String length must be greater than or equal to 1",
+    "tls.stages.mode=server": "tls.stages.mode must be one of the following",
     "redis.mode=cluster": "redis.mode must be one of the following",
     "redis.mode=url": "redis.url: Does not match pattern",
     "redis.mode=existingSecret": "redis.existingSecret.name: String length must be greater than or equal to 1",
@@ -142,7 +147,8 @@ def check_endpoints(objects):
             port = next(port["containerPort"] for port in container["ports"] if port["name"] == "grpc")
             if service["spec"]["clusterIP"] != "None" or service["spec"]["ports"][0]["port"] != port:
                 return [f"Service {name}: not headless, or not on port {port}"]
-            served.add(f"dns+http://{name}:{port}")
+            scheme = "http" if tomls(objects)[name]["server"]["tls"]["mode"] == "none" else "https"
+            served.add(f"dns+{scheme}://{name}:{port}")
     return [f"only the router or only a Deployment knows {endpoint}" for endpoint in listed ^ served]
 
 

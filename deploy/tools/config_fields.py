@@ -18,7 +18,7 @@ FIELD = re.compile(r"pub (\w+): ([^\n]+),")
 
 # Types that are one TOML value, as Python reads it.
 SCALARS = {"bool": bool, "String": str, "PathBuf": str, "SocketAddr": str, "RedisUrl": str, "LogFormat": str}
-SCALARS |= {"AuthMode": str, "TokenHash": str}
+SCALARS |= {"AuthMode": str, "TokenHash": str, "TlsMode": str, "Priority": str}
 INTEGER = re.compile(r"[iu](8|16|32|64|size)")
 
 

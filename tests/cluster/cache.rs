@@ -64,7 +64,7 @@ impl Drop for Redis {
 
 async fn embed(addr: SocketAddr, png: &[u8]) -> v1::EmbedResponse {
     let image = Some(v1::Image { data: png.to_vec().into() });
-    let request = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: None };
+    let request = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: None, ..Default::default() };
     client(addr).await.embed(request).await.unwrap().into_inner()
 }
 

@@ -124,7 +124,7 @@ async fn no_picture_is_lost_when_an_encoder_is_killed() {
     let embed = |seed: u8| {
         let mut client = client.clone();
         let image = Some(v1::Image { data: fresh_png(seed).into() });
-        let request = v1::EmbedRequest { model: "emu2-gen".into(), image, n_query: None };
+        let request = v1::EmbedRequest { model: "emu2-gen".into(), image, ..Default::default() };
         async move { client.embed(request).await }
     };
     let running: Vec<_> = (100..140).map(|seed| tokio::spawn(embed(seed))).collect();

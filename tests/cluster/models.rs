@@ -27,7 +27,7 @@ fn three_models(folder: &Path) -> ClusterConfig {
 
 async fn embed(client: &mut Client, model: &str, png: &[u8]) -> v1::EmbedResponse {
     let image = Some(v1::Image { data: png.to_vec().into() });
-    let request = v1::EmbedRequest { model: model.to_owned(), image, n_query: None };
+    let request = v1::EmbedRequest { model: model.to_owned(), image, n_query: None, ..Default::default() };
     client.embed(request).await.unwrap().into_inner()
 }
 
@@ -113,7 +113,7 @@ async fn what_a_model_cannot_do_is_refused_with_the_reason() {
     }
     // Pooling for 8 would give 16.
     let image = Some(v1::Image { data: fresh_png(91).into() });
-    let embed = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: Some(8) };
+    let embed = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: Some(8), ..Default::default() };
     let status = client.embed(embed).await.unwrap_err();
     let reason = "n_query must be what pooling 4 x 4 patches can leave (1, 4, 16), got 8";
     assert_eq!(refused(&status), (Code::InvalidArgument, reason.to_owned()));

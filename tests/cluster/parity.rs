@@ -117,7 +117,12 @@ async fn embeddings_equal_the_official_encoder() {
         let want = golden.tensor(&format!("encode_image.nq{n_query}"));
         for index in 0..2 {
             let image = Some(v1::Image { data: golden_png(index).into() });
-            let request = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: Some(n_query) };
+            let request = v1::EmbedRequest {
+                model: "emu2".to_owned(),
+                image,
+                n_query: Some(n_query),
+                ..Default::default()
+            };
             let response = client.embed(request).await.unwrap().into_inner();
             let got = tensor(response.embeddings);
             let want = want.get(index as i64);
@@ -187,7 +192,8 @@ async fn regress(parts: Vec<LlmPart>, slots: usize) -> Tensor {
 
 async fn encoded(index: usize) -> v1::Tensor {
     let image = Some(v1::Image { data: golden_png(index).into() });
-    let request = v1::EmbedRequest { model: "emu2-gen".to_owned(), image, n_query: None };
+    let request =
+        v1::EmbedRequest { model: "emu2-gen".to_owned(), image, n_query: None, ..Default::default() };
     shared().client().await.embed(request).await.unwrap().into_inner().embeddings.unwrap()
 }
 

@@ -15,7 +15,7 @@ fn fixture(name: &str) -> Vec<u8> {
 
 async fn embeddings(bytes: Vec<u8>) -> Result<Vec<f32>, tonic::Status> {
     let image = Some(v1::Image { data: bytes.into() });
-    let request = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: None };
+    let request = v1::EmbedRequest { model: "emu2".to_owned(), image, n_query: None, ..Default::default() };
     let response = shared().client().await.embed(request).await?.into_inner();
     Ok(Array::try_from(response.embeddings).unwrap().values().collect())
 }

@@ -139,6 +139,7 @@ pub(crate) fn ask(model: &str, parts: Vec<v1::Part>, output: v1::TextOutput) -> 
         input: Some(generate_request::Input::Prompt(v1::Prompt { parts })),
         output: Some(generate_request::Output::Text(output)),
         seed: None,
+        ..Default::default()
     }
 }
 
@@ -148,6 +149,7 @@ pub(crate) fn draw(parts: Vec<v1::Part>, output: v1::ImageOutput) -> v1::Generat
         input: Some(generate_request::Input::Prompt(v1::Prompt { parts })),
         output: Some(generate_request::Output::Image(output)),
         seed: Some(1),
+        ..Default::default()
     }
 }
 

@@ -28,6 +28,31 @@ securityContext:
     drop: [ALL]
 {{- end -}}
 
+{{- /* Asks whether a pod is ready. Both ports say the same; kubelet's gRPC probes cannot speak TLS. dict port, tlsMode */ -}}
+{{- define "emu2.pod.ready" -}}
+{{- if eq .tlsMode "none" -}}
+grpc:
+  port: {{ .port }}
+{{- else -}}
+httpGet:
+  path: /readyz
+  port: admin
+{{- end -}}
+{{- end -}}
+
+{{- /* `server.tls` of a service whose Secret is mounted at `folder`. dict mode, folder: as YAML */ -}}
+{{- define "emu2.server.tls" -}}
+{{- $tls := dict "mode" .mode -}}
+{{- if ne .mode "none" -}}
+{{- $_ := set $tls "cert_file" (printf "%s/tls.crt" .folder) -}}
+{{- $_ := set $tls "key_file" (printf "%s/tls.key" .folder) -}}
+{{- end -}}
+{{- if eq .mode "mutual" -}}
+{{- $_ := set $tls "client_ca_file" (printf "%s/ca.crt" .folder) -}}
+{{- end -}}
+{{- toYaml $tls -}}
+{{- end -}}
+
 {{- /* Where a pod may run. The values of the router or of a pool. */ -}}
 {{- define "emu2.pod.placement" -}}
 {{- with .nodeSelector }}
@@ -72,12 +97,11 @@ prometheus.io/path: /metrics
 {{- /*
 Readiness is the gRPC health that clients see. Liveness asks the admin port whether the process answers at all: health
 is NOT_SERVING while weights load and while a router waits for its stages, and killing a pod for that helps nobody.
-dict port
+dict port, tlsMode
 */ -}}
 {{- define "emu2.pod.probes" -}}
 readinessProbe:
-  grpc:
-    port: {{ .port }}
+  {{- include "emu2.pod.ready" . | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 2
   failureThreshold: 2

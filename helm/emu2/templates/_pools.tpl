@@ -16,7 +16,8 @@ them. dict root, model, stage.
 {{- $devices := include "emu2.devices" (dict "pool" $pool "what" $what) | fromJsonArray -}}
 {{- $server := dict
       "listen" (include "emu2.listen" (dict "root" $root "port" $port))
-      "admin" (include "emu2.listen" (dict "root" $root "port" (add $port 1000))) -}}
+      "admin" (include "emu2.listen" (dict "root" $root "port" (add $port 1000)))
+      "tls" (include "emu2.server.tls" (dict "mode" $root.Values.tls.stages.mode "folder" "/run/secrets/emu2-tls") | fromYaml) -}}
 {{- $own := dict
       "model_dir" (clean (printf "/models/%s" (default "" .model.modelDir)))
       "devices" $devices
@@ -93,10 +94,10 @@ each for the last trailers and the admin port, five for the engine to end its st
 {{- end -}}
 
 {{- /*
-The router's endpoint of one pool. dict pool. A headless Service's name stands for all its pods, and the router asks for
+The router's endpoint of one pool. dict pool, scheme. A headless Service's name stands for all its pods, and the router asks for
 it again and again: replicas come and go, by hand or by an autoscaler, without a word to the routers. Within the
 namespace, so the cluster's domain need not be known.
 */ -}}
 {{- define "emu2.endpoints" -}}
-{{- toJson (list (printf "dns+http://%s:%d" .pool.name (int .pool.port))) -}}
+{{- toJson (list (printf "dns+%s://%s:%d" .scheme .pool.name (int .pool.port))) -}}
 {{- end -}}

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use emu2_router::config::RedisUrl;
+use emu2_serve::tenant::Token;
 
 use crate::parts::BoxArg;
 
@@ -38,7 +39,7 @@ pub enum Command {
 }
 
 /// Which cluster.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct Server {
     /// Address of a router.
     #[arg(long, env = "EMU2_ADDR", default_value = "http://127.0.0.1:50051")]
@@ -46,6 +47,17 @@ pub struct Server {
     /// Give up after this many seconds; every stage of the cluster stops then.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
+    /// Where the cluster asks for one; the environment is a better place than a command line.
+    #[arg(long, env = "EMU2_TOKEN", hide_env_values = true)]
+    pub token: Option<Token>,
+    /// For https://…: who signs the router's certificate (PEM).
+    #[arg(long, env = "EMU2_CA_FILE", value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// Where the router asks for one: a certificate and its key (PEM).
+    #[arg(long, value_name = "FILE", requires_all = ["key_file", "ca_file"])]
+    pub cert_file: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", requires = "cert_file")]
+    pub key_file: Option<PathBuf>,
 }
 
 /// Which cluster and which of its models.
@@ -87,6 +99,13 @@ pub struct Up {
     /// Share encoded pictures with other routers through Redis (redis://…); in this process alone otherwise.
     #[arg(long, env = "EMU2_REDIS_URL", hide_env_values = true)]
     pub redis_url: Option<RedisUrl>,
+    /// Who may call: a TOML file of [[tenants]] with name and token_sha256, read again when it changes; everybody
+    /// otherwise.
+    #[arg(long, value_name = "FILE")]
+    pub tenants: Option<PathBuf>,
+    /// Listen off loopback in the clear, and without --tenants to everybody.
+    #[arg(long)]
+    pub insecure: bool,
     /// Send traces here (OTLP over gRPC, http://…).
     #[arg(long, env = "EMU2_OTLP_ENDPOINT")]
     pub otlp_endpoint: Option<String>,
@@ -235,6 +254,13 @@ mod tests {
         let Command::Up(up) = Cli::parse_from(words).command else { panic!("another command") };
         assert!(!format!("{up:?}").contains("hunter2"));
         assert_eq!(up.redis_url.unwrap().reveal(), "redis://:hunter2@localhost");
+    }
+
+    #[test]
+    fn a_token_is_not_printed() {
+        let words = ["emu2", "models", "--token", "hunter2"];
+        let Command::Models(server) = Cli::parse_from(words).command else { panic!("another command") };
+        assert!(!format!("{server:?}").contains("hunter2"));
     }
 
     #[test]

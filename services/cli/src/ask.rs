@@ -27,6 +27,7 @@ pub async fn ask(args: Ask) -> Result<()> {
         input: Some(Input::Prompt(prompt)),
         output: Some(Output::Text(text_output(&args.text))),
         seed: args.target.seed,
+        ..Default::default()
     };
     let answer = follow(client.generate(request).await?, true).await?;
     println!();
@@ -57,6 +58,7 @@ pub async fn chat(args: Chat) -> Result<()> {
             input: Some(Input::Chat(v1::Chat { turns: turns.clone(), system_message: args.system.clone() })),
             output: Some(Output::Text(text)),
             seed: args.target.seed,
+            ..Default::default()
         };
         match answer(&mut client, request).await {
             Ok(text) => {

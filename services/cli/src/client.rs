@@ -4,8 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use emu2_proto::v1::{self, emu2_client::Emu2Client};
-use emu2_serve::client::endpoint;
-use tonic::{Request, Status, Streaming, transport::Channel};
+use emu2_serve::{client::Connector, tenant::Token, tls::ClientTlsConfig};
+use tonic::{
+    Request, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    transport::Channel,
+};
 use tonic_types::StatusExt;
 
 use crate::args::Server;
@@ -18,19 +22,24 @@ const MAX_MESSAGE_BYTES: usize = 256 << 20;
 pub struct Client {
     api: Emu2Client<Channel>,
     timeout: Option<Duration>,
+    authorization: Option<MetadataValue<Ascii>>,
 }
 
 impl Client {
     pub async fn connect(server: &Server) -> Result<Self> {
         let timeout = server.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
-        let endpoint = endpoint(&server.addr).with_context(|| format!("--addr {}", server.addr))?;
-        let channel = endpoint.connect().await;
+        let bearer = |token: &Token| token.bearer().context("--token has characters that no token has");
+        let authorization = server.token.as_ref().map(bearer).transpose()?;
+        let (ca_file, cert_file) = (server.ca_file.clone(), server.cert_file.clone());
+        let key_file = server.key_file.clone();
+        let tls = ClientTlsConfig { ca_file, cert_file, key_file, server_name: None };
+        let channel = Connector::open(&tls)?.connect(&server.addr).await;
         let channel = channel
             .with_context(|| format!("no cluster answers at {}; start one with `emu2 up`", server.addr))?;
         let api = Emu2Client::new(channel);
         let api =
             api.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { api, timeout })
+        Ok(Self { api, timeout, authorization })
     }
 
     pub async fn generate(&mut self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateEvent>> {
@@ -65,6 +74,9 @@ impl Client {
         let mut request = Request::new(message);
         if let Some(timeout) = self.timeout {
             request.set_timeout(timeout);
+        }
+        if let Some(authorization) = &self.authorization {
+            request.metadata_mut().insert("authorization", authorization.clone());
         }
         request
     }

@@ -7,7 +7,9 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use emu2_router::config::{ModelConfig, RedisUrl};
-use emu2_serve::{config::Validate, server::Listeners, shutdown::Shutdown};
+use emu2_serve::{
+    config::Validate, server::Listeners, shutdown::Shutdown, tenant::AuthConfig, tls::TlsConfig,
+};
 use tokio::task::JoinSet;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -23,6 +25,9 @@ pub struct ClusterConfig {
     pub listen: SocketAddr,
     pub admin: Option<SocketAddr>,
     pub redis_url: Option<RedisUrl>,
+    /// Who may call the router.
+    pub auth: AuthConfig,
+    pub tls: TlsConfig,
 }
 
 impl ClusterConfig {
@@ -31,7 +36,14 @@ impl ClusterConfig {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let cpu = ["cpu".to_owned()];
         let models = model_dirs.into_iter().map(|dir| ModelSource::new(dir, &cpu)).collect();
-        Self { models, listen: free, admin: Some(free), redis_url: None }
+        Self {
+            models,
+            listen: free,
+            admin: Some(free),
+            redis_url: None,
+            auth: AuthConfig::default(),
+            tls: TlsConfig::default(),
+        }
     }
 
     fn router(&self) -> emu2_router::config::Config {
@@ -39,6 +51,8 @@ impl ClusterConfig {
         router.server.listen = self.listen;
         router.server.admin = self.admin;
         router.cache.redis_url = self.redis_url.clone();
+        router.auth = self.auth.clone();
+        router.server.tls = self.tls.clone();
         router
     }
 }

@@ -53,7 +53,7 @@ fn say_what_the_weights_are(dir: &Path) -> Result<()> {
 }
 
 async fn tour(addr: SocketAddr, model: String, args: &Demo) -> Result<()> {
-    let server = Server { addr: format!("http://{addr}"), timeout: Some(600.0) };
+    let server = Server { addr: format!("http://{addr}"), timeout: Some(600.0), ..Default::default() };
     let mut guide = Guide { client: Client::connect(&server).await?, model };
     let cat = || image(&args.photos.join("chelsea.png"));
     let cup = || image(&args.photos.join("coffee.png"));
@@ -108,6 +108,7 @@ impl Guide {
             output: Some(output),
             // The same demo shows the same pictures.
             seed: Some(7),
+            ..Default::default()
         };
         follow(self.client.generate(request).await?, false).await
     }

@@ -26,6 +26,7 @@ pub async fn draw(args: Draw) -> Result<()> {
         input: Some(Input::Prompt(prompt)),
         output: Some(Output::Image(image_output(&args.image))),
         seed: args.target.seed,
+        ..Default::default()
     };
     let answer = follow(client.generate(request).await?, false).await?;
     save(&answer, &args.output)?;

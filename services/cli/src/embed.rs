@@ -15,8 +15,9 @@ pub async fn embed(args: Embed) -> Result<()> {
     let Some(Kind::Image(image)) = parts::image(&args.image)?.kind else { unreachable!("an image part") };
     let mut client = Client::connect(&args.server).await?;
     let model = client.pick(args.model.as_deref(), Capability::Embed).await?;
-    let response =
-        client.embed(v1::EmbedRequest { model, image: Some(image), n_query: args.n_query }).await?;
+    let response = client
+        .embed(v1::EmbedRequest { model, image: Some(image), n_query: args.n_query, ..Default::default() })
+        .await?;
     let embeddings = Array::try_from(response.embeddings)?;
     let (mut least, mut most) = (f32::INFINITY, f32::NEG_INFINITY);
     for value in embeddings.values() {

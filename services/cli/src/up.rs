@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use emu2_serve::{
     shutdown::Shutdown,
     telemetry::{self, TelemetryConfig},
+    tenant::{AuthConfig, AuthMode},
+    tls::{TlsConfig, TlsMode},
 };
 
 use crate::{
@@ -40,7 +42,18 @@ fn config(args: Up) -> Result<ClusterConfig> {
     if let Some(file) = args.models {
         models.extend(models_file::read(&file, &args.devices)?);
     }
-    Ok(ClusterConfig { models, listen: args.listen, admin: Some(args.admin), redis_url: args.redis_url })
+    let insecure = args.insecure;
+    let mode = match args.tenants {
+        Some(_) => Some(AuthMode::Tokens),
+        None => insecure.then_some(AuthMode::None),
+    };
+    let auth = AuthConfig { mode, tenants_file: args.tenants, ..AuthConfig::default() };
+    let tls = TlsConfig { mode: insecure.then_some(TlsMode::None), ..TlsConfig::default() };
+    if !args.listen.ip().is_loopback() && !insecure {
+        bail!("--listen {} is not loopback: say --insecure to talk in the clear there", args.listen);
+    }
+    let (listen, admin) = (args.listen, Some(args.admin));
+    Ok(ClusterConfig { models, listen, admin, redis_url: args.redis_url, auth, tls })
 }
 
 async fn serve(config: ClusterConfig, bars: &Bars) -> Result<()> {

@@ -12,6 +12,7 @@ use emu2_nn::{
     device,
     engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
+use emu2_serve::priority::{Priority, Standing};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
 
@@ -20,7 +21,7 @@ use crate::{
     denoise::{BatchShape, ModelInfo, PaintRequest, Painter, Picture, Sample},
     error::{LoadError, PaintError},
     metrics::Metrics,
-    turns::{Demand, Turns},
+    turns::{self, Demand, Turns},
 };
 
 #[cfg(test)]
@@ -69,6 +70,7 @@ pub struct Started {
 #[derive(Debug)]
 struct Job {
     request: PaintRequest,
+    standing: Standing,
     events: mpsc::Sender<Event>,
     submitted: Instant,
     /// The caller's, and the queue's as its child.
@@ -113,11 +115,16 @@ impl Engine {
     }
 
     /// Queues a request that has been checked. Dropping the receiver takes it out again within one step.
-    pub fn submit(&self, request: PaintRequest) -> Result<mpsc::Receiver<Event>, PaintError> {
+    pub fn submit(
+        &self,
+        request: PaintRequest,
+        priority: Priority,
+    ) -> Result<mpsc::Receiver<Event>, PaintError> {
         // Room for every event that there can be: telling never waits, however slowly they are read.
         let (events, receiver) = mpsc::channel(request.steps + 1);
         let (span, queue) = (Span::current(), tracing::info_span!("queue"));
-        let job = Job { request, events, submitted: Instant::now(), span, queue };
+        let standing = Standing::new(priority);
+        let job = Job { request, standing, events, submitted: Instant::now(), span, queue };
         self.jobs.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => PaintError::Full,
             mpsc::error::TrySendError::Closed(_) => PaintError::Stopped,
@@ -130,6 +137,7 @@ impl Engine {
 #[derive(Debug)]
 struct Active {
     sample: Sample,
+    standing: Standing,
     events: mpsc::Sender<Event>,
     /// The caller's.
     span: Span,
@@ -148,7 +156,7 @@ struct DeviceLost;
 struct Worker {
     painter: Painter,
     jobs: mpsc::Receiver<Job>,
-    /// Oldest first.
+    /// Oldest first, higher classes before lower ones that have not begun.
     active: Vec<Active>,
     turns: Turns<BatchShape>,
     /// Seconds of one step for one pixel of one row.
@@ -197,11 +205,17 @@ impl Worker {
     }
 
     fn admit(&mut self, job: Job) -> Result<(), DeviceLost> {
-        let Job { request, events, submitted, span, queue } = job;
+        let Job { request, standing, events, submitted, span, queue } = job;
         match guarded(|| self.painter.start(&request)) {
             Ok(sample) => {
                 let (stage, first_step, last_step) = (queue, None, None);
-                self.active.push(Active { sample, events, span, stage, submitted, first_step, last_step });
+                let waits_alike =
+                    |other: &Active| other.sample.shape == sample.shape && other.first_step.is_none();
+                let place =
+                    turns::place(&mut self.active, standing, waits_alike, |other| &mut other.standing);
+                let active =
+                    Active { sample, standing, events, span, stage, submitted, first_step, last_step };
+                self.active.insert(place, active);
                 Ok(())
             }
             Err(fault) => self.fail(&[events], fault),

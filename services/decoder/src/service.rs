@@ -17,6 +17,7 @@ use emu2_proto::{
 use emu2_serve::{
     deadline::Deadline,
     message,
+    priority::Priority,
     status::{ErrorCode, invalid, unavailable},
     stream::{self, Events, Sender},
 };
@@ -74,9 +75,9 @@ impl Service {
 
     /// One call from its first message to its last event. When the caller leaves, everything here is dropped, and
     /// with it the engine's channel, which takes the request out of the batch.
-    async fn call(self, messages: Streaming<DecodeRequest>, sender: Sender<DecodeEvent>) {
+    async fn call(self, messages: Streaming<DecodeRequest>, priority: Priority, sender: Sender<DecodeEvent>) {
         let painted = tokio::select! {
-            painted = self.paint(messages, &sender) => painted,
+            painted = self.paint(messages, priority, &sender) => painted,
             () = sender.closed() => return,
         };
         if let Err(status) = painted {
@@ -88,6 +89,7 @@ impl Service {
     async fn paint(
         &self,
         messages: Streaming<DecodeRequest>,
+        priority: Priority,
         sender: &Sender<DecodeEvent>,
     ) -> Result<(), Status> {
         let limits = self.limits()?;
@@ -97,7 +99,7 @@ impl Service {
             let event = DecodeEvent { event: Some(event) };
             sender.send(Ok(event)).await.map_err(|_| sender.closed_status())
         };
-        let mut events = self.engine.submit(request)?;
+        let mut events = self.engine.submit(request, priority)?;
         while let Some(event) = events.recv().await {
             match event {
                 Event::Step(step) => tell(progress(step, steps)).await?,
@@ -164,7 +166,8 @@ impl VisualDecoder for Service {
         request: Request<Streaming<DecodeRequest>>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
         let (sender, events) = stream::channel(EVENTS, Deadline::of(&request));
-        let call = self.clone().call(request.into_inner(), sender);
+        let priority = Priority::of_call(&request);
+        let call = self.clone().call(request.into_inner(), priority, sender);
         tokio::spawn(call.instrument(Span::current()));
         Ok(Response::new(events))
     }

@@ -2,9 +2,12 @@
 //!
 //! Pure, so that fairness is tested without a model. Shapes go round robin, so a crowd at one size does not keep
 //! another size waiting for more than the shapes before it. Within a shape the oldest go first and stay until they
-//! are done: an image half painted is of no use to anybody, and every image ends after a bounded number of steps.
+//! are done: an image half painted is of no use to anybody, and every image ends after a bounded number of steps. Among
+//! those that have not begun higher classes go first, and nobody is overtaken for ever (see [`emu2_serve::priority`]).
 
 use std::{collections::VecDeque, hash::Hash};
+
+use emu2_serve::priority::Standing;
 
 /// What a request asks of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,9 +55,72 @@ impl<S: Copy + Eq + Hash> Turns<S> {
     }
 }
 
+/// Where a newcomer stands in `line`, the oldest first: before those of lower classes at the end of the ones that
+/// `waits_alike` tells, which wait for the same as it does.
+pub fn place<T>(
+    line: &mut [T],
+    newcomer: Standing,
+    waits_alike: impl Fn(&T) -> bool,
+    standing: impl Fn(&mut T) -> &mut Standing,
+) -> usize {
+    let end = line.len();
+    let mut places = Vec::new();
+    let waiting = line.iter_mut().enumerate().rev().filter(|(_, other)| waits_alike(other));
+    let passed = newcomer.overtakes(waiting.map(|(place, other)| {
+        places.push(place);
+        standing(other)
+    }));
+    passed.checked_sub(1).map_or(end, |last| places[last])
+}
+
 #[cfg(test)]
 mod tests {
+    use emu2_serve::priority::{OVERTAKEN_MAX, Priority};
+
     use super::*;
+
+    /// (shape, begun, class, number)
+    type Image = (char, bool, Priority, usize, Standing);
+
+    fn come(line: &mut Vec<Image>, shape: char, priority: Priority, number: usize) {
+        let standing = Standing::new(priority);
+        let waits_alike = |other: &Image| other.0 == shape && !other.1;
+        let place = place(line, standing, waits_alike, |other| &mut other.4);
+        line.insert(place, (shape, false, priority, number, standing));
+    }
+
+    #[test]
+    fn a_higher_class_goes_before_what_has_not_begun_of_its_shape() {
+        use Priority::{High, Low, Normal};
+        let mut line = Vec::new();
+        come(&mut line, 'a', Low, 0);
+        line[0].1 = true;
+        come(&mut line, 'a', Low, 1);
+        come(&mut line, 'b', Low, 2);
+        come(&mut line, 'a', Normal, 3);
+        come(&mut line, 'a', High, 4);
+        come(&mut line, 'a', High, 5);
+        let of = |shape| line.iter().filter(move |it| it.0 == shape).map(|it| it.3).collect::<Vec<_>>();
+        assert_eq!(of('a'), [0, 4, 5, 3, 1], "what has begun stays first");
+        assert_eq!(of('b'), [2]);
+    }
+
+    /// One image at a time, and one more of the highest class for each that is done.
+    #[test]
+    fn a_lower_class_is_painted_in_the_end() {
+        let (mut turns, mut line, mut number) = (Turns::new(1), Vec::new(), 1);
+        come(&mut line, 'a', Priority::Low, 0);
+        let painted_before = loop {
+            come(&mut line, 'a', Priority::High, number);
+            number += 1;
+            let demands: Vec<_> = line.iter().map(|it| Demand { shape: it.0, pixels: 1 }).collect();
+            let (.., painted, _) = line.remove(turns.next(&demands)[0]);
+            if painted == 0 {
+                break number - 2;
+            }
+        };
+        assert_eq!(painted_before, OVERTAKEN_MAX as usize);
+    }
 
     fn demands(list: &[(char, u64)]) -> Vec<Demand<char>> {
         list.iter().map(|&(shape, pixels)| Demand { shape, pixels }).collect()

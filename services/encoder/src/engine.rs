@@ -1,8 +1,9 @@
 //! The thread that owns the model. It batches whatever queued while it was busy: there is no timer, so a lone picture
-//! never waits for company, and the batch grows by itself under load. Before a batch is formed, pictures whose caller
-//! has left are dropped.
+//! never waits for company, and the batch grows by itself under load. Higher classes go into a batch first (see
+//! [`emu2_serve::priority`]). When it is formed, pictures whose caller has left are dropped.
 
 use std::{
+    collections::VecDeque,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -14,6 +15,7 @@ use emu2_nn::{
     engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
 use emu2_proto::array::{Array, ArrayError, Dtype};
+use emu2_serve::priority::{Priority, Standing};
 use tch::{Device, Kind, Tensor};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
@@ -92,6 +94,7 @@ pub struct Started {
 #[derive(Debug)]
 struct Job {
     picture: Picture,
+    standing: Standing,
     /// Closed when the caller has left.
     answer: oneshot::Sender<Result<Encoded, EncodeError>>,
     queued: Instant,
@@ -139,10 +142,11 @@ impl Engine {
     }
 
     /// Dropping the future takes the picture out of the queue.
-    pub async fn encode(&self, picture: Picture) -> Result<Encoded, EncodeError> {
+    pub async fn encode(&self, picture: Picture, priority: Priority) -> Result<Encoded, EncodeError> {
         let (answer, answered) = oneshot::channel();
         let (span, waiting) = (Span::current(), tracing::info_span!("queue"));
-        let job = Job { picture, answer, queued: Instant::now(), span, waiting };
+        let standing = Standing::new(priority);
+        let job = Job { picture, standing, answer, queued: Instant::now(), span, waiting };
         // Counted first: the engine may take it before this goes on.
         self.metrics.waiting.inc();
         if let Err(error) = self.queue.try_send(job) {
@@ -164,8 +168,14 @@ fn serve<M: BatchEncoder>(
     metrics: &Metrics,
     pulse: &Pulse,
 ) {
-    while let Some(first) = queue.blocking_recv() {
-        let batch = gather(first, &mut queue, max_batch, metrics);
+    // The next one first.
+    let mut line = VecDeque::new();
+    while let Some(first) = line.pop_front().or_else(|| queue.blocking_recv()) {
+        line.push_front(first);
+        while let Ok(job) = queue.try_recv() {
+            stand(&mut line, job);
+        }
+        let batch = gather(&mut line, max_batch, metrics);
         if batch.is_empty() {
             continue;
         }
@@ -177,18 +187,24 @@ fn serve<M: BatchEncoder>(
     }
 }
 
-/// The first picture and what queued behind it, up to a full batch, less those that nobody waits for.
-fn gather(first: Job, queue: &mut mpsc::Receiver<Job>, max_batch: usize, metrics: &Metrics) -> Vec<Job> {
+/// Higher classes before lower ones, and nobody is overtaken for ever.
+fn stand(line: &mut VecDeque<Job>, job: Job) {
+    let passed = job.standing.overtakes(line.iter_mut().rev().map(|waiting| &mut waiting.standing));
+    line.insert(line.len() - passed, job);
+}
+
+/// The first of the line, up to a full batch, less those that nobody waits for.
+fn gather(line: &mut VecDeque<Job>, max_batch: usize, metrics: &Metrics) -> Vec<Job> {
     let mut batch = Vec::new();
-    let mut next = Some(first);
-    while let Some(job) = next {
+    while batch.len() < max_batch
+        && let Some(job) = line.pop_front()
+    {
         metrics.waiting.dec();
         if job.answer.is_closed() {
             metrics.left.inc();
         } else {
             batch.push(job);
         }
-        next = if batch.len() < max_batch { queue.try_recv().ok() } else { None };
     }
     batch
 }
@@ -200,7 +216,7 @@ fn encode<M: BatchEncoder>(model: &M, batch: Vec<Job>, metrics: &Metrics) -> Res
     metrics.batch_images.observe(images as f64);
     let (pictures, callers): (Vec<_>, Vec<_>) = batch
         .into_iter()
-        .map(|Job { picture, answer, queued, span, waiting }| {
+        .map(|Job { picture, answer, queued, span, waiting, .. }| {
             drop(waiting);
             let queued = begun.duration_since(queued);
             metrics.queue_duration.observe(queued.as_secs_f64());

@@ -17,6 +17,7 @@ use emu2_proto::{
 use emu2_serve::{
     deadline::Deadline,
     message,
+    priority::Priority,
     stream::{self, Events, Sender},
 };
 use futures::{StreamExt, stream::FuturesUnordered};
@@ -83,11 +84,16 @@ impl Service {
 
     /// One call. When the caller leaves or its deadline passes, everything here is dropped: what waits is taken out
     /// of its queue, and what is being computed is the last.
-    async fn call(self, requests: Streaming<EncodeRequest>, sender: Sender<EncodeResponse>) {
+    async fn call(
+        self,
+        requests: Streaming<EncodeRequest>,
+        priority: Priority,
+        sender: Sender<EncodeResponse>,
+    ) {
         let answered = tokio::select! {
             biased;
             () = sender.closed() => return,
-            answered = self.answer(requests, &sender) => answered,
+            answered = self.answer(requests, priority, &sender) => answered,
         };
         if let Err(status) = answered {
             // Nobody left to tell is as good an end.
@@ -99,6 +105,7 @@ impl Service {
     async fn answer(
         &self,
         mut requests: Streaming<EncodeRequest>,
+        priority: Priority,
         sender: &Sender<EncodeResponse>,
     ) -> Result<(), Status> {
         let mut under_way = FuturesUnordered::new();
@@ -107,7 +114,7 @@ impl Service {
             let room = under_way.len() < self.config.max_images_per_stream;
             tokio::select! {
                 request = message::next(&mut requests), if more && room => match request? {
-                    Some(request) => under_way.push(self.encode_one(request)),
+                    Some(request) => under_way.push(self.encode_one(request, priority)),
                     None => more = false,
                 },
                 Some(answer) = under_way.next() => {
@@ -118,7 +125,11 @@ impl Service {
         Ok(())
     }
 
-    async fn encode_one(&self, request: EncodeRequest) -> Result<EncodeResponse, EncodeError> {
+    async fn encode_one(
+        &self,
+        request: EncodeRequest,
+        priority: Priority,
+    ) -> Result<EncodeResponse, EncodeError> {
         let model = self.model()?;
         let full = EncodeError::Full { max: self.config.max_images };
         let _permit = self.images.try_acquire().map_err(|_| full)?;
@@ -126,7 +137,7 @@ impl Service {
         let prepared = self.prepare(request.source, model).await?;
         let Preprocessed { waited, took, .. } = prepared;
         let pixels = if prepared.pixels.is_empty() { Pixels::Mean } else { Pixels::Values(prepared.pixels) };
-        let encoded = self.engine.encode(Picture { pixels, n_query }).await?;
+        let encoded = self.engine.encode(Picture { pixels, n_query }, priority).await?;
         let Encoded { embeddings, queued, took: encode } = encoded;
         Ok(EncodeResponse {
             id: request.id,
@@ -181,7 +192,8 @@ impl VisualEncoder for Service {
         request: Request<Streaming<EncodeRequest>>,
     ) -> Result<Response<Self::EncodeStream>, Status> {
         let (sender, events) = stream::channel(ANSWERS, Deadline::of(&request));
-        let call = self.clone().call(request.into_inner(), sender);
+        let priority = Priority::of_call(&request);
+        let call = self.clone().call(request.into_inner(), priority, sender);
         tokio::spawn(call.instrument(Span::current()));
         Ok(Response::new(events))
     }

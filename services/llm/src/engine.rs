@@ -24,6 +24,7 @@ use emu2_nn::{
     engine::{Ending, EngineFault, Pulse, guarded, spawn},
 };
 use emu2_proto::array::Array;
+use emu2_serve::priority::Priority;
 use tch::Tensor;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{Span, error, warn};
@@ -106,6 +107,7 @@ enum Command {
     Start {
         ticket: Ticket,
         request: Request,
+        priority: Priority,
         events: mpsc::Sender<Event>,
     },
     Embeddings {
@@ -161,10 +163,10 @@ impl Engine {
     }
 
     /// Never waits: a full queue is an error.
-    pub fn submit(&self, request: Request) -> Result<Generation, EngineError> {
+    pub fn submit(&self, request: Request, priority: Priority) -> Result<Generation, EngineError> {
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = mpsc::channel(request.output.max_events());
-        let start = Command::Start { ticket, request, events: sender };
+        let start = Command::Start { ticket, request, priority, events: sender };
         self.commands.try_send(start).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => EngineError::Busy,
             mpsc::error::TrySendError::Closed(_) => EngineError::Stopped,
@@ -304,9 +306,9 @@ impl Worker {
 
     fn obey(&mut self, command: Command) -> Result<(), DeviceLost> {
         match command {
-            Command::Start { ticket, request, events } => {
+            Command::Start { ticket, request, priority, events } => {
                 let sequence = Sequence::new(request, self.text_ids, events);
-                match self.scheduler.submit(ticket, sequence.demand()) {
+                match self.scheduler.submit(ticket, sequence.demand(priority)) {
                     Ok(()) => drop(self.sequences.insert(ticket, sequence)),
                     Err(refusal) => sequence.fail(EngineError::Refused(refusal)),
                 }

@@ -6,9 +6,11 @@
 //!   never stands in the way of the running sequences for longer than one chunk.
 //!
 //! Keys and values are the scarce thing. A sequence is admitted once all the entries that it may ever need fit what
-//! the budget has left, and keeps them to its end; so a running sequence never waits for memory. Admission is first
-//! come, first served: a large sequence is not overtaken for ever by small ones. Passed over is only who could do
-//! nothing with its memory yet, because embeddings of its first chunk have not come.
+//! the budget has left, and keeps them to its end; so a running sequence never waits for memory. Who waits stands in a
+//! line by class (see [`emu2_serve::priority`]), first come, first served within one: a large sequence is not overtaken
+//! for ever by small ones, nor one of a low class by higher ones. Passed over is only who could do nothing with its
+//! memory yet, because embeddings of its first chunk have not come. Running sequences are all alike: the sooner one is
+//! done, the sooner its memory is free.
 
 #[cfg(test)]
 mod tests;
@@ -17,6 +19,8 @@ use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,
 };
+
+use emu2_serve::priority::{Priority, Standing};
 
 /// Names a sequence; later ones are greater.
 pub type Ticket = u64;
@@ -41,6 +45,7 @@ pub struct Demand {
     pub ready: usize,
     /// Entries that it may ever put into its cache.
     pub kv_entries: usize,
+    pub priority: Priority,
 }
 
 /// Why a sequence was not taken.
@@ -73,6 +78,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: SchedulerLimits,
+    /// The next one first.
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     /// Entries promised to the running sequences.
@@ -83,6 +89,7 @@ pub struct Scheduler {
 struct Sequence {
     ticket: Ticket,
     demand: Demand,
+    standing: Standing,
     prefilled: usize,
 }
 
@@ -99,7 +106,10 @@ impl Scheduler {
         if self.waiting.len() >= max_waiting {
             return Err(Refusal::QueueFull { max_waiting });
         }
-        self.waiting.push_back(Sequence { ticket, demand, prefilled: 0 });
+        let standing = Standing::new(demand.priority);
+        let passed = standing.overtakes(self.waiting.iter_mut().rev().map(|waiting| &mut waiting.standing));
+        let place = self.waiting.len() - passed;
+        self.waiting.insert(place, Sequence { ticket, demand, standing, prefilled: 0 });
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use emu2_nn::array;
+use emu2_serve::priority::Priority;
 use tch::Tensor;
 use tokio::sync::mpsc;
 use tracing::{Span, info_span};
@@ -77,8 +78,9 @@ impl Sequence {
         }
     }
 
-    pub(crate) fn demand(&self) -> Demand {
-        Demand { prompt: self.prompt.ids.len(), ready: self.ready(), kv_entries: self.kv_entries }
+    pub(crate) fn demand(&self, priority: Priority) -> Demand {
+        let (prompt, ready) = (self.prompt.ids.len(), self.ready());
+        Demand { prompt, ready, kv_entries: self.kv_entries, priority }
     }
 
     pub(crate) fn kv_entries(&self) -> usize {

@@ -20,7 +20,9 @@ use emu2_proto::{
 };
 use emu2_serve::{
     deadline::Deadline,
-    message, status,
+    message,
+    priority::Priority,
+    status,
     status::Violation,
     stream::{self, Events, Sender},
 };
@@ -127,7 +129,8 @@ impl LanguageModel for Service {
         self.loaded()?;
         let (sender, events) = stream::channel(REPLIES, Deadline::of(&request));
         // The stream is answered at once: a caller may wait for that before it says anything.
-        let conversation = Conversation { service: self.clone(), sender };
+        let priority = Priority::of_call(&request);
+        let conversation = Conversation { service: self.clone(), priority, sender };
         tokio::spawn(conversation.hold(request.into_inner()).instrument(Span::current()));
         Ok(Response::new(events))
     }
@@ -136,6 +139,7 @@ impl LanguageModel for Service {
 /// One Generate call.
 struct Conversation {
     service: Service,
+    priority: Priority,
     sender: Sender<LlmEvent>,
 }
 
@@ -176,7 +180,7 @@ impl Conversation {
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
         resumed.extend(&mut prompt);
         let request = engine::Request { prompt, output, resumed: resumed.count(), span: Span::current() };
-        let mut generation = self.service.engine.submit(request)?;
+        let mut generation = self.service.engine.submit(request, self.priority)?;
         if let Some(rows) = resumed.rows {
             generation.place(placement.slots(), rows).await?;
         }

@@ -13,6 +13,7 @@ use emu2_llm::{
     prompt::Prompt,
     search::{Strategy, TextParameters},
 };
+use emu2_serve::priority::Priority;
 use prometheus_client::registry::Registry;
 use tracing::Span;
 
@@ -59,7 +60,7 @@ async fn a_named_size_loads_and_writes() {
         resumed: 0,
         span: Span::none(),
     };
-    let mut generation = engine.submit(request).unwrap();
+    let mut generation = engine.submit(request, Priority::Normal).unwrap();
     loop {
         match generation.next().await.expect("it ends with `finished`") {
             Event::Finished { generated_tokens, timings, .. } => {

@@ -12,7 +12,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use emu2_serve::{deadline::Deadline, status, trace};
+use emu2_serve::{deadline::Deadline, priority::Priority, status, trace};
 use futures::future::OptionFuture;
 use tokio::{
     sync::mpsc,
@@ -71,6 +71,7 @@ pub(crate) struct Way<S: Stage> {
     pub(crate) digest: String,
     pub(crate) hint: Option<u64>,
     pub(crate) deadline: Deadline,
+    pub(crate) priority: Priority,
     pub(crate) metrics: Metrics,
 }
 
@@ -250,7 +251,7 @@ impl<C: Call> Session<C> {
             let first = requests.try_send(self.call.first());
             debug_assert!(first.is_ok(), "an empty queue takes one message");
             let mut request = Request::new(ReceiverStream::new(receiver));
-            carry(request.metadata_mut(), self.way.deadline, self.tries.number);
+            carry(request.metadata_mut(), &self.way, self.tries.number);
             let opened = tokio::select! {
                 opened = C::open(lease.client(), request) => opened,
                 () = lease.hung() => {
@@ -375,9 +376,10 @@ impl Loss {
     }
 }
 
-/// What every call carries: its trace, what is left of its time, and which attempt it is.
-fn carry(metadata: &mut MetadataMap, deadline: Deadline, attempt: u32) {
+/// What every call carries: its trace, what is left of its time, its class, and which attempt it is.
+fn carry<S: Stage>(metadata: &mut MetadataMap, way: &Way<S>, attempt: u32) {
     trace::inject(metadata);
-    deadline.apply(metadata);
+    way.deadline.apply(metadata);
+    way.priority.apply(metadata);
     metadata.insert(ATTEMPT, attempt.into());
 }

@@ -2,7 +2,10 @@
 
 use std::{collections::HashSet, fmt, path::PathBuf};
 
-use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig, tenant::AuthConfig};
+use emu2_serve::{
+    config::Validate, priority::Priority, server::ServerConfig, telemetry::TelemetryConfig,
+    tenant::AuthConfig, tls::ClientTlsConfig,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{cache::Address, pool::RESOLVED};
@@ -14,6 +17,7 @@ pub struct Config {
     /// Models by name, each with the replicas of its stages. Default: `emu2` on the services' default ports.
     pub models: Vec<ModelConfig>,
     pub limits: LimitsConfig,
+    pub admission: AdmissionConfig,
     pub cache: CacheConfig,
     pub pool: PoolConfig,
     pub auth: AuthConfig,
@@ -56,6 +60,20 @@ pub struct LimitsConfig {
     pub waiting_events: usize,
 }
 
+/// Who is let in when there is much to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdmissionConfig {
+    /// Percent of `server.max_requests` up to which requests of class low are let in, whoever fills it. 50: work that
+    /// can wait leaves half of the room to work that cannot.
+    pub low_percent: u32,
+    /// Likewise for class normal. 90: somebody who waits gets in when everybody else is there already.
+    pub normal_percent: u32,
+    /// Milliseconds that a stage may be behind, as far as it was measured, before requests that need it are refused.
+    /// 60,000: beyond a minute a caller does better to come back.
+    pub max_backlog_ms: u64,
+}
+
 /// Where embeddings are kept. The embedded default is this process's memory alone.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -88,6 +106,8 @@ pub struct CacheConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolConfig {
+    /// What the router trusts and shows at `https://` endpoints. With it, every endpoint must be one.
+    pub tls: ClientTlsConfig,
     /// Milliseconds between two looks at a replica that answers. 2,000: a roll to new weights is noticed before a
     /// person notices, at next to no cost.
     pub refresh_ms: u64,
@@ -122,6 +142,7 @@ impl Default for Config {
         Self {
             models: vec![model],
             limits: LimitsConfig::default(),
+            admission: AdmissionConfig::default(),
             cache: CacheConfig::default(),
             pool: PoolConfig::default(),
             auth: AuthConfig::default(),
@@ -143,6 +164,32 @@ impl Default for LimitsConfig {
     }
 }
 
+impl Default for AdmissionConfig {
+    fn default() -> Self {
+        Self { low_percent: 50, normal_percent: 90, max_backlog_ms: 60_000 }
+    }
+}
+
+impl AdmissionConfig {
+    /// How many of `max_requests` permits may be taken when a class is let in; at least one.
+    pub(crate) fn permits(&self, class: Priority, max_requests: usize) -> usize {
+        let percent = match class {
+            Priority::Low => self.low_percent,
+            Priority::Normal => self.normal_percent,
+            Priority::High => 100,
+        };
+        (max_requests * percent as usize).div_ceil(100)
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let Self { low_percent, normal_percent, .. } = *self;
+        let bounds =
+            [("low_percent", normal_percent.min(100), low_percent), ("normal_percent", 100, normal_percent)];
+        let wrong = bounds.into_iter().filter(|(_, max, value)| !(1..=*max).contains(value));
+        wrong.map(|(key, max, value)| format!("admission.{key} must be 1 to {max}, got {value}")).collect()
+    }
+}
+
 impl Default for CacheConfig {
     fn default() -> Self {
         Self {
@@ -161,6 +208,7 @@ impl Default for CacheConfig {
 impl Default for PoolConfig {
     fn default() -> Self {
         Self {
+            tls: ClientTlsConfig::default(),
             refresh_ms: 2_000,
             retry_ms: 100,
             info_timeout_ms: 2_000,
@@ -177,6 +225,9 @@ impl Validate for Config {
         let mut problems = self.server.problems();
         problems.extend(self.telemetry.problems());
         problems.extend(self.auth.problems(self.server.listen.ip().is_loopback()));
+        problems.extend(self.admission.problems());
+        problems.extend(self.pool.tls.problems("pool.tls"));
+        problems.extend(self.models.iter().flat_map(|model| model.insecure(&self.pool.tls)));
         if self.models.is_empty() {
             problems.push("models must name at least one model".into());
         }
@@ -194,6 +245,7 @@ impl Validate for Config {
             ("limits.images_in_flight", limits.images_in_flight as u64),
             ("limits.shared_work_ms", limits.shared_work_ms),
             ("limits.waiting_events", limits.waiting_events as u64),
+            ("admission.max_backlog_ms", self.admission.max_backlog_ms),
             ("cache.ttl_seconds", self.cache.ttl_seconds),
             ("cache.refusal_ttl_ms", self.cache.refusal_ttl_ms),
             ("cache.deadline_ms", self.cache.deadline_ms),
@@ -240,6 +292,28 @@ impl CacheConfig {
 }
 
 impl ModelConfig {
+    fn endpoints(&self) -> impl Iterator<Item = &String> {
+        self.encoder.iter().chain(&self.llm).chain(&self.decoder)
+    }
+
+    /// Endpoints in the clear although there is TLS, and the other way round; addresses whose name nobody says.
+    fn insecure(&self, config: &ClientTlsConfig) -> Vec<String> {
+        let tls = config.ca_file.is_some();
+        let wrong = self.endpoints().filter(|endpoint| endpoint.contains("https://") != tls);
+        let wrong = wrong.map(|endpoint| match tls {
+            true => format!("models: {:?} names {endpoint:?}, which must be https with pool.tls", self.name),
+            false => format!("models: {:?} names {endpoint:?}, which needs pool.tls.ca_file", self.name),
+        });
+        // Of a name that is resolved here only its addresses are called, and no certificate is for those.
+        let nameless = self.endpoints().filter(|endpoint| {
+            endpoint.starts_with(RESOLVED) && endpoint.contains("https://") && config.server_name.is_none()
+        });
+        let nameless = nameless.map(|endpoint| {
+            format!("models: {:?} names {endpoint:?}, which needs pool.tls.server_name", self.name)
+        });
+        wrong.chain(nameless).collect()
+    }
+
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.name.is_empty() {
@@ -250,7 +324,7 @@ impl ModelConfig {
                 problems.push(format!("models: {:?} needs at least one {stage} replica", self.name));
             }
         }
-        for endpoint in self.encoder.iter().chain(&self.llm).chain(&self.decoder) {
+        for endpoint in self.endpoints() {
             let uri = endpoint.strip_prefix(RESOLVED).unwrap_or(endpoint);
             if let Err(error) = emu2_serve::client::endpoint(uri) {
                 problems.push(format!("models: {:?} names a replica {endpoint:?}: {error}", self.name));
@@ -295,6 +369,23 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         assert_eq!(Config::default().problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn stages_are_reached_all_over_tls_or_none() {
+        let secure = |endpoint: &str, ca: Option<&str>| {
+            let mut config = Config::default();
+            config.models[0].llm = vec![endpoint.into()];
+            config.models[0].encoder = vec![endpoint.into()];
+            config.models[0].decoder = vec![];
+            config.pool.tls.ca_file = ca.map(Into::into);
+            config.problems().len()
+        };
+        assert_eq!(secure("http://llm:50053", None), 0);
+        assert_eq!(secure("https://llm:50053", Some("ca.pem")), 0);
+        assert_eq!(secure("https://llm:50053", None), 2);
+        assert_eq!(secure("http://llm:50053", Some("ca.pem")), 2);
+        assert_eq!(secure("dns+https://llm:50053", Some("ca.pem")), 2, "whose certificate is it?");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{deadline::Deadline, status, tenant::Tenant};
+use emu2_serve::{deadline::Deadline, priority::Priority, status, tenant::Tenant};
 use futures::FutureExt;
 use tonic::Status;
 use tracing::{Instrument, Span};
@@ -35,6 +35,8 @@ pub(crate) struct Embeddings {
     pub(crate) cache: Cache,
     /// Whose request it is: tenants share no values.
     pub(crate) tenant: Tenant,
+    /// Of the request; work that is shared has that of the request which began it.
+    pub(crate) priority: Priority,
     pub(crate) metrics: Metrics,
     /// What shared work may take: it has no caller whose deadline it could go by.
     pub(crate) shared_work: Duration,
@@ -100,8 +102,8 @@ impl Embeddings {
         let encoder = &self.profile.encoder;
         let n_query = request.n_query;
         let deadline = Deadline::after(self.shared_work);
-        let encoding =
-            stages::encode(&self.model.encoder, &encoder.weights_digest, request, deadline, &self.metrics);
+        let (pool, digest, way) = (&self.model.encoder, &encoder.weights_digest, (deadline, self.priority));
+        let encoding = stages::encode(pool, digest, request, way, &self.metrics);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
         if (&answer.weights_digest, answer.preprocessing_version) != known
@@ -167,6 +169,7 @@ impl Embeddings {
             digest: self.profile.llm.weights_digest.clone(),
             hint,
             deadline,
+            priority: self.priority,
             metrics: self.metrics.clone(),
         }
     }

@@ -7,6 +7,7 @@
 //! | [`config`] | models and their replicas, limits, cache, pools |
 //! | `service` | the public service `emu2.v1.Emu2`: admit, check, hand to the pipeline |
 //! | `request` | what a client asks, checked and with every default filled in; pure |
+//! | `admission` | who is let in, once it is known what is asked |
 //! | `pipeline` | one request through its stages, top to bottom |
 //! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
 //! | `regressed` | what the llm regressed for the same prompt before |
@@ -22,6 +23,7 @@
 pub mod config;
 pub mod drawing;
 
+mod admission;
 mod attempts;
 mod cache;
 mod embeddings;

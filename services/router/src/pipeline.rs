@@ -240,6 +240,7 @@ impl Job {
             digest: info.weights_digest.clone(),
             hint: None,
             deadline: self.deadline,
+            priority: self.embeddings.priority,
             metrics: metrics.clone(),
         };
         Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), way))

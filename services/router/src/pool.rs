@@ -113,7 +113,7 @@ impl<S: Stage> Pool<S> {
         config: &PoolConfig,
         max_message_bytes: usize,
     ) -> anyhow::Result<Self> {
-        let members = Arc::new(Members::new(config, max_message_bytes));
+        let members = Arc::new(Members::new(config, max_message_bytes)?);
         let targets: Vec<_> = endpoints.iter().map(|endpoint| Target::parse(endpoint)).collect();
         let fixed = targets.iter().all(|target| matches!(target, Target::One(_)));
         let follower = if fixed {

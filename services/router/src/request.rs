@@ -50,6 +50,14 @@ pub(crate) enum Task {
 }
 
 impl Task {
+    /// What the decoder is asked, if it is.
+    pub(crate) fn start(&self) -> Option<&DecodeStart> {
+        match self {
+            Self::Write { .. } => None,
+            Self::Paint { start, .. } | Self::Autoencode { start } => Some(start),
+        }
+    }
+
     /// As metrics name it.
     pub(crate) fn name(&self) -> &'static str {
         match self {
@@ -153,9 +161,7 @@ pub(crate) fn check(
 pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<Picture, Vec<Violation>> {
     let mut checks = Checks::default();
     let data = request.image.unwrap_or_default().data;
-    if data.is_empty() {
-        checks.wrong("image", "must be an encoded picture, got 0 bytes");
-    }
+    checks.picture("image", &data);
     let n_query = request.n_query.unwrap_or(profile.llm.n_query);
     if let Some(problem) = pooling::problem(profile.encoder.grid_side, n_query) {
         checks.wrong("n_query", problem);
@@ -320,9 +326,7 @@ impl Checker<'_> {
     }
 
     fn picture(&mut self, field: String, data: Bytes, n_query: u32) {
-        if data.is_empty() {
-            self.checks.wrong(field.clone(), "must be an encoded picture, got 0 bytes");
-        }
+        self.checks.picture(&field, &data);
         self.pictures.push(Picture { subject: Subject::Sent(data), n_query, field });
     }
 

@@ -1,22 +1,18 @@
 //! The public service: admit, check, hand to the pipeline.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
 use emu2_proto::v1::{
     EmbedRequest, EmbedResponse, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse,
     emu2_server::Emu2, generate_request::Output,
 };
-use emu2_serve::{
-    deadline::Deadline,
-    status,
-    stream::{self, Events},
-    tenant::Tenant,
-    trace::RequestId,
-};
+use emu2_serve::{deadline::Deadline, priority::Priority, status, stream, tenant::Tenant, trace::RequestId};
+use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use crate::{
+    admission::{Admission, Admitted, Caller},
     cache::Cache,
     config::Config,
     embeddings::Embeddings,
@@ -33,6 +29,7 @@ pub(crate) struct Router {
     config: Arc<Config>,
     models: Arc<Vec<Arc<Model>>>,
     by_name: Arc<HashMap<String, Arc<Model>>>,
+    admission: Arc<Admission>,
     cache: Cache,
     metrics: Metrics,
 }
@@ -44,6 +41,7 @@ impl Router {
         let models = config.models.iter().map(|model| Ok(Arc::new(Model::start(model, &mut pools)?)));
         let models = models.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Self {
+            admission: Arc::new(Admission::new(&config)),
             cache: Cache::open(&config.cache, config.server.max_message_bytes, metrics.clone())?,
             by_name: Arc::new(models.iter().map(|model| (model.name.clone(), Arc::clone(model))).collect()),
             models: Arc::new(models),
@@ -63,12 +61,13 @@ impl Router {
         self.by_name.get(name).ok_or_else(|| status::not_found("model", name))
     }
 
-    fn embeddings(&self, model: &Arc<Model>, profile: Profile, tenant: Tenant) -> Embeddings {
+    fn embeddings(&self, model: &Arc<Model>, profile: Profile, caller: &Caller) -> Embeddings {
         Embeddings {
             model: Arc::clone(model),
             profile,
             cache: self.cache.for_request(),
-            tenant,
+            tenant: caller.tenant.clone(),
+            priority: caller.priority,
             metrics: self.metrics.clone(),
             shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
         }
@@ -78,28 +77,30 @@ impl Router {
         &self,
         request: GenerateRequest,
         request_id: RequestId,
-        tenant: Tenant,
-        deadline: Deadline,
-    ) -> Result<Job, Status> {
+        caller: &Caller,
+    ) -> Result<(Job, Admitted), Status> {
         let model = self.model(&request.model)?;
         let profile = model.profile(matches!(request.output, Some(Output::Image(_))))?;
         let generation = request::check(request, &self.config.limits, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, generation.task.name());
-        Ok(Job {
+        let admitted = self.admission.enter(&model.name, &generation, caller)?;
+        let job = Job {
             generation,
-            embeddings: self.embeddings(model, profile, tenant),
+            embeddings: self.embeddings(model, profile, caller),
             request_id: request_id.to_string(),
-            deadline,
+            deadline: caller.deadline,
             images_in_flight: self.config.limits.images_in_flight,
-        })
+        };
+        Ok((job, admitted))
     }
 
-    async fn embedding(&self, request: EmbedRequest, tenant: Tenant) -> Result<EmbedResponse, Status> {
+    async fn embedding(&self, request: EmbedRequest, caller: &Caller) -> Result<EmbedResponse, Status> {
+        let _permit = self.admission.permit(caller)?;
         let model = self.model(&request.model)?;
         let profile = model.profile(false)?;
         let picture = request::check_embed(request, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, "embed");
-        let mut embeddings = self.embeddings(model, profile, tenant);
+        let mut embeddings = self.embeddings(model, profile, caller);
         for _ in 0..MAX_BEGINNINGS {
             match embeddings.picture(&picture).await {
                 Ok(found) => {
@@ -119,26 +120,29 @@ impl Router {
 
 #[tonic::async_trait]
 impl Emu2 for Router {
-    type GenerateStream = Events<GenerateEvent>;
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
 
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let (deadline, request_id) = (Deadline::of(&request), RequestId::of(&request));
-        let tenant = Tenant::of(&request);
-        let job = self.job(request.into_inner(), request_id, tenant, deadline)?;
-        let (sender, events) = stream::channel(self.config.limits.waiting_events, deadline);
+        let (caller, request_id) = (caller(&request, request.get_ref().priority)?, RequestId::of(&request));
+        let (job, mut admitted) = self.job(request.into_inner(), request_id, &caller)?;
+        let (sender, events) = stream::channel(self.config.limits.waiting_events, caller.deadline);
         // Ends by itself once nobody listens to `events`.
         tokio::spawn(Box::pin(job.run(sender)).in_current_span());
-        Ok(Response::new(events))
+        let watched = events.inspect(move |event| {
+            if let Ok(event) = event {
+                admitted.observe(event);
+            }
+        });
+        Ok(Response::new(Box::pin(watched)))
     }
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
-        let deadline = Deadline::of(&request);
-        let tenant = Tenant::of(&request);
-        let embedding = Box::pin(self.embedding(request.into_inner(), tenant));
-        Ok(Response::new(deadline.run(embedding).await??))
+        let caller = caller(&request, request.get_ref().priority)?;
+        let embedding = Box::pin(self.embedding(request.into_inner(), &caller));
+        Ok(Response::new(caller.deadline.run(embedding).await??))
     }
 
     async fn list_models(
@@ -148,4 +152,10 @@ impl Emu2 for Router {
         let models = self.models.iter().map(|model| model.describe(&self.config)).collect();
         Ok(Response::new(ListModelsResponse { models }))
     }
+}
+
+/// Who asks, with the class that it asks for.
+fn caller<T>(request: &Request<T>, priority: i32) -> Result<Caller, Status> {
+    let (tenant, deadline) = (Tenant::of(request), Deadline::of(request));
+    Ok(Caller { tenant, priority: Priority::of(priority)?, deadline })
 }

@@ -12,7 +12,7 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{deadline::Deadline, status};
+use emu2_serve::{deadline::Deadline, priority::Priority, status};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
@@ -100,7 +100,7 @@ pub(crate) async fn encode(
     pool: &Arc<Pool<Encoder>>,
     digest: &str,
     request: EncodeRequest,
-    deadline: Deadline,
+    (deadline, priority): (Deadline, Priority),
     metrics: &Metrics,
 ) -> Result<(EncodeResponse, Option<Lease<Encoder>>), Stop> {
     let way = Way {
@@ -108,6 +108,7 @@ pub(crate) async fn encode(
         digest: digest.to_owned(),
         hint: None,
         deadline,
+        priority,
         metrics: metrics.clone(),
     };
     let (_, mut session) = Session::new(EncodeCall(request), way);

@@ -6,6 +6,7 @@ mod failover;
 mod failures;
 mod flows;
 mod mocks;
+mod priorities;
 mod redis_kinds;
 mod redis_server;
 mod regressing;

@@ -13,10 +13,17 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Sleep, sleep},
+};
 use tonic::{Status, body::Body};
 
-use crate::{server::ServerConfig, status};
+use crate::{
+    server::ServerConfig,
+    status::{self, ErrorCode},
+    tenant::Place,
+};
 
 /// Long enough for a text request to leave, short enough that a caller's own deadline survives it.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -28,12 +35,13 @@ pub(crate) struct Admission {
     max_requests: usize,
     bytes: Arc<Semaphore>,
     max_held_bytes: usize,
+    receive: Duration,
 }
 
 /// The right to occupy the service, and the bytes that the request holds; both given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    _request: Option<OwnedSemaphorePermit>,
+    _request: Option<(OwnedSemaphorePermit, Place)>,
     held: Arc<Held>,
 }
 
@@ -50,19 +58,20 @@ impl Admission {
             max_requests: config.max_requests,
             bytes: Arc::new(Semaphore::new(config.max_held_bytes)),
             max_held_bytes: config.max_held_bytes,
+            receive: Duration::from_millis(config.receive_ms),
         }
     }
 
     /// A permit now, or RESOURCE_EXHAUSTED with RetryInfo.
-    pub(crate) fn try_enter(&self) -> Result<Permit, Status> {
-        let _request = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
+    pub(crate) fn try_enter(&self, place: Place) -> Result<Permit, Status> {
+        let request = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
             let max = self.max_requests;
             status::exhausted(
                 format!("all {max} permits of this service are taken (server.max_requests)"),
                 RETRY_AFTER,
             )
         })?;
-        Ok(Permit { _request: Some(_request), held: self.held() })
+        Ok(Permit { _request: Some((request, place)), held: self.held() })
     }
 
     /// For a question that costs nothing: a full service still says what it is. Its bytes count all the same.
@@ -76,9 +85,11 @@ impl Admission {
 }
 
 impl Permit {
-    /// The request's body, its bytes counted as they come: tonic collects a whole message before any handler sees it.
+    /// The request's body, its bytes counted as they come, and all of them in time: tonic collects a whole message before
+    /// any handler sees it.
     pub(crate) fn hold(&self, body: Body) -> Body {
-        Body::new(HeldBody { inner: body, held: Arc::clone(&self.held) })
+        let late = Box::pin(sleep(self.held.admission.receive));
+        Body::new(HeldBody { inner: body, held: Arc::clone(&self.held), late })
     }
 }
 
@@ -109,6 +120,8 @@ impl Drop for Held {
 struct HeldBody {
     inner: Body,
     held: Arc<Held>,
+    /// When its caller has taken too long.
+    late: Pin<Box<Sleep>>,
 }
 
 impl http_body::Body for HeldBody {
@@ -119,7 +132,12 @@ impl http_body::Body for HeldBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) else {
+            ready!(self.late.as_mut().poll(context));
+            let limit = self.held.admission.receive.as_millis();
+            let text = format!("a message must arrive within {limit} ms (server.receive_ms)");
+            return Poll::Ready(Some(Err(ErrorCode::DeadlineExceeded.status(text))));
+        };
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
             && let Err(full) = self.held.take(data.len())
@@ -145,9 +163,14 @@ mod tests {
     use tonic_types::StatusExt;
 
     use super::*;
+    use crate::tenant::Guest;
 
     fn door(max_requests: usize, max_held_bytes: usize) -> Admission {
         Admission::new(&ServerConfig { max_requests, max_held_bytes, ..ServerConfig::default() })
+    }
+
+    fn place() -> Place {
+        Guest::default().enter().unwrap()
     }
 
     fn body(bytes: usize) -> Body {
@@ -157,21 +180,21 @@ mod tests {
     #[test]
     fn a_full_service_refuses_at_once_and_opens_again_when_a_permit_is_dropped() {
         let admission = door(2, 1 << 20);
-        let first = admission.try_enter().unwrap();
-        let _second = admission.try_enter().unwrap();
-        let refused = admission.try_enter().unwrap_err();
+        let first = admission.try_enter(place()).unwrap();
+        let _second = admission.try_enter(place()).unwrap();
+        let refused = admission.try_enter(place()).unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert_eq!(refused.get_details_retry_info().unwrap().retry_delay, Some(RETRY_AFTER));
         drop(first);
-        admission.try_enter().unwrap();
+        admission.try_enter(place()).unwrap();
     }
 
     #[tokio::test]
     async fn bytes_are_held_until_the_permit_is_dropped() {
         let admission = door(8, 100);
-        let permit = admission.try_enter().unwrap();
+        let permit = admission.try_enter(place()).unwrap();
         permit.hold(body(60)).collect().await.unwrap();
-        let other = admission.try_enter().unwrap();
+        let other = admission.try_enter(place()).unwrap();
         let refused = other.hold(body(60)).collect().await.unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
         assert!(refused.message().contains("hold 100 bytes (server.max_held_bytes)"), "{refused:?}");

@@ -1,8 +1,21 @@
 //! The channel that a caller inside the cluster opens: the counterpart of [`crate::server`]'s settings.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use tonic::transport::{Endpoint, Error};
+use anyhow::{Context, ensure};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{self, pki_types::ServerName},
+};
+use tonic::{
+    codegen::http::Uri,
+    transport::{Channel, Endpoint, Error},
+};
+
+use crate::{reload::Reloaded, tls::ClientTlsConfig};
 
 /// One large embedding message fits without waiting for a window update.
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -13,8 +26,8 @@ pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// An endpoint (`http://host:port`) with the cluster's window sizes, keepalive and connect timeout; call
-/// `connect_lazy()` on it, and give clients the message limits of the configuration.
+/// An endpoint (`http://host:port` or `https://…`) with the cluster's window sizes, keepalive and connect timeout. For
+/// `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the configuration.
 pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
     Ok(Endpoint::from_shared(uri.into())?
         .connect_timeout(CONNECT_TIMEOUT)
@@ -24,4 +37,76 @@ pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true))
+}
+
+/// Opens channels, in the clear to `http://` and over TLS to `https://`; cloning shares it. By default it knows no CA, so
+/// it opens none over TLS.
+#[derive(Clone, Debug, Default)]
+pub struct Connector {
+    tls: Option<Arc<Tls>>,
+}
+
+#[derive(Debug)]
+struct Tls {
+    config: Reloaded<rustls::ClientConfig>,
+    server_name: Option<ServerName<'static>>,
+}
+
+impl Connector {
+    /// Fails on files that cannot be read or do not belong together.
+    pub fn open(config: &ClientTlsConfig) -> anyhow::Result<Self> {
+        let server_name = config.server_name.clone().map(ServerName::try_from).transpose()?;
+        let tls = config.open()?.map(|config| Arc::new(Tls { config, server_name }));
+        Ok(Self { tls })
+    }
+
+    /// Connects when it is first used, and again whenever the connection is lost.
+    pub fn channel(&self, uri: &str) -> anyhow::Result<Channel> {
+        let endpoint = endpoint(uri)?;
+        Ok(match self.tls_of(&endpoint)? {
+            None => endpoint.connect_lazy(),
+            Some(tls) => {
+                let dial = tower::service_fn(move |uri: Uri| dial(uri, Arc::clone(&tls)));
+                endpoint.connect_with_connector_lazy(dial)
+            }
+        })
+    }
+
+    /// As [`Connector::channel`], with the first connection made now.
+    pub async fn connect(&self, uri: &str) -> anyhow::Result<Channel> {
+        let endpoint = endpoint(uri)?;
+        Ok(match self.tls_of(&endpoint)? {
+            None => endpoint.connect().await?,
+            Some(tls) => {
+                let dial = tower::service_fn(move |uri: Uri| dial(uri, Arc::clone(&tls)));
+                endpoint.connect_with_connector(dial).await?
+            }
+        })
+    }
+
+    fn tls_of(&self, endpoint: &Endpoint) -> anyhow::Result<Option<Arc<Tls>>> {
+        if endpoint.uri().scheme_str() != Some("https") {
+            return Ok(None);
+        }
+        let missing = || format!("{} needs TLS, and no CA is configured", endpoint.uri());
+        self.tls.clone().with_context(missing).map(Some)
+    }
+}
+
+/// With the files as they are at this moment.
+async fn dial(uri: Uri, tls: Arc<Tls>) -> anyhow::Result<TokioIo<TlsStream<TcpStream>>> {
+    let host = uri.host().context("an endpoint without a host")?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let port = uri.port_u16().unwrap_or(443);
+    let name = match &tls.server_name {
+        Some(name) => name.clone(),
+        None => ServerName::try_from(host.to_owned())?,
+    };
+    let socket = TcpStream::connect((host, port)).await?;
+    socket.set_nodelay(true)?;
+    let connector = TlsConnector::from(tls.config.get());
+    let stream = connector.connect(name, socket).await;
+    let stream = stream.with_context(|| format!("no TLS with {uri}"))?;
+    ensure!(stream.get_ref().1.alpn_protocol() == Some(b"h2"), "{uri} does not speak HTTP/2 over TLS");
+    Ok(TokioIo::new(stream))
 }

@@ -11,15 +11,18 @@
 //! | [`deadline`] | the caller's `grpc-timeout` as a budget that is handed down |
 //! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its sender told when nobody listens |
 //! | [`tenant`] | API tokens, and the tenant that a caller's token is bound to |
+//! | [`priority`] | classes of requests, and how a line of waiting work honours them |
 //! | [`message`] | what tonic says of bad or oversized messages, put in the API's terms |
 //! | [`status`] | errors as `google.rpc.Status` with details |
 //! | [`client`] | the channel that a caller inside the cluster opens |
+//! | [`tls`] | certificates of servers and of their callers, read again when they change |
 //! | [`metrics`] | names and buckets of the metrics that every service has |
 //! | `admission` | permits for requests and their bytes: full is answered at once, never waited for unseen |
 //! | `methods` | what the contracts say of each RPC |
 //! | `rpc` | the layer around every RPC: id, span, deadline, count, and the end of it all |
 //! | `admin` | `/metrics`, `/healthz`, `/readyz` |
 //! | `logs` | a log line as JSON |
+//! | `connections` | the sockets of a server: accepted, counted, wrapped in TLS, closed when idle |
 //! | `reload` | values of files that are replaced under a running process |
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
@@ -29,6 +32,7 @@ pub mod config;
 pub mod deadline;
 pub mod message;
 pub mod metrics;
+pub mod priority;
 pub mod readiness;
 pub mod server;
 pub mod shutdown;
@@ -36,10 +40,12 @@ pub mod status;
 pub mod stream;
 pub mod telemetry;
 pub mod tenant;
+pub mod tls;
 pub mod trace;
 
 mod admin;
 mod admission;
+mod connections;
 mod logs;
 mod methods;
 mod reload;

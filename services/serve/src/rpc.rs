@@ -2,7 +2,10 @@
 //! metadata and details, tonic's codes for bad messages corrected, one count, one log line. In between: whatever the
 //! handler does is stopped at the deadline, and at the end of the shutdown grace.
 //!
-//! An RPC ends when its response *body* ends, so all of this lives as long as the body does.
+//! An RPC ends when its response *body* ends, so all of this lives as long as the body does: see [`body`].
+
+mod body;
+mod ending;
 
 use std::{
     any::Any,
@@ -11,28 +14,27 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::Duration,
 };
 
-use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
-use http::{HeaderMap, Request, Response};
-use http_body::{Frame, SizeHint};
+use http::{Request, Response};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, body::Body, service::Routes};
+use tonic::{Status, body::Body, service::Routes};
 use tower::{Layer, Service};
-use tracing::{Instrument, Span, field::Empty};
+use tracing::Instrument;
 
+use self::{body::RpcBody, ending::Ending};
 use crate::{
     admission::{Admission, Permit},
+    connections::Activity,
     deadline::Deadline,
-    message,
     methods::{Method, Methods},
-    metrics::{InFlight, RpcMetrics},
+    metrics::RpcMetrics,
     readiness::{Readiness, State},
-    status::{self, code_name},
-    tenant::{Tenant, Tenants},
-    trace::{self, REQUEST_ID, RequestId},
+    status,
+    tenant::{Guest, Tenants},
+    trace::{REQUEST_ID, RequestId},
 };
 
 /// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
@@ -51,6 +53,8 @@ pub(crate) struct Shared {
     pub(crate) readiness: Readiness,
     pub(crate) admission: Admission,
     pub(crate) tenants: Tenants,
+    /// How long a caller may leave one frame of an answer unread.
+    pub(crate) stalled: Duration,
     /// Shutdown has begun.
     pub(crate) draining: CancellationToken,
     /// The shutdown grace is over.
@@ -84,12 +88,14 @@ impl Service<Request<Body>> for Rpc {
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let call = request.extensions().get().map(Activity::call);
+        let stalled = self.shared.stalled;
         if request.uri().path().starts_with(INFRASTRUCTURE) {
             let stop = stop(Deadline::none(), self.shared.draining.clone());
             let response = self.infrastructure(request);
             return Box::pin(async move {
                 let response = answer(response, stop).await;
-                Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: None }))
+                Ok(response.map(|(inner, stop)| RpcBody::new(inner, stop, stalled, None, call)))
             });
         }
         let request_id = RequestId::of_headers(request.headers());
@@ -99,17 +105,17 @@ impl Service<Request<Body>> for Rpc {
         // tonic would answer CANCELLED.
         let deadline = request_id.and_then(|_| Deadline::of_headers(request.headers()));
         let admitted = deadline.and_then(|deadline| {
-            let tenant = self.shared.tenants.identify(request.headers_mut())?;
-            ending.span.record("tenant", tenant.name());
-            ending.permit = self.shared.admit(&mut request)?;
-            Ok((deadline, tenant))
+            let guest = self.shared.tenants.identify(request.headers_mut())?;
+            ending.span.record("tenant", guest.tenant.name());
+            ending.permit = self.shared.admit(&mut request, &guest)?;
+            Ok((deadline, guest.tenant))
         });
         let deadline = admitted.as_ref().map_or(Deadline::none(), |(deadline, _)| *deadline);
         let stop = stop(deadline, self.shared.cut.clone());
         let response: BoxFuture<'static, Result<Response<Body>, Infallible>> = match admitted {
             Ok((deadline, tenant)) => {
                 request.extensions_mut().insert(deadline);
-                request.extensions_mut().insert::<Tenant>(tenant);
+                request.extensions_mut().insert(tenant);
                 request.extensions_mut().insert(ending.request_id.clone());
                 Box::pin(span.in_scope(|| self.routes.call(request)))
             }
@@ -119,7 +125,7 @@ impl Service<Request<Body>> for Rpc {
             let mut response = answer(response, stop).await;
             ending.settle(response.headers_mut());
             response.headers_mut().insert(REQUEST_ID, ending.request_id.header());
-            Ok(response.map(|(inner, stop)| RpcBody { inner: Some(inner), stop, ending: Some(ending) }))
+            Ok(response.map(|(inner, stop)| RpcBody::new(inner, stop, stalled, Some(ending), call)))
         };
         Box::pin(answered.instrument(span))
     }
@@ -140,14 +146,19 @@ impl Rpc {
 
 impl Shared {
     /// What the call occupies while it is served; nothing for a method that nobody serves.
-    fn admit(&self, request: &mut Request<Body>) -> Result<Option<Permit>, Status> {
+    fn admit(&self, request: &mut Request<Body>, guest: &Guest) -> Result<Option<Permit>, Status> {
         // While stopping, calls that were on their way when the connection was told to go are still served.
         if let State::NotReady(reason) = self.readiness.state() {
             return Err(status::unavailable(format!("not ready: {reason}")));
         }
         let Some(method) = self.methods.get(method_of(request)) else { return Ok(None) };
         let Method { asks_nothing, streams_in } = method;
-        let permit = if asks_nothing { self.admission.question() } else { self.admission.try_enter()? };
+        let permit = if asks_nothing {
+            self.admission.question()
+        } else {
+            // The tenant's own limits first: who is over them must not take a permit from others even for a moment.
+            self.admission.try_enter(guest.enter()?)?
+        };
         if !streams_in {
             let body = std::mem::take(request.body_mut());
             *request.body_mut() = permit.hold(body);
@@ -195,161 +206,6 @@ async fn answer(
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
     let owned = panic.downcast_ref::<String>().map(String::as_str);
     owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without text")
-}
-
-/// A response body that outlives neither the deadline nor the shutdown grace.
-pub(crate) struct RpcBody {
-    inner: Option<Body>,
-    stop: Stop,
-    ending: Option<Ending>,
-}
-
-impl http_body::Body for RpcBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = self.get_mut();
-        let _entered = this.ending.as_ref().map(|ending| ending.span.clone().entered());
-        let Some(inner) = &mut this.inner else {
-            return Poll::Ready(None);
-        };
-        if let Poll::Ready(status) = this.stop.as_mut().poll(context) {
-            // Dropping the handler's stream tells whoever computes for it.
-            this.inner = None;
-            let mut trailers = HeaderMap::new();
-            status.add_header(&mut trailers)?;
-            return Poll::Ready(Some(Ok(this.last(trailers))));
-        }
-        let frame = std::task::ready!(Pin::new(inner).poll_frame(context));
-        Poll::Ready(match frame {
-            Some(Ok(frame)) => Some(Ok(match frame.into_trailers() {
-                Ok(trailers) => this.last(trailers),
-                Err(data) => data,
-            })),
-            other => other,
-        })
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.as_ref().is_none_or(http_body::Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
-    }
-}
-
-impl RpcBody {
-    fn last(&mut self, mut trailers: HeaderMap) -> Frame<Bytes> {
-        if let Some(ending) = &mut self.ending {
-            ending.settle(&mut trailers);
-        }
-        Frame::trailers(trailers)
-    }
-}
-
-/// The end of one RPC: reported when dropped, whichever way it came.
-struct Ending {
-    request_id: RequestId,
-    method: String,
-    span: Span,
-    begun: Instant,
-    metrics: RpcMetrics,
-    /// Known once the status has passed through; a response dropped before that is one whose caller left.
-    code: Option<Code>,
-    permit: Option<Permit>,
-    _in_flight: InFlight,
-}
-
-impl Ending {
-    fn begin(shared: &Shared, request: &Request<Body>, request_id: Option<&RequestId>) -> Self {
-        let request_id = request_id.cloned().unwrap_or_else(RequestId::generate);
-        let method = method_of(request).to_owned();
-        let span =
-            if method.ends_with(PROBE) { Span::none() } else { Self::span(shared, &method, &request_id) };
-        if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
-            span.record("trace_id", trace_id);
-        }
-        let _in_flight = shared.metrics.arrived();
-        let metrics = shared.metrics.clone();
-        Self {
-            request_id,
-            method,
-            span,
-            begun: Instant::now(),
-            metrics,
-            code: None,
-            permit: None,
-            _in_flight,
-        }
-    }
-
-    fn span(shared: &Shared, method: &str, request_id: &RequestId) -> Span {
-        tracing::info_span!(
-            parent: None,
-            "request",
-            otel.name = method,
-            otel.kind = "server",
-            otel.status_code = Empty,
-            rpc.system = "grpc",
-            rpc.grpc.status_code = Empty,
-            service = shared.service,
-            %request_id,
-            tenant = Empty,
-            trace_id = Empty,
-        )
-    }
-
-    /// Notes the status in headers or trailers, if there is one, and completes it.
-    fn settle(&mut self, headers: &mut HeaderMap) {
-        let Some(status) = Status::from_header_map(headers) else { return };
-        self.code = Some(status.code());
-        if status.code() == Code::Ok {
-            return;
-        }
-        let status = message::decode_status(status);
-        let complete = status::with_request_id(&status, self.request_id.as_str());
-        self.code = Some(complete.code());
-        let previous =
-            ["grpc-status", "grpc-message", "grpc-status-details-bin"].map(|name| headers.remove(name));
-        if complete.add_header(headers).is_err() {
-            // A message that is no header value: the bare code still says more than nothing.
-            let [code, ..] = previous;
-            headers.extend(code.map(|code| (http::HeaderName::from_static("grpc-status"), code)));
-        }
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let code = self.code.unwrap_or(Code::Cancelled);
-        let duration = self.begun.elapsed();
-        self.metrics.ended(&self.method, code, duration);
-        self.span.record("rpc.grpc.status_code", code as i32);
-        let _entered = self.span.enter();
-        let (method, code_name, duration_ms) = (&self.method, code_name(code), duration.as_secs_f64() * 1e3);
-        match code {
-            // A replica that still loads says so to every probe.
-            Code::Ok | Code::Unavailable if self.method.ends_with(PROBE) => {
-                tracing::debug!(method, code = code_name, duration_ms, "request ended");
-            }
-            // The codes that OpenTelemetry counts as the server's failures.
-            Code::Unknown
-            | Code::Internal
-            | Code::DataLoss
-            | Code::Unimplemented
-            | Code::Unavailable
-            | Code::DeadlineExceeded => {
-                self.span.record("otel.status_code", "ERROR");
-                tracing::warn!(method, code = code_name, duration_ms, "request ended");
-            }
-            _ => tracing::info!(method, code = code_name, duration_ms, "request ended"),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -13,9 +13,7 @@ use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    body::Body, codegen::http::Request, server::NamedService, service::Routes, transport::server::TcpIncoming,
-};
+use tonic::{body::Body, codegen::http::Request, server::NamedService, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::Service;
 
@@ -24,17 +22,21 @@ use crate::{
     admission::Admission,
     client::{CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAM_WINDOW_BYTES},
     config::Validate,
+    connections::Connections,
     methods::Methods,
     metrics::RpcMetrics,
     readiness::{Readiness, State},
     rpc::{RpcLayer, Shared},
     shutdown::Shutdown,
     tenant::Tenants,
+    tls::TlsConfig,
 };
 
 /// Streams of one connection beyond the permits: a caller over the limit must reach admission and be refused there,
 /// not wait unseen for a free stream; and health checks must always find one.
 const SPARE_STREAMS: usize = 256;
+/// Headers of one call. What a client of ours sends is a few hundred bytes, a token and a trace included.
+const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
 /// After the grace: for the last trailers to leave, and for the admin port to close.
 const CLOSE_MS_MAX: u64 = 1_000;
 /// For an engine to end the step that it is in.
@@ -45,8 +47,9 @@ const ADMIN_PORT_OFFSET: u16 = 1_000;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
-    /// gRPC. Loopback unless configured: nothing here authenticates.
+    /// gRPC. Loopback unless configured; elsewhere `tls.mode` must be stated.
     pub listen: SocketAddr,
+    pub tls: TlsConfig,
     /// HTTP with /metrics, /healthz and /readyz; none without it.
     pub admin: Option<SocketAddr>,
     /// Whether gRPC reflection tells the API to whoever asks.
@@ -58,6 +61,18 @@ pub struct ServerConfig {
     /// Bytes of requests that are held at a time, over all of them: `max_requests` of the largest messages would be
     /// more than a machine has. Streams of messages are read one message at a time and are not counted.
     pub max_held_bytes: usize,
+    /// Connections at a time; one more is closed at once. 1,024: hundreds of clients or routers, and tens of megabytes.
+    pub max_connections: usize,
+    /// Milliseconds for TLS, and again for the first bytes of HTTP/2.
+    pub handshake_ms: u64,
+    /// Milliseconds after which a connection that carries no call is closed. Five minutes: pooled clients connect anew
+    /// at the next call.
+    pub idle_ms: u64,
+    /// Milliseconds in which a request of one message must have come in whole: the largest at 5 Mbit/s.
+    pub receive_ms: u64,
+    /// Milliseconds that a caller may leave one event of its answer unread before its work is dropped. 60,000: over any
+    /// pause of a client that lives.
+    pub stalled_ms: u64,
     /// How long running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
     pub shutdown_grace_ms: u64,
 }
@@ -69,10 +84,16 @@ impl ServerConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], port)),
             admin: Some(SocketAddr::from(([127, 0, 0, 1], admin_port))),
+            tls: TlsConfig::default(),
             reflection: true,
             max_message_bytes: 64 << 20,
             max_requests: 256,
             max_held_bytes: 1 << 30,
+            max_connections: 1024,
+            handshake_ms: 10_000,
+            idle_ms: 300_000,
+            receive_ms: 120_000,
+            stalled_ms: 60_000,
             shutdown_grace_ms: 30_000,
         }
     }
@@ -95,7 +116,17 @@ impl Validate for ServerConfig {
         range("max_message_bytes", 1 << 10, 1 << 30, self.max_message_bytes as u64);
         range("max_requests", 1, 65_536, self.max_requests as u64);
         range("max_held_bytes", self.max_message_bytes as u64, 1 << 40, self.max_held_bytes as u64);
+        range("max_connections", 1, 65_536, self.max_connections as u64);
+        for (key, value) in [
+            ("handshake_ms", self.handshake_ms),
+            ("idle_ms", self.idle_ms),
+            ("receive_ms", self.receive_ms),
+            ("stalled_ms", self.stalled_ms),
+        ] {
+            range(key, 1, 86_400_000, value);
+        }
         range("shutdown_grace_ms", 0, 3_600_000, self.shutdown_grace_ms);
+        problems.extend(self.tls.problems(self.listen.ip().is_loopback()));
         if self.admin == Some(self.listen) && self.listen.port() != 0 {
             problems.push(format!("server.admin must not be server.listen, got {}", self.listen));
         }
@@ -274,6 +305,7 @@ impl Server {
             readiness: readiness.clone(),
             admission: Admission::new(&config),
             tenants,
+            stalled: Duration::from_millis(config.stalled_ms),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
         });
@@ -298,7 +330,7 @@ impl Server {
             health.tell(ServingStatus::NotServing).await;
             draining.cancel();
         };
-        let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
+        let incoming = Connections::accept(listeners.grpc, &config, config.tls.open()?);
         let serving = transport(&config).layer(RpcLayer(Arc::clone(&shared))).add_routes(routes);
         let serving = serving.serve_with_incoming_shutdown(incoming, drain);
         let served = until_cut(Box::pin(serving), &config, &shutdown, &shared.cut).await;
@@ -317,6 +349,7 @@ fn transport(config: &ServerConfig) -> tonic::transport::Server {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(streams)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }

@@ -4,22 +4,32 @@
 //! configuration or in a mounted file that is read again when it changes. Every call needs a token but health checks,
 //! which tell a prober no more than whether to come back. Reflection needs one, too.
 
+mod meter;
 mod tokens;
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use tonic::Request;
+use tonic::{
+    Request,
+    metadata::{Ascii, MetadataValue},
+};
 
 pub use tokens::Tenants;
+pub(crate) use {meter::Place, tokens::Guest};
+
+use crate::priority::Priority;
 
 /// The tenant of every caller where no tokens are asked for.
 const DEFAULT: &str = "default";
 const MAX_NAME_BYTES: usize = 64;
 
-/// The name that a caller's token is bound to; cloning is cheap.
+/// The name that a caller's token is bound to, and how far it may go; cloning is cheap.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Tenant(Arc<str>);
+pub struct Tenant {
+    name: Arc<str>,
+    highest_priority: Priority,
+}
 
 impl Tenant {
     /// The tenant of an incoming request; the server has put it there.
@@ -28,19 +38,24 @@ impl Tenant {
     }
 
     pub fn name(&self) -> &str {
-        &self.0
+        &self.name
+    }
+
+    /// The highest class that its requests may have.
+    pub fn highest_priority(&self) -> Priority {
+        self.highest_priority
     }
 }
 
 impl Default for Tenant {
     fn default() -> Self {
-        Self(DEFAULT.into())
+        Self { name: DEFAULT.into(), highest_priority: Priority::High }
     }
 }
 
 impl fmt::Display for Tenant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.name)
     }
 }
 
@@ -72,6 +87,49 @@ pub struct TenantConfig {
     pub name: String,
     /// SHA-256 of its tokens in hexadecimal; two of them while one replaces the other.
     pub token_sha256: Vec<TokenHash>,
+    /// The highest class of its requests. `normal`: who may go before others is somebody's decision.
+    #[serde(default)]
+    pub highest_priority: Priority,
+    #[serde(default)]
+    pub limits: TenantLimits,
+}
+
+/// What one tenant may take of one router; absent is without a limit of its own. Questions such as `ListModels` are not
+/// counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TenantLimits {
+    /// Requests at a time.
+    pub max_requests: Option<usize>,
+    /// Requests that begin per second, in the long run.
+    pub requests_per_second: Option<f64>,
+    /// Requests that may begin at once after a pause; 1 if absent.
+    pub burst_requests: Option<u32>,
+}
+
+/// A token as its owner has it; never printed.
+#[derive(Clone)]
+pub struct Token(String);
+
+impl Token {
+    /// What a client sends as `authorization`; marked as sensitive. None if it is no header's value.
+    pub fn bearer(&self) -> Option<MetadataValue<Ascii>> {
+        let mut value: MetadataValue<Ascii> = format!("Bearer {}", self.0).parse().ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    }
+}
+
+impl From<String> for Token {
+    fn from(token: String) -> Self {
+        Self(token)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
 }
 
 /// What is kept of a token, in hexadecimal. Not the token, but no business of a log either: never printed.
@@ -96,6 +154,26 @@ impl TokenHash {
             *byte = u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok()?;
         }
         Some(bytes)
+    }
+}
+
+impl TenantLimits {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.max_requests == Some(0) {
+            problems.push("max_requests must be at least 1, got 0".into());
+        }
+        if let Some(rate) = self.requests_per_second.filter(|rate| !(0.001..=1e6).contains(rate)) {
+            problems.push(format!("requests_per_second must be 0.001 to 1000000, got {rate}"));
+        }
+        match self.burst_requests {
+            Some(0) => problems.push("burst_requests must be at least 1, got 0".into()),
+            Some(_) if self.requests_per_second.is_none() => {
+                problems.push("burst_requests needs requests_per_second".into());
+            }
+            _ => {}
+        }
+        problems
     }
 }
 
@@ -131,7 +209,7 @@ fn problems_of(tenants: &[TenantConfig], place: &str) -> Vec<String> {
     let mut problems = Vec::new();
     let (mut names, mut hashes) = (Vec::new(), Vec::new());
     for (index, tenant) in tenants.iter().enumerate() {
-        let TenantConfig { name, token_sha256 } = tenant;
+        let TenantConfig { name, token_sha256, limits, .. } = tenant;
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=MAX_NAME_BYTES).contains(&name.len()) || !name.bytes().all(allowed) {
             problems.push(format!(
@@ -142,6 +220,9 @@ fn problems_of(tenants: &[TenantConfig], place: &str) -> Vec<String> {
             problems.push(format!("{place}[{index}]: the name {name:?} is given twice"));
         }
         names.push(name);
+        for problem in limits.problems() {
+            problems.push(format!("{place}[{index}].limits.{problem}"));
+        }
         if token_sha256.is_empty() {
             problems.push(format!("{place}[{index}].token_sha256 must have at least one hash"));
         }

@@ -1,3 +1,5 @@
-//! The doors, tried from outside: a server on loopback and clients that should not get in.
+//! The doors, tried from outside: a server on loopback and clients that should not get in, or not stay.
 
+mod greedy;
+mod tls;
 mod tokens;

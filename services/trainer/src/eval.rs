@@ -119,7 +119,7 @@ fn local(addr: SocketAddr) -> String {
 }
 
 async fn ask_all(args: &Eval, addr: String) -> Result<()> {
-    let mut client = Client::connect(&Server { addr, timeout: Some(600.0) }).await?;
+    let mut client = Client::connect(&Server { addr, timeout: Some(600.0), ..Default::default() }).await?;
     let concepts = args.concepts.map_or_else(|| crate::args::concepts(&model::nano()), Ok)?;
     let world = World::open(&args.drawings, concepts, args.seed, true)?;
     let styles = [Style::Noto, Style::Fluent, Style::Twemoji];

@@ -34,9 +34,9 @@ fn drain(events: &mut mpsc::Receiver<Event>) -> Vec<Event> {
 #[test]
 fn requests_join_and_leave_the_batch_at_any_step() {
     let (engine, mut worker) = worker(8, 1 << 20);
-    let mut first = engine.submit(request(1, 3, 3.0)).unwrap();
+    let mut first = engine.submit(request(1, 3, 3.0), Priority::Normal).unwrap();
     worker.turn().unwrap();
-    let mut second = engine.submit(request(2, 5, 1.0)).unwrap();
+    let mut second = engine.submit(request(2, 5, 1.0), Priority::Normal).unwrap();
     worker.turn().unwrap();
     assert_eq!(steps(&worker), [2, 1]);
     worker.turn().unwrap();
@@ -56,9 +56,9 @@ fn requests_join_and_leave_the_batch_at_any_step() {
 #[test]
 fn whoever_has_left_takes_no_further_step() {
     let (engine, mut worker) = worker(8, 1 << 20);
-    let leaving = engine.submit(request(1, 100, 3.0)).unwrap();
-    let _staying = engine.submit(request(2, 100, 3.0)).unwrap();
-    let never_begun = engine.submit(request(3, 100, 3.0)).unwrap();
+    let leaving = engine.submit(request(1, 100, 3.0), Priority::Normal).unwrap();
+    let _staying = engine.submit(request(2, 100, 3.0), Priority::Normal).unwrap();
+    let never_begun = engine.submit(request(3, 100, 3.0), Priority::Normal).unwrap();
     drop(never_begun);
     worker.turn().unwrap();
     assert_eq!(steps(&worker), [1, 1]);
@@ -72,8 +72,10 @@ fn whoever_has_left_takes_no_further_step() {
 #[test]
 fn whoever_leaves_after_the_last_step_is_not_decoded() {
     let (engine, mut worker) = worker(8, 1 << 20);
-    let (_kept, leaving) =
-        (engine.submit(request(1, 1, 1.0)).unwrap(), engine.submit(request(2, 1, 1.0)).unwrap());
+    let (_kept, leaving) = (
+        engine.submit(request(1, 1, 1.0), Priority::Normal).unwrap(),
+        engine.submit(request(2, 1, 1.0), Priority::Normal).unwrap(),
+    );
     worker.turn().unwrap();
     drop(leaving);
     worker.turn().unwrap();
@@ -84,8 +86,9 @@ fn whoever_leaves_after_the_last_step_is_not_decoded() {
 #[test]
 fn images_do_not_stop_the_steps_of_others() {
     let (engine, mut worker) = worker(8, 1 << 20);
-    let mut short: Vec<_> = (0..3).map(|seed| engine.submit(request(seed, 1, 1.0)).unwrap()).collect();
-    let mut long = engine.submit(request(9, 20, 3.0)).unwrap();
+    let mut short: Vec<_> =
+        (0..3).map(|seed| engine.submit(request(seed, 1, 1.0), Priority::Normal).unwrap()).collect();
+    let mut long = engine.submit(request(9, 20, 3.0), Priority::Normal).unwrap();
     for turn in 1..=3 {
         worker.turn().unwrap();
         let painted = short.iter_mut().filter_map(|events| drain(events).pop());
@@ -101,7 +104,7 @@ fn other_sizes_and_other_numbers_of_embeddings_take_turns() {
     let rows = Array::new(Dtype::F32, vec![3, 64], vec![0; 3 * 64 * 4].into()).unwrap();
     let few = PaintRequest { positive: rows, ..request(3, 9, 1.0) };
     let _events: Vec<_> = [request(1, 9, 3.0), wide, few, request(4, 9, 3.0)]
-        .map(|request| engine.submit(request).unwrap())
+        .map(|request| engine.submit(request, Priority::Normal).unwrap())
         .into();
     for expected in [[1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1], [2, 1, 1, 2]] {
         worker.turn().unwrap();
@@ -113,7 +116,8 @@ fn other_sizes_and_other_numbers_of_embeddings_take_turns() {
 fn a_batch_is_bounded_in_pixels() {
     // Two guided images at 64².
     let (engine, mut worker) = worker(8, 4 * 64 * 64);
-    let _events: Vec<_> = (0..3).map(|seed| engine.submit(request(seed, 2, 3.0)).unwrap()).collect();
+    let _events: Vec<_> =
+        (0..3).map(|seed| engine.submit(request(seed, 2, 3.0), Priority::Normal).unwrap()).collect();
     for expected in [&[1, 1, 0][..], &[2, 0]] {
         worker.turn().unwrap();
         assert_eq!(steps(&worker), expected);
@@ -124,8 +128,10 @@ fn a_batch_is_bounded_in_pixels() {
 fn a_fault_ends_its_batch_and_nobody_else() {
     let (engine, mut worker) = worker(8, 1 << 20);
     let rows = Array::new(Dtype::F32, vec![16, 7], vec![0; 16 * 7 * 4].into()).unwrap();
-    let mut broken = engine.submit(PaintRequest { positive: rows, ..request(1, 2, 1.0) }).unwrap();
-    let mut other = engine.submit(PaintRequest { height: 96, ..request(2, 1, 3.0) }).unwrap();
+    let mut broken =
+        engine.submit(PaintRequest { positive: rows, ..request(1, 2, 1.0) }, Priority::Normal).unwrap();
+    let mut other =
+        engine.submit(PaintRequest { height: 96, ..request(2, 1, 3.0) }, Priority::Normal).unwrap();
     worker.turn().unwrap();
     worker.turn().unwrap();
     let failed = drain(&mut broken);
@@ -137,28 +143,28 @@ fn a_fault_ends_its_batch_and_nobody_else() {
 #[test]
 fn a_lost_device_ends_the_engine() {
     let (engine, mut worker) = worker(8, 1 << 20);
-    let mut events = engine.submit(request(1, 2, 1.0)).unwrap();
+    let mut events = engine.submit(request(1, 2, 1.0), Priority::Normal).unwrap();
     worker.turn().unwrap();
     let told = [worker.active[0].events.clone()];
     assert!(worker.fail(&told, EngineFault::Device("CUDA error".into())).is_err());
     drop(told);
     assert!(matches!(drain(&mut events)[..], [Event::Step(1), Event::Failed(_)]));
     drop(worker);
-    assert_eq!(engine.submit(request(2, 1, 1.0)).unwrap_err(), PaintError::Stopped);
+    assert_eq!(engine.submit(request(2, 1, 1.0), Priority::Normal).unwrap_err(), PaintError::Stopped);
 }
 
 #[test]
 fn a_full_queue_says_so_at_once() {
     let (engine, _worker) = worker(1, 1 << 20);
-    let _waiting = engine.submit(request(1, 1, 1.0)).unwrap();
-    assert_eq!(engine.submit(request(2, 1, 1.0)).unwrap_err(), PaintError::Full);
+    let _waiting = engine.submit(request(1, 1, 1.0), Priority::Normal).unwrap();
+    assert_eq!(engine.submit(request(2, 1, 1.0), Priority::Normal).unwrap_err(), PaintError::Full);
 }
 
 #[test]
 fn a_reader_who_never_reads_holds_up_nobody() {
     let (engine, worker) = worker(8, 1 << 20);
-    let mut slow = engine.submit(request(1, 40, 3.0)).unwrap();
-    let mut fast = engine.submit(request(2, 40, 3.0)).unwrap();
+    let mut slow = engine.submit(request(1, 40, 3.0), Priority::Normal).unwrap();
+    let mut fast = engine.submit(request(2, 40, 3.0), Priority::Normal).unwrap();
     drop(engine);
     let engine = thread::spawn(|| worker.run(&Pulse::default()));
     let count = std::iter::from_fn(|| fast.blocking_recv()).count();
@@ -188,7 +194,8 @@ fn stages_are_children_of_the_callers_span() {
     // While there is only one subscriber, a span that another test's thread meets first is off for every thread.
     let _second = tracing::Dispatch::new(tracing_subscriber::registry());
     tracing::subscriber::with_default(tracing_subscriber::registry().with(spans.clone()), || {
-        let events = tracing::info_span!("caller").in_scope(|| engine.submit(request(1, 3, 3.0)).unwrap());
+        let events = tracing::info_span!("caller")
+            .in_scope(|| engine.submit(request(1, 3, 3.0), Priority::Normal).unwrap());
         for _ in 0..4 {
             worker.turn().unwrap();
         }
@@ -203,7 +210,7 @@ async fn an_engine_loads_paints_and_stops_with_its_last_handle() {
     let config = Config { model_dir: golden::model_dir("emu2-gen"), ..Config::default() };
     let started = start(&config, Progress::default(), Metrics::register(&mut Registry::default()));
     assert_eq!(started.loaded.await.unwrap().unwrap().scale_factor, 8);
-    let mut events = started.engine.submit(request(1, 2, 3.0)).unwrap();
+    let mut events = started.engine.submit(request(1, 2, 3.0), Priority::Normal).unwrap();
     drop(started.engine);
     let mut last = None;
     while let Some(event) = events.recv().await {

@@ -58,9 +58,17 @@ impl Bench {
 
     /// A picture in the queue, known by its number.
     fn submit(&self, number: u32) -> tokio::task::JoinHandle<Result<f32, EncodeError>> {
+        self.submit_as(Priority::Normal, number)
+    }
+
+    fn submit_as(
+        &self,
+        priority: Priority,
+        number: u32,
+    ) -> tokio::task::JoinHandle<Result<f32, EncodeError>> {
         let engine = self.engine.clone();
         tokio::spawn(async move {
-            let encoded = engine.encode(Picture { pixels: Pixels::Mean, n_query: number }).await?;
+            let encoded = engine.encode(Picture { pixels: Pixels::Mean, n_query: number }, priority).await?;
             Ok(encoded.embeddings.values().next().unwrap())
         })
     }
@@ -101,6 +109,23 @@ async fn what_queued_while_the_engine_was_busy_is_one_batch() {
     assert_eq!(*bench.batches.lock().unwrap(), [vec![0], vec![1, 2, 3, 4, 5]]);
     assert_eq!(bench.engine.metrics.waiting.get(), 0);
     assert_eq!(bench.engine.metrics.encoded.get(), 6);
+}
+
+#[tokio::test]
+async fn higher_classes_are_encoded_first() {
+    let bench = Bench::new(2).await;
+    let mut handles = bench.busy(1..=2).await;
+    for (waiting, (priority, number)) in
+        [(Priority::Low, 3), (Priority::High, 4), (Priority::Normal, 5)].into_iter().enumerate()
+    {
+        handles.push(bench.submit_as(priority, number));
+        bench.until(|bench| bench.engine.metrics.waiting.get() == waiting as i64 + 3).await;
+    }
+    (0..4).for_each(|_| bench.permit.send(Ok(())).unwrap());
+    for handle in handles {
+        handle.await.unwrap().unwrap();
+    }
+    assert_eq!(*bench.batches.lock().unwrap(), [vec![0], vec![4, 1], vec![2, 5], vec![3]]);
 }
 
 #[tokio::test]
@@ -161,7 +186,11 @@ async fn a_panic_ends_its_batch_and_a_broken_device_the_engine() {
     assert!(matches!(failed, Err(EncodeError::Fault(EngineFault::Device(_)))), "{failed:?}");
     tokio::time::timeout(PATIENCE, bench.ended).await.unwrap().unwrap();
     assert_eq!(
-        bench.engine.encode(Picture { pixels: Pixels::Mean, n_query: 4 }).await.unwrap_err(),
+        bench
+            .engine
+            .encode(Picture { pixels: Pixels::Mean, n_query: 4 }, Priority::Normal)
+            .await
+            .unwrap_err(),
         EncodeError::Stopped
     );
 }

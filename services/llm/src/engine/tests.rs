@@ -57,7 +57,9 @@ impl Running {
     }
 
     fn submit(&self, prompt: Prompt, output: Output) -> Generation {
-        self.engine.submit(Request { prompt, output, resumed: 0, span: Span::none() }).unwrap()
+        self.engine
+            .submit(Request { prompt, output, resumed: 0, span: Span::none() }, Priority::Normal)
+            .unwrap()
     }
 
     async fn runs(&self, sequences: i64) {

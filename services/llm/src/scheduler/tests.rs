@@ -1,12 +1,14 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
+use emu2_serve::priority::OVERTAKEN_MAX;
+
 use super::*;
 
 const LIMITS: SchedulerLimits = SchedulerLimits { kv_entries: 100, prefill_chunk: 16, max_waiting: 3 };
 
 fn demand(prompt: usize, kv_entries: usize) -> Demand {
-    Demand { prompt, ready: prompt, kv_entries }
+    Demand { prompt, ready: prompt, kv_entries, priority: Priority::Normal }
 }
 
 fn work(plan: &Plan) -> Vec<(Ticket, Work)> {
@@ -81,6 +83,30 @@ fn a_large_sequence_is_not_overtaken() {
 }
 
 #[test]
+fn a_higher_class_goes_first_but_not_for_ever() {
+    let limits = SchedulerLimits { max_waiting: 100, ..LIMITS };
+    let mut scheduler = Scheduler::new(limits);
+    let of = |priority| Demand { priority, ..demand(1, 100) };
+    scheduler.submit(0, of(Priority::Normal)).unwrap();
+    assert_eq!(scheduler.plan().admitted, [0]);
+    scheduler.submit(1, of(Priority::Low)).unwrap();
+    scheduler.submit(2, of(Priority::Normal)).unwrap();
+    scheduler.submit(3, of(Priority::High)).unwrap();
+    let mut order = Vec::new();
+    let (mut running, mut next) = (0, 4);
+    while order.last() != Some(&1) {
+        // One more of a high class comes for each that is done.
+        scheduler.submit(next, of(Priority::High)).unwrap();
+        next += 1;
+        scheduler.remove(running);
+        running = scheduler.plan().admitted[0];
+        order.push(running);
+    }
+    assert_eq!(order[..2], [3, 4], "in order within a class");
+    assert_eq!(order.len(), OVERTAKEN_MAX as usize + 1, "{order:?}");
+}
+
+#[test]
 fn what_cannot_be_served_is_refused() {
     let mut scheduler = Scheduler::new(LIMITS);
     let refusal = scheduler.submit(1, demand(1, 101)).unwrap_err();
@@ -102,6 +128,9 @@ struct Life {
     /// Steps left to decode.
     steps: usize,
     kv_entries: usize,
+    priority: Priority,
+    /// Later ones that were admitted before it although it could start.
+    overtaken: u32,
 }
 
 /// Random callers: some come, some leave, embeddings arrive when they like.
@@ -119,7 +148,7 @@ impl World {
         let limits = SchedulerLimits {
             kv_entries: random.random_range(40..400),
             prefill_chunk: random.random_range(1..40),
-            max_waiting: random.random_range(1..12),
+            max_waiting: random.random_range(1..40),
         };
         Self { random, limits, scheduler: Scheduler::new(limits), alive: BTreeMap::new(), next: 0 }
     }
@@ -128,9 +157,11 @@ impl World {
         let (prompt, steps) = (self.random.random_range(1..60), self.random.random_range(1..20));
         let kv_entries = prompt + steps * self.random.random_range(1..4);
         let ready = self.random.random_range(0..=prompt);
-        let demand = Demand { prompt, ready, kv_entries };
+        let priority = Priority::ALL[self.random.random_range(0..3)];
+        let demand = Demand { prompt, ready, kv_entries, priority };
         if self.scheduler.submit(self.next, demand).is_ok() {
-            let life = Life { prompt, ready, admitted: false, prefilled: 0, steps, kv_entries };
+            let (admitted, prefilled, overtaken) = (false, 0, 0);
+            let life = Life { prompt, ready, admitted, prefilled, steps, kv_entries, priority, overtaken };
             self.alive.insert(self.next, life);
         }
         self.next += 1;
@@ -158,9 +189,18 @@ impl World {
             assert!(can_start(life) && !life.admitted, "with its first chunk, once");
             life.admitted = true;
         }
-        let overtaken = self.alive.iter().find(|(_, life)| can_start(life) && !life.admitted);
-        if let (Some((first, _)), Some(last)) = (overtaken, plan.admitted.last()) {
-            assert!(last < first, "first come, first served, of those who can start");
+        let admitted: Vec<_> =
+            plan.admitted.iter().map(|ticket| (*ticket, self.alive[ticket].priority)).collect();
+        for (waiting, life) in self.alive.iter_mut().filter(|(_, life)| can_start(life) && !life.admitted) {
+            let later = admitted.iter().filter(|(ticket, _)| ticket > waiting);
+            for (_, priority) in later {
+                assert!(
+                    *priority > life.priority,
+                    "first come, first served, of those of a class who can start"
+                );
+                life.overtaken += 1;
+            }
+            assert!(life.overtaken <= OVERTAKEN_MAX);
         }
         assert!(self.scheduler.reserved() <= self.limits.kv_entries, "the budget holds");
         let running = self.alive.values().filter(|life| life.admitted);

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use emu2_serve::client::Connector;
 use tokio::{net::lookup_host, sync::watch, time::sleep};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -61,6 +62,7 @@ pub(super) struct Members<S: Stage> {
     /// Whether any replica has ever answered.
     pub(super) answered: watch::Sender<bool>,
     config: PoolConfig,
+    connector: Connector,
     max_message_bytes: usize,
 }
 
@@ -70,13 +72,14 @@ struct Member<S: Stage> {
 }
 
 impl<S: Stage> Members<S> {
-    pub(super) fn new(config: &PoolConfig, max_message_bytes: usize) -> Self {
-        Self {
+    pub(super) fn new(config: &PoolConfig, max_message_bytes: usize) -> anyhow::Result<Self> {
+        Ok(Self {
             by_endpoint: RwLock::default(),
             answered: watch::channel(false).0,
             config: config.clone(),
+            connector: Connector::open(&config.tls)?,
             max_message_bytes,
-        }
+        })
     }
 
     /// By endpoint.
@@ -86,7 +89,7 @@ impl<S: Stage> Members<S> {
     }
 
     /// Makes these the members: newcomers are watched from now on, and who is missing is watched no longer.
-    pub(super) fn set(&self, endpoints: &BTreeSet<String>) -> Result<(), tonic::transport::Error> {
+    pub(super) fn set(&self, endpoints: &BTreeSet<String>) -> anyhow::Result<()> {
         let mut members = self.by_endpoint.write().unwrap_or_else(PoisonError::into_inner);
         members.retain(|endpoint, _| {
             let stays = endpoints.contains(endpoint);
@@ -99,7 +102,7 @@ impl<S: Stage> Members<S> {
             if members.contains_key(endpoint) {
                 continue;
             }
-            let channel = emu2_serve::client::endpoint(endpoint.as_str())?.connect_lazy();
+            let channel = self.connector.channel(endpoint)?;
             let client = S::client(channel, self.max_message_bytes);
             let replica = Arc::new(Replica::new(endpoint.clone(), client, &self.config));
             let watcher = tokio::spawn(replica::watch(Arc::clone(&replica), self.answered.clone()));

@@ -37,9 +37,31 @@ impl Checks {
         value
     }
 
+    /// Only what can be told without opening it. A URL in its place is worth a word of its own: other APIs fetch
+    /// them.
+    pub(super) fn picture(&mut self, field: &str, data: &[u8]) {
+        if data.is_empty() {
+            self.wrong(field, "must be an encoded picture, got 0 bytes");
+        }
+        if let Some(scheme) = url_scheme(data) {
+            let got = format!("must be the bytes of a picture, got a URL ({scheme}…): URLs are not accepted");
+            self.wrong(field, got);
+        }
+    }
+
     pub(super) fn at_most(&mut self, field: &str, limit: &str, max: u32, got: usize) {
         if got > max as usize {
             self.wrong(field, format!("must be at most {max} ({limit}), got {got}"));
         }
     }
+}
+
+/// The scheme of what begins as a URL does. No format of pictures begins so.
+fn url_scheme(data: &[u8]) -> Option<&'static str> {
+    const SCHEMES: [&str; 8] =
+        ["http://", "https://", "data:", "file://", "ftp://", "s3://", "gs://", "az://"];
+    let data = data.trim_ascii_start();
+    let begins =
+        |scheme: &&str| data.get(..scheme.len()).is_some_and(|it| it.eq_ignore_ascii_case(scheme.as_bytes()));
+    SCHEMES.into_iter().find(begins)
 }

@@ -67,7 +67,7 @@ fn region(left: f32, top: f32, right: f32, bottom: f32) -> v1::Part {
 
 fn prompt(parts: Vec<v1::Part>, output: Output) -> GenerateRequest {
     let input = Some(Input::Prompt(Prompt { parts }));
-    GenerateRequest { model: "emu2".into(), input, output: Some(output), seed: None }
+    GenerateRequest { model: "emu2".into(), input, output: Some(output), seed: None, ..Default::default() }
 }
 
 fn chat(turns: Vec<(Role, Vec<v1::Part>)>, output: Output) -> GenerateRequest {
@@ -370,7 +370,7 @@ fn all_mistakes_come_at_once() {
 fn an_embedding_takes_one_picture_and_a_possible_number() {
     let request = |data: &'static [u8], n_query| {
         let image = Some(Image { data: data.into() });
-        check_embed(EmbedRequest { model: "emu2".into(), image, n_query }, &profile())
+        check_embed(EmbedRequest { model: "emu2".into(), image, n_query, ..Default::default() }, &profile())
     };
     assert_eq!(request(b"1", None).unwrap().n_query, 64);
     assert_eq!(request(b"1", Some(1024)).unwrap().n_query, 1024);
@@ -380,4 +380,21 @@ fn an_embedding_takes_one_picture_and_a_possible_number() {
     for n_query in [0, 50] {
         assert_eq!(fields(request(b"1", Some(n_query)).unwrap_err()), ["n_query"]);
     }
+}
+
+#[test]
+fn urls_are_not_accepted_wherever_a_picture_goes() {
+    for url in ["http://a/b.png", " HTTPS://a", "data:image/png;base64,AA", "file:///etc/passwd", "s3://a/b"]
+    {
+        let bytes: &'static [u8] = url.as_bytes();
+        let video = v1::Part { kind: Some(part::Kind::Video(v1::Video { frames: vec![bytes.into()] })) };
+        let mistakes = wrong(prompt(vec![image(bytes), video], writes()), &profile());
+        let fields: Vec<_> = mistakes.iter().map(|(field, _)| field.as_str()).collect();
+        assert_eq!(fields, ["prompt.parts[0].image", "prompt.parts[1].video.frames[0]"]);
+        assert!(mistakes[0].1.contains("URLs are not accepted"), "{mistakes:?}");
+        let embed = EmbedRequest { image: Some(Image { data: bytes.into() }), ..Default::default() };
+        assert_eq!(check_embed(embed, &profile()).unwrap_err()[0].field, "image");
+    }
+    // Other bytes are the encoder's to judge, even those that begin almost like one.
+    right(prompt(vec![image(b"http:/"), image(b"\x89PNG")], writes()));
 }

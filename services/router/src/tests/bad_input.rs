@@ -58,14 +58,19 @@ async fn an_unknown_model_is_not_found() {
     assert_eq!(refused.code(), Code::NotFound);
     let resource = refused.get_details_resource_info().unwrap();
     assert_eq!((resource.resource_type.as_str(), resource.resource_name.as_str()), ("model", "emu3"));
-    let embed = EmbedRequest { model: "emu3".into(), image: Some(Image { data: "1".into() }), n_query: None };
+    let embed = EmbedRequest {
+        model: "emu3".into(),
+        image: Some(Image { data: "1".into() }),
+        n_query: None,
+        ..Default::default()
+    };
     assert_eq!(sandbox.client().embed(embed).await.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test]
 async fn a_bad_embed_request_is_refused_by_field() {
     let sandbox = Sandbox::start().await;
-    let embed = EmbedRequest { model: "emu2".into(), image: None, n_query: Some(17) };
+    let embed = EmbedRequest { model: "emu2".into(), image: None, n_query: Some(17), ..Default::default() };
     let refused = sandbox.client().embed(embed).await.unwrap_err();
     assert_eq!(refusal(&refused), (Code::InvalidArgument, vec!["image".to_owned(), "n_query".to_owned()]));
 }

@@ -154,6 +154,8 @@ async fn tenants_share_no_values() {
     let tenant = |name: &str, sha256: &str| TenantConfig {
         name: name.into(),
         token_sha256: vec![TokenHash::new(sha256)],
+        highest_priority: Default::default(),
+        limits: Default::default(),
     };
     let tenants = vec![
         tenant("acme", "cdc6633563b40a9f0194bd97ce94150fb3a153ad956aba23c8b20f762c811106"),
@@ -166,7 +168,7 @@ async fn tenants_share_no_values() {
     .await;
     for (token, cached) in [("acme", false), ("bolt", false), ("acme", true)] {
         let image = Some(Image { data: b"cat".as_slice().into() });
-        let mut request = Request::new(EmbedRequest { model: "emu2".into(), image, n_query: None });
+        let mut request = Request::new(EmbedRequest { model: "emu2".into(), image, ..Default::default() });
         let token = format!("Bearer token-of-{token}-0123456789abcdef").parse().unwrap();
         request.metadata_mut().insert("authorization", token);
         assert_eq!(sandbox.client().embed(request).await.unwrap().into_inner().cached, cached);

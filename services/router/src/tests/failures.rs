@@ -57,8 +57,12 @@ async fn an_embedding_that_nobody_waits_for_is_given_up() {
     let sandbox = Sandbox::start().await;
     sandbox.encoder.hold();
     let mut client = sandbox.client();
-    let request =
-        EmbedRequest { model: "emu2".into(), image: Some(Image { data: SLOW.into() }), n_query: None };
+    let request = EmbedRequest {
+        model: "emu2".into(),
+        image: Some(Image { data: SLOW.into() }),
+        n_query: None,
+        ..Default::default()
+    };
     let caller = tokio::spawn(async move { client.embed(request).await });
     until("it is being encoded", || async { sandbox.encoder.running() == 1 }).await;
     caller.abort();
@@ -184,7 +188,7 @@ async fn the_less_loaded_replica_is_taken() {
     second.hold();
     let mut client = sandbox.client();
     let image = Some(Image { data: SLOW.into() });
-    let request = EmbedRequest { model: "emu2".into(), image, n_query: None };
+    let request = EmbedRequest { model: "emu2".into(), image, ..Default::default() };
     let first = tokio::spawn(async move { client.embed(request).await });
     until("one is busy", || async { sandbox.encoder.running() + second.running() == 1 }).await;
     let busy = if second.running() == 1 { &second } else { &sandbox.encoder };

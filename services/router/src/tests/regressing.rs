@@ -78,7 +78,7 @@ async fn a_prompt_with_a_new_picture_does_not_keep_the_llm_waiting() {
     let request = paint(vec![text("a cat like"), image(SLOW)], 1.0);
     let answer = tokio::spawn(async move { client.generate(request).await });
     until("the llm has the prompt", || async { sandbox.llm.calls() == 1 }).await;
-    assert_eq!(sandbox.encoder.running(), 1);
+    until("the encoder has the picture", || async { sandbox.encoder.running() == 1 }).await;
     sandbox.encoder.let_go();
     super::sandbox::collect(answer.await.unwrap().unwrap().into_inner()).await.unwrap();
 }

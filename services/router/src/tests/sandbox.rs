@@ -137,7 +137,7 @@ impl Router {
         data: &'static [u8],
     ) -> impl Future<Output = Result<EmbedResponse, Status>> + Send + use<> {
         let image = Some(Image { data: data.into() });
-        let request = EmbedRequest { model: "emu2".into(), image, n_query: None };
+        let request = EmbedRequest { model: "emu2".into(), image, ..Default::default() };
         let mut client = self.client.clone();
         async move { Ok(client.embed(request).await?.into_inner()) }
     }
@@ -172,7 +172,7 @@ impl Router {
     }
 }
 
-fn config(encoder: &Stage, llm: &Stage, decoder: &Stage) -> Config {
+pub(super) fn config(encoder: &Stage, llm: &Stage, decoder: &Stage) -> Config {
     let painter = ModelConfig {
         name: "emu2-gen".into(),
         encoder: vec![encoder.endpoint()],
@@ -258,6 +258,7 @@ pub(super) fn ask(parts: Vec<Part>) -> GenerateRequest {
         input: Some(Input::Prompt(Prompt { parts })),
         output,
         seed: Some(1),
+        ..Default::default()
     }
 }
 

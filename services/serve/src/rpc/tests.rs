@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use emu2_proto::{
     stage::{self, visual_encoder_client::VisualEncoderClient},
@@ -12,6 +12,7 @@ use prometheus_client::registry::Registry;
 use super::*;
 use crate::{
     loopback::{Loopback, PATIENCE, Probe, embed, exported},
+    message,
     server::ServerConfig,
 };
 
@@ -151,6 +152,7 @@ async fn a_deadline_ends_a_unary_call() {
         readiness: Readiness::new(),
         admission: Admission::new(&ServerConfig::default()),
         tenants: Tenants::default(),
+        stalled: Duration::from_secs(60),
         draining: CancellationToken::new(),
         cut: CancellationToken::new(),
     };

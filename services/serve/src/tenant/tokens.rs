@@ -1,6 +1,9 @@
 //! From the `authorization` of a call to its tenant.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
 
 use anyhow::{Context, ensure};
 use http::{HeaderMap, header::AUTHORIZATION};
@@ -9,11 +12,14 @@ use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tonic::Status;
 
-use super::{AuthConfig, AuthMode, Tenant, TenantConfig, problems_of};
+use super::{AuthConfig, AuthMode, Place, Tenant, TenantConfig, TenantLimits, meter::Meter, problems_of};
 use crate::{reload::Reloaded, status::ErrorCode};
 
 /// Longest token in bytes: far above any that is used, so that hashing one costs nothing.
 const MAX_TOKEN_BYTES: usize = 1024;
+
+/// Every tenant's count by name. A change of the file keeps them, or it would be a way around them.
+type Meters = Arc<Mutex<HashMap<String, Arc<Meter>>>>;
 
 /// Who may call, by default anybody; cloning shares it.
 #[derive(Clone, Debug, Default)]
@@ -28,20 +34,20 @@ impl Tenants {
         if config.mode != Some(AuthMode::Tokens) {
             return Ok(Self::default());
         }
-        let inline = config.tenants.clone();
+        let (inline, meters) = (config.tenants.clone(), Meters::default());
         let book = match &config.tenants_file {
-            None => Reloaded::fixed(Book::new(inline)?),
+            None => Reloaded::fixed(Book::new(inline, &meters)?),
             Some(file) => Reloaded::open(vec![file.clone()], move |contents| {
                 let [file] = contents else { unreachable!("one file is read") };
-                Book::new([inline.clone(), parse(file)?].concat())
+                Book::new([inline.clone(), parse(file)?].concat(), &meters)
             })?,
         };
         Ok(Self { book: Some(Arc::new(book)) })
     }
 
     /// Takes the token out of the headers: no handler needs it, and none can then hand it on.
-    pub(crate) fn identify(&self, headers: &mut HeaderMap) -> Result<Tenant, Status> {
-        let Some(book) = &self.book else { return Ok(Tenant::default()) };
+    pub(crate) fn identify(&self, headers: &mut HeaderMap) -> Result<Guest, Status> {
+        let Some(book) = &self.book else { return Ok(Guest::default()) };
         let mut given = headers.get_all(AUTHORIZATION).iter();
         let refused = |message: &str| Err(ErrorCode::Unauthenticated.status(message));
         let found = match (given.next(), given.next()) {
@@ -49,13 +55,26 @@ impl Tenants {
             (Some(_), Some(_)) => refused("authorization must be given once"),
             (Some(value), None) => match token(value.as_bytes()) {
                 None => refused("authorization must be `Bearer <token>`"),
-                Some(token) => {
-                    book.get().tenant_of(token).map_or_else(|| refused("the token is not known"), Ok)
-                }
+                Some(token) => book.get().guest(token).map_or_else(|| refused("the token is not known"), Ok),
             },
         };
         headers.remove(AUTHORIZATION);
         found
+    }
+}
+
+/// A caller whose tenant is known.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Guest {
+    pub(crate) tenant: Tenant,
+    limits: TenantLimits,
+    meter: Arc<Meter>,
+}
+
+impl Guest {
+    /// Counts a request of its tenant until the place is dropped.
+    pub(crate) fn enter(&self) -> Result<Place, Status> {
+        self.meter.enter(&self.tenant, &self.limits)
     }
 }
 
@@ -86,28 +105,31 @@ fn parse(file: &[u8]) -> anyhow::Result<Vec<TenantConfig>> {
 
 /// Every token's hash and whose it is.
 #[derive(Debug)]
-struct Book(Vec<([u8; 32], Tenant)>);
+struct Book(Vec<([u8; 32], Guest)>);
 
 impl Book {
-    fn new(tenants: Vec<TenantConfig>) -> anyhow::Result<Self> {
+    fn new(tenants: Vec<TenantConfig>, meters: &Meters) -> anyhow::Result<Self> {
         let problems = problems_of(&tenants, "tenants");
         ensure!(problems.is_empty(), "{}", problems.join("; "));
-        let hashes = tenants.into_iter().flat_map(|TenantConfig { name, token_sha256 }| {
-            let tenant = Tenant(name.into());
+        let mut meters = meters.lock().expect("nobody panics while counting");
+        let hashes = tenants.into_iter().flat_map(|tenant| {
+            let TenantConfig { name, token_sha256, highest_priority, limits } = tenant;
+            let meter = Arc::clone(meters.entry(name.clone()).or_default());
+            let guest = Guest { tenant: Tenant { name: name.into(), highest_priority }, limits, meter };
             let hashes = token_sha256.into_iter().filter_map(|hash| hash.bytes());
-            hashes.map(move |hash| (hash, tenant.clone())).collect::<Vec<_>>()
+            hashes.map(move |hash| (hash, guest.clone())).collect::<Vec<_>>()
         });
         Ok(Self(hashes.collect()))
     }
 
     /// Looks at every hash whole, so that the time it takes tells nothing of how near a guess came.
-    fn tenant_of(&self, token: &[u8]) -> Option<Tenant> {
+    fn guest(&self, token: &[u8]) -> Option<Guest> {
         let hash: [u8; 32] = Sha256::digest(token).into();
         let mut found = u32::MAX;
         for (index, (known, _)) in (0_u32..).zip(&self.0) {
             found.conditional_assign(&index, known.ct_eq(&hash));
         }
-        self.0.get(found as usize).map(|(_, tenant)| tenant.clone())
+        self.0.get(found as usize).map(|(_, guest)| guest.clone())
     }
 }
 

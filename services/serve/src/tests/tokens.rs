@@ -8,9 +8,10 @@ use tonic_types::StatusExt;
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::{
-    loopback::{Loopback, embed, reflected},
+    loopback::{Loopback, PATIENCE, embed, reflected},
+    priority::Priority,
     server::ServerConfig,
-    tenant::{AuthConfig, AuthMode, TenantConfig, Tenants, TokenHash},
+    tenant::{AuthConfig, AuthMode, TenantConfig, TenantLimits, Tenants, TokenHash},
 };
 
 const TOKEN: &str = "hunter2-hunter2-hunter2";
@@ -20,7 +21,10 @@ fn hash() -> String {
 }
 
 fn tenants() -> Tenants {
-    let search = TenantConfig { name: "search".into(), token_sha256: vec![TokenHash::new(hash())] };
+    let token_sha256 = vec![TokenHash::new(hash())];
+    let limits = TenantLimits { max_requests: Some(1), ..TenantLimits::default() };
+    let search =
+        TenantConfig { name: "search".into(), token_sha256, highest_priority: Priority::Normal, limits };
     let auth = AuthConfig { mode: Some(AuthMode::Tokens), tenants: vec![search], tenants_file: None };
     Tenants::open(&auth).unwrap()
 }
@@ -57,6 +61,27 @@ async fn a_call_without_a_known_token_is_refused_and_one_with_it_is_its_tenant()
     assert_eq!(told(&server, claims).await, "search");
     let headers = told(&server, with(embed("headers"), &format!("Bearer {TOKEN}"))).await;
     assert!(!headers.contains(TOKEN), "a handler was handed the token: {headers}");
+}
+
+#[tokio::test]
+async fn a_tenant_over_its_limit_is_refused_at_once_and_questions_are_not_counted() {
+    let server = start().await;
+    let bearer = format!("Bearer {TOKEN}");
+    let request = || with(v1::GenerateRequest { seed: Some(1), ..Default::default() }, &bearer);
+    let events = server.client().generate(request()).await.unwrap();
+    let refused = server.client().generate(request()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(
+        refused.message().contains("search") && refused.get_details_retry_info().is_some(),
+        "{refused:?}"
+    );
+    server.client().list_models(with(v1::ListModelsRequest {}, &bearer)).await.unwrap();
+    drop(events);
+    let begun = std::time::Instant::now();
+    while server.client().generate(request()).await.is_err() {
+        assert!(begun.elapsed() < PATIENCE, "the place was not given back");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test]

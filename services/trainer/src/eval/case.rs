@@ -104,6 +104,7 @@ impl Case {
             input: Some(v1::generate_request::Input::Prompt(v1::Prompt { parts })),
             output: Some(output),
             seed: Some(self.index),
+            ..Default::default()
         })
     }
 

@@ -66,6 +66,10 @@ async fn a_device_that_fails_ends_the_engine_wherever_it_is_noticed() {
         }
         timeout(PATIENCE, running.ended).await.expect("the thread ends").unwrap();
         let request = Request { prompt: with_slot(), output: endless(5), resumed: 0, span: Span::none() };
-        assert_eq!(running.engine.submit(request).unwrap_err(), EngineError::Stopped, "{at}");
+        assert_eq!(
+            running.engine.submit(request, Priority::Normal).unwrap_err(),
+            EngineError::Stopped,
+            "{at}"
+        );
     }
 }

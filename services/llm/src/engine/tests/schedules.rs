@@ -55,8 +55,10 @@ impl ByHand {
 
     fn submit<'a>(&self, asked: &'a Asked) -> Caller<'a> {
         let (prompt, output) = (asked.prompt.clone(), asked.output.clone());
-        let generation =
-            self.engine.submit(Request { prompt, output, resumed: 0, span: Span::none() }).unwrap();
+        let generation = self
+            .engine
+            .submit(Request { prompt, output, resumed: 0, span: Span::none() }, Priority::Normal)
+            .unwrap();
         let missing = (0..asked.slots.len()).collect();
         Caller { asked, generation: Some(generation), missing, answer: Answer::default(), ended: false }
     }

@@ -46,7 +46,7 @@ async fn stages_are_children_of_the_callers_span_one_after_the_other() {
     let running = Running::start(config("emu2-base")).await;
     let span = info_span!("caller of the spans test");
     let request = Request { prompt: written(&[1, 5, 9]), output: endless(5), resumed: 0, span };
-    collect(running.engine.submit(request).unwrap()).await.unwrap();
+    collect(running.engine.submit(request, Priority::Normal).unwrap()).await.unwrap();
     running.runs(0).await;
     let notes = recorder.0.lock().unwrap();
     let of_caller = notes.iter().filter(|note| note.parent.as_deref() == Some("caller of the spans test"));

@@ -4,7 +4,7 @@ use http::HeaderValue;
 use tonic::Code;
 
 use super::*;
-use crate::tenant::TokenHash;
+use crate::{priority::Priority, tenant::TokenHash};
 
 fn hash(token: &str) -> TokenHash {
     let digits = Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
@@ -12,7 +12,13 @@ fn hash(token: &str) -> TokenHash {
 }
 
 fn tenant(name: &str, tokens: &[&str]) -> TenantConfig {
-    TenantConfig { name: name.into(), token_sha256: tokens.iter().map(|token| hash(token)).collect() }
+    let token_sha256 = tokens.iter().map(|token| hash(token)).collect();
+    TenantConfig {
+        name: name.into(),
+        token_sha256,
+        highest_priority: Priority::Normal,
+        limits: TenantLimits::default(),
+    }
 }
 
 fn config(tenants: Vec<TenantConfig>) -> AuthConfig {
@@ -26,7 +32,7 @@ fn ask(tenants: &Tenants, authorization: &[&str]) -> Result<String, Status> {
     }
     let found = tenants.identify(&mut headers);
     assert!(tenants.book.is_none() || headers.is_empty());
-    found.map(|tenant| tenant.name().to_owned())
+    found.map(|guest| guest.tenant.name().to_owned())
 }
 
 #[test]
@@ -93,13 +99,44 @@ async fn a_changed_file_changes_who_may_call() {
 
 #[test]
 fn all_mistakes_are_told_and_no_secret_is() {
-    let hunter = TenantConfig { name: "a b".into(), token_sha256: vec![TokenHash::new("hunter2")] };
+    let limits =
+        TenantLimits { max_requests: Some(0), requests_per_second: Some(-1.0), burst_requests: Some(0) };
+    let hunter = TenantConfig { token_sha256: vec![TokenHash::new("hunter2")], limits, ..tenant("a b", &[]) };
     let bad = config(vec![hunter, tenant("ads", &["x"]), tenant("ads", &["x"]), tenant("none", &[])]);
     let problems = bad.problems(true);
-    assert_eq!(problems.len(), 5, "{problems:?}");
+    assert_eq!(problems.len(), 8, "{problems:?}");
     assert!(!format!("{problems:?}{bad:?}").contains("hunter2"));
     assert_eq!(config(vec![]).problems(false).len(), 1);
     assert_eq!(AuthConfig { mode: None, ..config(vec![tenant("ads", &["x"])]) }.problems(true).len(), 1);
+}
+
+/// Whoever may change the file must not be able to begin anew by it.
+#[tokio::test(start_paused = true)]
+async fn a_changed_file_keeps_the_counts() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let write = |highest: &str| {
+        let hash = serde_json::to_string(&hash("first")).unwrap();
+        let limits = "limits = { max_requests = 1 }";
+        let text = format!(
+            "[[tenants]]\nname = \"a\"\ntoken_sha256 = [{hash}]\nhighest_priority = \"{highest}\"\n{limits}"
+        );
+        std::fs::write(file.path(), text).unwrap();
+    };
+    write("low");
+    let config = AuthConfig { tenants_file: Some(file.path().into()), ..config(vec![]) };
+    let tenants = Tenants::open(&config).unwrap();
+    let guest = || {
+        let bearer = HeaderValue::from_static("Bearer first");
+        tenants.identify(&mut HeaderMap::from_iter([(AUTHORIZATION, bearer)])).unwrap()
+    };
+    assert_eq!(guest().tenant.highest_priority(), Priority::Low);
+    let place = guest().enter().unwrap();
+    write("high");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(guest().tenant.highest_priority(), Priority::High);
+    assert_eq!(guest().enter().unwrap_err().code(), Code::ResourceExhausted);
+    drop(place);
+    guest().enter().unwrap();
 }
 
 #[test]
