@@ -37,10 +37,13 @@ impl From<Stop> for Status {
 }
 
 /// Whether the replica is lost or leaving, rather than the request refused: another replica may do it. A status that
-/// has a source never crossed the wire: the connection broke, or (CANCELLED, from tonic's client) time is up.
+/// has a source never crossed the wire: the connection broke, or closed before it had sent the request (CANCELLED, from
+/// hyper), or time is up (CANCELLED too, from tonic).
 pub(crate) fn is_replica_lost(status: &Status) -> bool {
-    let local = std::error::Error::source(status).is_some();
-    status.code() == Code::Unavailable || (local && status.code() != Code::Cancelled)
+    let source = std::error::Error::source(status);
+    let mut causes = std::iter::successors(source, |error| error.source());
+    let time_is_up = causes.any(|error| error.is::<tonic::TimeoutExpired>());
+    status.code() == Code::Unavailable || (source.is_some() && !time_is_up)
 }
 
 /// Whether nobody took the call: no connection came about.
@@ -125,6 +128,18 @@ mod tests {
         let passed = of_stage("llm", &full, public);
         assert_eq!(passed.code(), Code::ResourceExhausted);
         assert_eq!(passed.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn a_broken_connection_is_a_lost_replica_and_time_that_is_up_is_not() {
+        let local = |source| {
+            let source: Box<dyn std::error::Error + Send + Sync> = source;
+            is_replica_lost(&Status::from_error(source))
+        };
+        assert!(local(Box::new(std::io::Error::other("broken pipe"))));
+        assert!(!local(Box::new(tonic::TimeoutExpired(()))));
+        assert!(is_replica_lost(&Status::unavailable("stopping")));
+        assert!(!is_replica_lost(&Status::cancelled("by the stage")));
     }
 
     #[test]
