@@ -21,19 +21,22 @@ use crate::{reload::Reloaded, tls::ClientTlsConfig};
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Shared by all streams of a connection: large, because a few streams whose reader is slow must not starve the rest.
 pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+/// One image's embeddings travel in one frame (HTTP/2's own default would cut them into 15, each written on its own).
+pub(crate) const FRAME_BYTES: u32 = 256 << 10;
 /// A peer that vanished without closing is noticed after interval plus timeout.
 pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// An endpoint (`http://host:port` or `https://…`) with the cluster's window sizes, keepalive and connect timeout. For
-/// `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the configuration.
+/// An endpoint (`http://host:port` or `https://…`) with the cluster's window and frame sizes, keepalive and connect
+/// timeout. For `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the configuration.
 pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
     Ok(Endpoint::from_shared(uri.into())?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true))
