@@ -5,6 +5,8 @@
 #   make check   format, lints, licences, contracts, chart
 #   make up      the cluster in one process on the demo's weights, until Ctrl-C
 #   make local   the same as four processes and Redis
+#   make bench-router   what the router adds, carries and survives, with mock stages; minutes, on an idle machine
+#   make fuzz    a million executions of each fuzz target; FUZZ_RUNS says another number
 #   make eval    what the shipped model can do, measured through its gRPC API; goes on where it ended
 #
 # Build output and libtorch live side by side in a cache outside the clone: EMU2_CACHE, default ~/.cache/emu2.
@@ -12,7 +14,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
-.PHONY: demo up local eval test check build libtorch redis tools fmt clippy deny buf chart
+.PHONY: demo up local eval bench-router fuzz test check build libtorch redis tools fmt clippy deny buf chart
 
 export EMU2_CACHE ?= $(HOME)/.cache/emu2
 export CARGO_TARGET_DIR ?= $(EMU2_CACHE)/target
@@ -43,6 +45,14 @@ local: build redis
 eval: libtorch
 	cargo build --package emu2-trainer
 	$(BIN)/emu2-trainer eval --drawings "$$(python3 deploy/fetch/drawings.py --unseen)"
+
+bench-router:
+	tests/bench/install.sh
+	cargo build --release --package emu2-router --package emu2-bench
+	$(CARGO_TARGET_DIR)/release/bench-router $(BENCH)
+
+fuzz:
+	tests/fuzz/run.sh
 
 # Some tests start the real binaries, so they are built first: as all targets, because binaries alone would be built
 # with other features than the tests, and everything twice.

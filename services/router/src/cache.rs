@@ -20,12 +20,11 @@ use self::{
     flights::Flights,
     memory::Memory,
     redis::{Claim, Lease, Patience, Redis},
-    value::Value,
 };
 pub(crate) use self::{
     key::{Key, Kind, Recipe},
     redis::Address,
-    value::is_whole,
+    value::{Value, decode, encode, is_whole},
 };
 use crate::{
     config::CacheConfig,

@@ -17,11 +17,14 @@
 //! | [`drawing`] | a box as the picture that upstream draws of it |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
+//! | `fuzz` | doors for the fuzz targets, no interface |
 //!
 //! It builds without libtorch.
 
 pub mod config;
 pub mod drawing;
+#[doc(hidden)]
+pub mod fuzz;
 
 mod admission;
 mod attempts;

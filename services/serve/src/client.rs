@@ -29,7 +29,8 @@ pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// An endpoint (`http://host:port` or `https://…`) with the cluster's window and frame sizes, keepalive and connect
-/// timeout. For `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the configuration.
+/// timeout. For `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the
+/// configuration.
 pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
     Ok(Endpoint::from_shared(uri.into())?
         .connect_timeout(CONNECT_TIMEOUT)

@@ -1,0 +1,125 @@
+//! Embeddings → a picture's bytes out of their hash, after as many steps as were asked for.
+
+use std::sync::Arc;
+
+use emu2_proto::stage::{
+    DecodeEvent, DecodeFinished, DecodeRequest, DecodeStart, DecodedImage, DecoderInfo, DecoderInfoRequest,
+    DenoiseStep, RegressedEmbeddings, decode_event, decode_request, visual_decoder_server::VisualDecoder,
+};
+use emu2_serve::{deadline::Deadline, message, stream::Events};
+use prost::Message;
+use tonic::{Request, Response, Status, Streaming, async_trait};
+
+use super::{
+    replica::{Replica, refused, send},
+    values,
+};
+
+pub(super) struct MockDecoder(pub(super) Arc<Replica>);
+
+#[async_trait]
+impl VisualDecoder for MockDecoder {
+    type DecodeStream = Events<DecodeEvent>;
+
+    async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
+        let options = &self.0.options;
+        Ok(Response::new(DecoderInfo {
+            weights_digest: options.digest.clone(),
+            dtype: options.dtype().into(),
+            width: options.width,
+            default_height: 1024,
+            default_width: 1024,
+            scale_factor: 8,
+            max_image_side: 2048,
+            max_steps: 250,
+            max_guidance_scale: 100.0,
+            max_queries: 1024,
+            ..Default::default()
+        }))
+    }
+
+    async fn decode(
+        &self,
+        request: Request<Streaming<DecodeRequest>>,
+    ) -> Result<Response<Self::DecodeStream>, Status> {
+        let deadline = Deadline::of(&request);
+        let mut requests = request.into_inner();
+        Ok(self.0.respond(deadline, |replica, events| async move {
+            let options = &replica.options;
+            let Some(DecodeRequest { message: Some(decode_request::Message::Start(start)) }) =
+                message::next(&mut requests).await?
+            else {
+                return Err(refused("the first message must be the start"));
+            };
+            let [positive, negative] = read_conditions(&mut requests, &start).await?;
+            let mut running = replica.steps().await;
+            for step in 1..=start.steps {
+                running.step().await;
+                let step = DenoiseStep { step, steps: start.steps };
+                send(&events, event(decode_event::Event::Step(step))).await;
+            }
+            drop(running);
+            replica.work(options.vae_ms).await;
+            let DecodeStart { height, width, .. } = start;
+            let seed = values::hash(&[
+                options.digest.as_bytes(),
+                &start.encode_to_vec(),
+                &positive.data,
+                &negative.data,
+            ]);
+            let png = seed.as_bytes().repeat(options.png_bytes.div_ceil(seed.as_bytes().len()));
+            let image = DecodedImage { png: png.into(), height, width };
+            send(&events, event(decode_event::Event::Image(image))).await;
+            let finished = DecodeFinished { weights_digest: options.digest.clone(), ..Default::default() };
+            send(&events, event(decode_event::Event::Finished(finished))).await;
+            Ok(())
+        }))
+    }
+}
+
+fn event(event: decode_event::Event) -> DecodeEvent {
+    DecodeEvent { event: Some(event) }
+}
+
+/// Rows as they come, in order and without a gap.
+#[derive(Default)]
+struct Condition {
+    rows: u32,
+    data: Vec<u8>,
+}
+
+impl Condition {
+    fn push(&mut self, rows: RegressedEmbeddings) -> Result<(), Status> {
+        let tensor = rows.embeddings.ok_or_else(|| refused("embeddings are missing"))?;
+        if rows.start != self.rows {
+            return Err(refused(format!("row {} came where {} was next", rows.start, self.rows)));
+        }
+        self.rows += tensor.shape.first().copied().unwrap_or(0);
+        self.data.extend_from_slice(&tensor.data);
+        Ok(())
+    }
+}
+
+/// Positive and negative, each whole.
+async fn read_conditions(
+    requests: &mut Streaming<DecodeRequest>,
+    start: &DecodeStart,
+) -> Result<[Condition; 2], Status> {
+    let wanted = [start.queries, if start.guidance_scale > 1.0 { start.queries } else { 0 }];
+    let mut conditions = [Condition::default(), Condition::default()];
+    while conditions.each_ref().map(|condition| condition.rows) != wanted {
+        let request = message::next(requests).await?;
+        let (index, rows) = match request.and_then(|request| request.message) {
+            Some(decode_request::Message::Positive(rows)) => (0, rows),
+            Some(decode_request::Message::Negative(rows)) => (1, rows),
+            Some(decode_request::Message::Start(_)) | None => {
+                return Err(refused("conditions ended before they were whole"));
+            }
+        };
+        conditions[index].push(rows)?;
+        if conditions[index].rows > wanted[index] {
+            return Err(refused(format!("more than {} rows", wanted[index])));
+        }
+    }
+    Ok(conditions)
+}
