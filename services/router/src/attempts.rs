@@ -16,7 +16,7 @@ use emu2_serve::{deadline::Deadline, priority::Priority, status, trace};
 use futures::future::OptionFuture;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataMap};
@@ -33,6 +33,8 @@ const WAITING_MESSAGES: usize = 2;
 /// drawn between nothing and twice their length, so that the callers of a lost replica do not come in step.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// A stage ends its stream right after its last answer.
+const END_TIMEOUT: Duration = Duration::from_millis(100);
 /// In metadata, for logs and traces: 1 for the first.
 const ATTEMPT: &str = "x-emu2-attempt";
 
@@ -58,6 +60,8 @@ pub(crate) trait Call: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
     New,
+    /// New, and nothing comes after it.
+    Last,
     /// The reader has had it from an earlier attempt.
     Known,
     /// It shows that the replica has other weights than the call began with.
@@ -84,6 +88,8 @@ pub(crate) struct Session<C: Call> {
     /// No more inputs will come.
     complete: bool,
     attempt: Option<Attempt<C>>,
+    /// The last answer has come.
+    ended: bool,
     tries: Tries,
     _timer: StageTimer,
 }
@@ -154,6 +160,7 @@ impl<C: Call> Session<C> {
             kept: Vec::new(),
             complete: false,
             attempt: None,
+            ended: false,
             tries: Tries::default(),
         };
         (sender, session)
@@ -169,6 +176,9 @@ impl<C: Call> Session<C> {
             };
             match self.turn(&mut attempt).await? {
                 Ok(answer) => {
+                    if self.ended {
+                        Self::end(&mut attempt).await;
+                    }
                     self.attempt = Some(attempt);
                     return Ok(answer);
                 }
@@ -218,6 +228,15 @@ impl<C: Call> Session<C> {
         }
     }
 
+    /// Waits for the stream's own end after the last answer. A stream that is dropped before it has ended is reset, and
+    /// HTTP/2 takes a connection with many of those for an attack.
+    async fn end(attempt: &mut Attempt<C>) {
+        attempt.requests = None;
+        let ended = async { while let Ok(Some(_)) = attempt.answers.message().await {} };
+        // Whatever it ends with: the call has its answer.
+        let _ = timeout(END_TIMEOUT, ended).await;
+    }
+
     /// What came, if it is anything new.
     fn hear(
         &mut self,
@@ -226,7 +245,8 @@ impl<C: Call> Session<C> {
     ) -> Result<Option<Result<C::Out, Loss>>, Stop> {
         match answer {
             Ok(Some(answer)) => match self.call.take(&answer)? {
-                Taken::New => {
+                taken @ (Taken::New | Taken::Last) => {
+                    self.ended = taken == Taken::Last;
                     self.tries = Tries { number: self.tries.number, answered: true, ..Tries::default() };
                     lease.judge(true);
                     Ok(Some(Ok(answer)))

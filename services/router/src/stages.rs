@@ -136,7 +136,7 @@ impl Call for EncodeCall {
 
     /// Whatever weights it names: the value is good under their name.
     fn take(&mut self, _: &EncodeResponse) -> Result<Taken, Status> {
-        Ok(Taken::New)
+        Ok(Taken::Last)
     }
 }
 
@@ -210,7 +210,7 @@ impl Call for LlmCall {
                 self.rows.push(rows)?;
                 Ok(Taken::New)
             }
-            llm_event::Event::Finished(_) => Ok(Taken::New),
+            llm_event::Event::Finished(_) => Ok(Taken::Last),
         }
     }
 }
@@ -255,6 +255,7 @@ impl Call for DecodeCall {
             Some(decode_event::Event::Finished(finished)) if finished.weights_digest != self.digest => {
                 Ok(Taken::OtherWeights)
             }
+            Some(decode_event::Event::Finished(_)) => Ok(Taken::Last),
             _ => Ok(Taken::New),
         }
     }

@@ -168,6 +168,24 @@ async fn a_name_stands_for_whoever_has_its_address() {
     sandbox.embed(b"cat").await.unwrap();
 }
 
+/// HTTP/2 takes a connection for hostile on which a thousand streams were reset.
+#[tokio::test]
+async fn a_connection_carries_thousands_of_calls() {
+    let sandbox = Sandbox::start().await;
+    for first in (0..2_500_u32).step_by(25) {
+        let calls = (first..first + 25).map(|number| {
+            let image = Some(Image { data: number.to_le_bytes().to_vec().into() });
+            let request = EmbedRequest { model: "emu2".into(), image, ..Default::default() };
+            let mut client = sandbox.client();
+            async move { client.embed(request).await }
+        });
+        for embedded in futures::future::join_all(calls).await {
+            embedded.unwrap();
+        }
+    }
+    assert_eq!(sandbox.encoder.calls(), 2_500);
+}
+
 /// With one replica busy, everything new goes to the other.
 #[tokio::test]
 async fn the_less_loaded_replica_is_taken() {
