@@ -23,8 +23,9 @@ use crate::{
     error::{self, Stop},
     metrics::{Metrics, Outcome},
     model::{Model, Profile},
+    pool::{Pool, Stage},
     request::{Picture, Subject},
-    stages::{self, Llm, LlmCall},
+    stages::{self, LlmCall},
 };
 
 /// One model's embeddings, under one profile.
@@ -102,8 +103,8 @@ impl Embeddings {
         let encoder = &self.profile.encoder;
         let n_query = request.n_query;
         let deadline = Deadline::after(self.shared_work);
-        let (pool, digest, way) = (&self.model.encoder, &encoder.weights_digest, (deadline, self.priority));
-        let encoding = stages::encode(pool, digest, request, way, &self.metrics);
+        let way = self.way(&self.model.encoder, &encoder.weights_digest, deadline, None);
+        let encoding = stages::encode(request, way);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
         if (&answer.weights_digest, answer.preprocessing_version) != known
@@ -143,35 +144,30 @@ impl Embeddings {
             resume: None,
         };
         let call = LlmCall::new(start, &llm.weights_digest);
-        let (_, mut session) = Session::new(call, self.way_to_llm(deadline, None));
-        let mut accepted = LlmAccepted::default();
-        loop {
-            match session.next().await?.event {
-                Some(Event::Accepted(names)) => accepted = names,
-                Some(Event::Finished(_)) => break,
-                _ => {}
-            }
-        }
+        let way = self.way(&self.model.llm, &llm.weights_digest, deadline, None);
+        let (_, mut session) = Session::new(call, way);
+        while !matches!(session.next().await?.event, Some(Event::Finished(_))) {}
         let (call, lease) = session.into_parts();
+        let (accepted, regressed) = call.regressed(llm.n_query)?;
         let known = (&llm.tokenizer_digest, llm.template_version);
         if (&accepted.tokenizer_digest, accepted.template_version) != known
             && let Some(lease) = lease
         {
             lease.refresh().await;
         }
-        Ok((accepted, call.regressed(llm.n_query)?))
+        Ok((accepted, regressed))
     }
 
-    /// `hint`: of calls that share a beginning.
-    pub(crate) fn way_to_llm(&self, deadline: Deadline, hint: Option<u64>) -> Way<Llm> {
-        Way {
-            pool: Arc::clone(&self.model.llm),
-            digest: self.profile.llm.weights_digest.clone(),
-            hint,
-            deadline,
-            priority: self.priority,
-            metrics: self.metrics.clone(),
-        }
+    /// A call's way for this request; `hint`: of calls that share a beginning.
+    pub(crate) fn way<S: Stage>(
+        &self,
+        pool: &Arc<Pool<S>>,
+        digest: &str,
+        deadline: Deadline,
+        hint: Option<u64>,
+    ) -> Way<S> {
+        let (pool, digest) = (Arc::clone(pool), digest.to_owned());
+        Way { pool, digest, hint, deadline, priority: self.priority, metrics: self.metrics.clone() }
     }
 }
 

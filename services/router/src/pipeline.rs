@@ -6,10 +6,7 @@
 //! All of it is one future: when nobody listens any more it is dropped, and every stage's stream with it.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
 
@@ -31,7 +28,7 @@ use tonic::Status;
 use tracing::{Instrument, info_span};
 
 use crate::{
-    attempts::{Session, Way},
+    attempts::Session,
     cache::Found,
     embeddings::Embeddings,
     error::{self, Stop},
@@ -226,23 +223,19 @@ impl Job {
     fn ask_llm(&self, input: &llm_start::Input, output: llm_start::Output) -> (Sender<LlmRequest>, Llm) {
         let start = LlmStart { input: Some(input.clone()), output: Some(output), resume: None };
         let call = LlmCall::new(start, &self.embeddings.profile.llm.weights_digest);
-        Session::new(call, self.embeddings.way_to_llm(self.deadline, Some(self.generation.beginning())))
+        let Embeddings { model, profile, .. } = &self.embeddings;
+        let hint = Some(self.generation.beginning());
+        let way = self.embeddings.way(&model.llm, &profile.llm.weights_digest, self.deadline, hint);
+        Session::new(call, way)
     }
 
     /// Where the picture's conditions go, and what comes of them.
     fn ask_decoder(&self, start: &DecodeStart) -> Result<(Sender<DecodeRequest>, Decoder), Stop> {
-        let Embeddings { model, profile, metrics, .. } = &self.embeddings;
+        let Embeddings { model, profile, .. } = &self.embeddings;
         let (Some(pool), Some(info)) = (&model.decoder, &profile.decoder) else {
             return Err(status::internal("an image was asked of a model without a decoder").into());
         };
-        let way = Way {
-            pool: Arc::clone(pool),
-            digest: info.weights_digest.clone(),
-            hint: None,
-            deadline: self.deadline,
-            priority: self.embeddings.priority,
-            metrics: metrics.clone(),
-        };
+        let way = self.embeddings.way(pool, &info.weights_digest, self.deadline, None);
         Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), way))
     }
 
@@ -336,7 +329,6 @@ impl Job {
         report: &mut Report,
         client: &Client,
     ) -> Result<Option<(LlmAccepted, v1::Tensor)>, Stop> {
-        let mut accepted = LlmAccepted::default();
         loop {
             match next_of_llm(&mut llm, report).await? {
                 Some(llm_event::Event::Embeddings(rows)) => {
@@ -349,13 +341,12 @@ impl Job {
                     report.regressed(done);
                     client.progress(Event::EmbeddingProgress(EmbeddingProgress { done, total })).await?;
                 }
-                Some(llm_event::Event::Accepted(names)) => accepted = names,
                 Some(llm_event::Event::Finished(_)) => break,
                 _ => {}
             }
         }
         let (call, _) = llm.into_parts();
-        Ok(Some((accepted, call.regressed(total)?)))
+        Ok(Some(call.regressed(total)?))
     }
 
     /// Steps as they are done; the image once the decoder has said which weights painted it.

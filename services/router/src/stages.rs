@@ -1,7 +1,5 @@
 //! The three stages as the router calls them: what each is asked, and what of its answers a next attempt builds on.
 
-use std::sync::Arc;
-
 use emu2_proto::{
     stage::{
         DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, EncodeRequest,
@@ -12,15 +10,14 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{deadline::Deadline, priority::Priority, status};
+use emu2_serve::status;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
 use crate::{
     attempts::{Call, Session, Taken, Way},
     error::Stop,
-    metrics::Metrics,
-    pool::{Lease, Pool, Stage},
+    pool::{Lease, Stage},
     rows::Rows,
 };
 
@@ -97,20 +94,9 @@ impl Stage for Decoder {
 /// Encodes one picture. Several of a request go side by side, each where there is room. The lease is of the replica
 /// that did it.
 pub(crate) async fn encode(
-    pool: &Arc<Pool<Encoder>>,
-    digest: &str,
     request: EncodeRequest,
-    (deadline, priority): (Deadline, Priority),
-    metrics: &Metrics,
+    way: Way<Encoder>,
 ) -> Result<(EncodeResponse, Option<Lease<Encoder>>), Stop> {
-    let way = Way {
-        pool: Arc::clone(pool),
-        digest: digest.to_owned(),
-        hint: None,
-        deadline,
-        priority,
-        metrics: metrics.clone(),
-    };
     let (_, mut session) = Session::new(EncodeCall(request), way);
     let answer = session.next().await?;
     Ok((answer, session.into_parts().1))
@@ -173,9 +159,10 @@ impl LlmCall {
         }
     }
 
-    /// The embeddings that were regressed; INTERNAL unless there are as many as expected.
-    pub(crate) fn regressed(&self, expected: u32) -> Result<v1::Tensor, Status> {
-        self.rows.whole(expected)
+    /// The embeddings that were regressed, and what the llm called itself; INTERNAL unless there are as many as
+    /// expected.
+    pub(crate) fn regressed(self, expected: u32) -> Result<(LlmAccepted, v1::Tensor), Status> {
+        Ok((self.accepted.unwrap_or_default(), self.rows.whole(expected)?))
     }
 }
 
