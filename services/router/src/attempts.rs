@@ -310,21 +310,35 @@ impl<C: Call> Session<C> {
             match found {
                 Ok(lease) => return Ok(lease),
                 Err(NoReplica::Rolled) => return Err(Stop::Rolled),
-                Err(NoReplica::Gone) if self.tries.answered => {
+                // Nothing is lost by beginning anew with the weights of the others.
+                Err(NoReplica::Rolling) if self.tries.is_lost_unanswered() => return Err(Stop::Rolled),
+                Err(NoReplica::Gone | NoReplica::Rolling) if self.tries.answered => {
                     self.tries.avoid.clear();
                     self.pause().await;
                 }
-                Err(NoReplica::Gone | NoReplica::TooManyRetries) => return Err(self.last_word()),
+                Err(NoReplica::Gone | NoReplica::Rolling | NoReplica::TooManyRetries) => {
+                    return Err(self.last_word());
+                }
             }
         }
     }
 
     /// Why no attempt is made any more.
     fn last_word(&mut self) -> Stop {
-        let nobody = || {
-            status::unavailable(format!("no {} replica with the request's weights is left", C::Stage::NAME))
+        let status = match self.tries.last.take() {
+            None => {
+                let stage = C::Stage::NAME;
+                status::unavailable(format!("no {stage} replica with the request's weights is left"))
+            }
+            Some(full) if full.code() == Code::ResourceExhausted => full,
+            Some(lost) => {
+                let (how, answered) = (error::of_loss(&lost), self.tries.answered);
+                let then =
+                    if answered { "no other has gone on" } else { "nothing was answered yet, ask again" };
+                status::unavailable(format!("{how}; {then}"))
+            }
         };
-        self.tries.last.take().unwrap_or_else(nobody).into()
+        status.into()
     }
 
     /// Makes ready for the next attempt, or says why there is none.
@@ -347,7 +361,11 @@ impl<C: Call> Session<C> {
             }
         };
         self.tries.lost_since.get_or_insert_with(Instant::now);
-        self.tries.avoid.push(endpoint.to_owned());
+        // A replica that has seen nothing of the call comes last, as one that is doubted, but may be asked once more
+        // over a new connection.
+        if !matches!(&loss, Loss::Lost(status) if error::was_never_sent(status)) {
+            self.tries.avoid.push(endpoint.to_owned());
+        }
         self.tries.last = loss.status::<C::Stage>();
         // A call that itself is what kills replicas must not take the whole pool with it.
         if ours && self.tries.fruitless >= self.way.pool.config().max_attempts {
@@ -362,6 +380,14 @@ impl<C: Call> Session<C> {
     async fn pause(&mut self) {
         sleep(self.tries.pause.mul_f64(rand::random_range(0.0..2.0))).await;
         self.tries.pause = (self.tries.pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+impl Tries {
+    /// Whether a replica was lost before it answered anything. One without room is not lost.
+    fn is_lost_unanswered(&self) -> bool {
+        let full = self.last.as_ref().is_some_and(|status| status.code() == Code::ResourceExhausted);
+        !self.answered && !full
     }
 }
 

@@ -52,6 +52,16 @@ pub(crate) fn never_arrived(status: &Status) -> bool {
     causes.any(|error| error.is::<tonic::ConnectError>())
 }
 
+/// Whether the connection closed before it had sent the call: the replica may be there all the same.
+pub(crate) fn was_never_sent(status: &Status) -> bool {
+    status.code() == Code::Cancelled && is_replica_lost(status)
+}
+
+/// How a replica was lost, for the client.
+pub(crate) fn of_loss(status: &Status) -> &str {
+    if was_never_sent(status) { "its connection was closed" } else { status.message() }
+}
+
 /// A stage's status in the terms of the public request. `public` translates the name of one of the stage's fields;
 /// a field without a public name was filled by us, so that its violation is our fault.
 pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {

@@ -83,6 +83,8 @@ pub(crate) struct Wanted<'a> {
 pub(crate) enum NoReplica {
     /// No replica has these weights any more, but there are others.
     Rolled,
+    /// None that has these weights is left that the call has not tried, but others answer.
+    Rolling,
     /// None is left that the call has not tried.
     Gone,
     /// The pool has been asked again too often.
@@ -165,11 +167,13 @@ impl<S: Stage> Pool<S> {
             |replica: &Arc<Replica<S>>| replica.info().map(|info| S::digest(&info) == wanted.digest);
         let (mut fitting, others): (Vec<_>, Vec<_>) =
             replicas.into_iter().partition(|replica| has_weights(replica) == Some(true));
-        if fitting.is_empty() && others.iter().any(|replica| replica.answers()) {
+        let rolls = others.iter().any(|replica| replica.answers());
+        if fitting.is_empty() && rolls {
             return Err(NoReplica::Rolled);
         }
         fitting.retain(|replica| !wanted.avoid.contains(&replica.endpoint));
-        choose(&fitting, wanted.hint).map(Lease::new).ok_or(NoReplica::Gone)
+        let none = if rolls { NoReplica::Rolling } else { NoReplica::Gone };
+        choose(&fitting, wanted.hint).map(Lease::new).ok_or(none)
     }
 }
 

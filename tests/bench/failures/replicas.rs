@@ -50,6 +50,7 @@ async fn weights_that_are_rolled_leave_nothing_behind() {
     let (mut cluster, record) = rolled("--digest w2").await;
     for (sent, status) in record.failures() {
         assert_eq!(status.code(), Code::Unavailable, "request {}: {status}", sent.number);
+        assert!(status.message().contains("ask again"), "request {}: {status}", sent.number);
     }
     let mut plan = cluster.plan.clone();
     for stage in [&mut plan.encoder, &mut plan.llm, &mut plan.decoder] {

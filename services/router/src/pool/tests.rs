@@ -68,7 +68,9 @@ async fn a_call_goes_only_where_its_weights_are_and_it_has_not_been() {
     assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([0, 2]));
     let tried = &quiet.endpoints;
     assert_eq!(quiet.taken(wanted(&tried[..1])), BTreeSet::from([2]));
-    assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Gone));
+    assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Rolling));
+    quiet.pool.lease(Wanted { digest: "other", ..wanted(&[]) }).unwrap().doubt();
+    assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Gone), "nobody else answers either");
     let older = Wanted { digest: "older", ..wanted(&[]) };
     assert_eq!(quiet.pool.lease(older).err(), Some(NoReplica::Rolled));
 }

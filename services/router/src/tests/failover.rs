@@ -189,6 +189,34 @@ async fn a_replica_without_room_passes_the_call_on() {
     assert_eq!(refused.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(3)));
 }
 
+/// Of a pool that is rolled one replica is left with the old weights, and stops: whoever it has answered nothing begins
+/// anew with the new ones.
+#[tokio::test]
+async fn a_call_that_was_answered_nothing_begins_again_with_the_weights_that_are_left() {
+    let mut pair = Pair::start().await;
+    pair.llm.roll("l2");
+    let asked = pair.llm.asked.load(Ordering::SeqCst);
+    until("it is noticed", || async { pair.llm.asked.load(Ordering::SeqCst) > asked + 1 }).await;
+    let old = &pair.sandbox.llm;
+    old.fail(Some(Status::unavailable("not ready: stopping")));
+    until("the old one was asked", || async {
+        assert_eq!(words(&pair.sandbox.events(ask(vec![text("a")])).await.unwrap()), TEXT);
+        old.calls() > 0
+    })
+    .await;
+    pair.sandbox.llm.kill();
+    assert_eq!(words(&pair.sandbox.events(ask(vec![text("a")])).await.unwrap()), TEXT);
+}
+
+#[tokio::test]
+async fn a_call_that_nobody_is_left_for_says_what_to_do() {
+    let sandbox = Sandbox::start().await;
+    sandbox.llm.fail(Some(Status::unavailable("not ready: stopping")));
+    let status = sandbox.events(ask(vec![text("a")])).await.unwrap_err();
+    let text = "the llm stage was lost: not ready: stopping; nothing was answered yet, ask again";
+    assert_eq!((status.code(), status.message()), (Code::Unavailable, text));
+}
+
 /// The last replica is gone: a call that has begun waits for it, one that has not is told at once.
 #[tokio::test]
 async fn a_call_that_has_begun_waits_for_its_replica_to_come_back() {
