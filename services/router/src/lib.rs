@@ -54,7 +54,8 @@ use prometheus_client::registry::Registry;
 
 use crate::{config::Config, metrics::Metrics, service::Router};
 
-/// Serves until shutdown. Ready once every stage of every model has answered; they may start later than the router.
+/// Serves until shutdown. Ready once every stage of every model has answered, and every replica of it was asked; they
+/// may start later than the router.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let server_config = config.server.clone();
     let max_message_bytes = server_config.max_message_bytes;

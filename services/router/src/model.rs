@@ -67,7 +67,7 @@ impl Model {
         })
     }
 
-    /// Returns once every stage has answered.
+    /// Returns once every stage has answered, and all its replicas were asked.
     pub(crate) async fn answered(&self) {
         self.encoder.answered().await;
         self.llm.answered().await;

@@ -20,9 +20,11 @@ use std::{
     collections::{BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
+    time::Duration,
 };
 
 use rand::seq::IndexedRandom;
+use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, transport::Channel};
 
@@ -132,10 +134,18 @@ impl<S: Stage> Pool<S> {
         &self.config
     }
 
-    /// Returns once any replica has answered.
+    /// Returns once any replica has answered and every other that is known by then has been asked: the first requests
+    /// are for all of them.
     pub(crate) async fn answered(&self) {
         // The sender lives as long as this pool.
         let _ = self.members.answered.subscribe().wait_for(|answered| *answered).await;
+        let all = async {
+            for replica in self.members.replicas() {
+                replica.asked().await;
+            }
+        };
+        // One that has left the pool meanwhile is never asked.
+        let _ = timeout(Duration::from_millis(self.config.info_timeout_ms), all).await;
     }
 
     /// Whether a replica answers now.

@@ -50,7 +50,7 @@ impl Router {
         })
     }
 
-    /// Returns once every stage of every model has answered.
+    /// Returns once every stage of every model has answered, and all replicas were asked.
     pub(crate) async fn answered(&self) {
         for model in self.models.iter() {
             model.answered().await;

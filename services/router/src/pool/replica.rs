@@ -30,6 +30,8 @@ pub(super) struct Replica<S: Stage> {
     pub(super) client: S::Client,
     outstanding: AtomicUsize,
     known: RwLock<Known<S::Info>>,
+    /// Set once it has been asked about itself, whatever came of it.
+    asked: watch::Sender<bool>,
     /// Set while it hangs: it does not answer questions, or its engine's step does not end.
     hung: watch::Sender<bool>,
     /// Woken when a call finds the replica lost.
@@ -66,6 +68,7 @@ impl<S: Stage> Replica<S> {
                 ejections: 0,
                 ejected_until: None,
             }),
+            asked: watch::channel(false).0,
             hung: watch::channel(false).0,
             doubted: Notify::new(),
             failures: AtomicU32::new(0),
@@ -79,6 +82,11 @@ impl<S: Stage> Replica<S> {
 
     pub(super) fn answers(&self) -> bool {
         self.read(|known| known.answers)
+    }
+
+    pub(super) async fn asked(&self) {
+        // The sender lives as long as the replica.
+        let _ = self.asked.subscribe().wait_for(|asked| *asked).await;
     }
 
     pub(super) fn is_ejected(&self) -> bool {
@@ -237,6 +245,7 @@ pub(super) async fn watch<S: Stage>(replica: Arc<Replica<S>>, answered: watch::S
             retry = (retry * 2).min(refresh);
             pause
         };
+        replica.asked.send_replace(true);
         // Routers that lost the same replica do not come back in step.
         let pause = pause.mul_f64(rand::random_range(0.75..1.25));
         tokio::select! {

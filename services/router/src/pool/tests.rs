@@ -1,4 +1,4 @@
-use std::{net::TcpListener, time::Duration};
+use std::net::TcpListener;
 
 use emu2_proto::stage::EncoderInfo;
 use tokio::time::advance;

@@ -1,6 +1,6 @@
 //! Callers that leave, time that runs out, stages that fail, and a full house.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use emu2_proto::v1::{Dtype, EmbedRequest, Image, ListModelsRequest, generate_event::Event};
 use emu2_serve::status::{self, Violation};
@@ -10,7 +10,7 @@ use tonic_types::StatusExt;
 use super::{
     mocks::{Role, SLOW, Script, Stage},
     redis_server::free_port,
-    sandbox::{Router, Sandbox, ask, collect, image, paint, refusal, text, until},
+    sandbox::{Router, Sandbox, ask, collect, config, image, paint, refusal, text, until},
 };
 
 /// Every stage at work for one request: a picture being encoded, another regressed from, a decoder waiting for rows.
@@ -22,8 +22,7 @@ async fn all_stages_at_work(sandbox: &Sandbox) {
 }
 
 fn all_cancelled(sandbox: &Sandbox) -> [usize; 3] {
-    [&sandbox.encoder, &sandbox.llm, &sandbox.decoder]
-        .map(|stage| stage.cancelled.load(std::sync::atomic::Ordering::SeqCst))
+    [&sandbox.encoder, &sandbox.llm, &sandbox.decoder].map(|stage| stage.cancelled.load(Ordering::SeqCst))
 }
 
 #[tokio::test]
@@ -49,7 +48,7 @@ async fn a_deadline_stops_every_stage() {
     all_stages_at_work(&sandbox).await;
     assert_eq!(collect(stream).await.unwrap_err().code(), Code::DeadlineExceeded);
     sandbox.idle().await;
-    assert_eq!(sandbox.encoder.cancelled.load(std::sync::atomic::Ordering::SeqCst), 1);
+    assert_eq!(sandbox.encoder.cancelled.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
@@ -272,6 +271,28 @@ async fn the_router_is_ready_when_its_stages_are() {
     until("the router is ready", || router.is_ready()).await;
     router.embed(b"cat").await.unwrap();
     router.stop().await;
+}
+
+/// Its first requests are not for the quickest replica alone; but one that hangs does not hold it up for long.
+#[tokio::test]
+async fn the_router_is_ready_when_it_has_asked_every_replica() {
+    let sandbox = Sandbox::start().await;
+    let second = Stage::start(Role::Encoder, Script::new("e1"));
+    let start = async |info_timeout_ms| {
+        let mut config = config(&sandbox.encoder, &sandbox.llm, &sandbox.decoder);
+        config.models.iter_mut().for_each(|model| model.encoder.push(second.endpoint()));
+        config.pool.info_timeout_ms = info_timeout_ms;
+        Router::start(config).await
+    };
+    second.hung.send_replace(true);
+    let patient = start(600_000).await;
+    until("every other is asked, too", || async { second.asked.load(Ordering::SeqCst) == 1 }).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!patient.is_ready().await);
+    let hasty = start(200).await;
+    until("it is ready without it", || hasty.is_ready()).await;
+    second.hung.send_replace(false);
+    until("it is ready with it", || patient.is_ready()).await;
 }
 
 #[tokio::test]
