@@ -12,16 +12,16 @@ use emu2_proto::{
     v1,
 };
 use emu2_serve::{deadline::Deadline, priority::Priority, status, tenant::Tenant};
-use futures::FutureExt;
+use futures::{FutureExt, StreamExt, stream};
 use tonic::Status;
 use tracing::{Instrument, Span};
 
 use crate::{
     attempts::{Session, Way},
-    cache::{Cache, Computed, Found, Kind, Recipe, is_whole},
+    cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
     drawing,
     error::{self, Stop},
-    metrics::{Metrics, Outcome},
+    metrics::Metrics,
     model::{Model, Profile},
     pool::{Pool, Stage},
     request::{Picture, Subject},
@@ -43,10 +43,42 @@ pub(crate) struct Embeddings {
     pub(crate) shared_work: Duration,
 }
 
+/// A picture as the cache is asked for it: drawn and hashed once, however often it is asked for.
+#[derive(Clone)]
+pub(crate) struct Sought {
+    key: Key,
+    content: Bytes,
+    pub(crate) found: Option<Found>,
+}
+
 impl Embeddings {
-    pub(crate) async fn picture(&self, picture: &Picture) -> Result<Found, Stop> {
-        let data = encoded_image(picture);
-        let found = self.encoded(Kind::Image, Source::Image(data.clone()), data, picture.n_query).await;
+    pub(crate) fn seek(&self, picture: &Picture) -> Sought {
+        let content = encoded_image(picture);
+        let key = self.recipe(Kind::Image, &content, picture.n_query).key();
+        Sought { key, content, found: None }
+    }
+
+    /// What the cache holds of these pictures; nothing is computed for it.
+    pub(crate) async fn look_for(&self, pictures: &[Picture], at_once: usize) -> Vec<Sought> {
+        let look = |index: usize| async move {
+            let mut sought = self.seek(&pictures[index]);
+            sought.found = self.cache.peek(sought.key).await.ok();
+            // One that is not there is counted when it is asked for again.
+            if let Some(found) = &sought.found {
+                self.cache.count(Kind::Image, found.outcome);
+            }
+            sought
+        };
+        stream::iter(0..pictures.len()).map(look).buffered(at_once).collect().await
+    }
+
+    pub(crate) async fn picture(&self, picture: &Picture, sought: Sought) -> Result<Found, Stop> {
+        let Sought { key, content, found } = sought;
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let source = Source::Image(content.clone());
+        let found = self.encoded(Kind::Image, key, source, content, picture.n_query).await;
         found.map_err(|stop| {
             // "image", "image.width" and so on are the picture; the rest we filled in.
             let public =
@@ -55,15 +87,11 @@ impl Embeddings {
         })
     }
 
-    /// A picture's embeddings if the cache holds them; neither computed nor counted.
-    pub(crate) async fn cached_picture(&self, picture: &Picture) -> Result<Found, Outcome> {
-        self.cache.peek(self.recipe(Kind::Image, &encoded_image(picture), picture.n_query).key()).await
-    }
-
     /// The negative of autoencoding: a picture that is zero after normalisation, as upstream.
     pub(crate) async fn mean_colour(&self) -> Result<Found, Stop> {
-        let source = Source::MeanColour(MeanColour {});
-        let found = self.encoded(Kind::MeanColour, source, Bytes::new(), self.profile.llm.n_query).await;
+        let (source, n_query) = (Source::MeanColour(MeanColour {}), self.profile.llm.n_query);
+        let key = self.recipe(Kind::MeanColour, &[], n_query).key();
+        let found = self.encoded(Kind::MeanColour, key, source, Bytes::new(), n_query).await;
         found.map_err(|stop| error::in_public_terms("encoder", stop, |_| None))
     }
 
@@ -76,11 +104,16 @@ impl Embeddings {
         found.map_err(|stop| error::in_public_terms("llm", stop, |_| None))
     }
 
-    async fn encoded(&self, kind: Kind, source: Source, content: Bytes, n_query: u32) -> Result<Found, Stop> {
-        let key = self.recipe(kind, &content, n_query).key();
+    async fn encoded(
+        &self,
+        kind: Kind,
+        key: Key,
+        source: Source,
+        content: Bytes,
+        n_query: u32,
+    ) -> Result<Found, Stop> {
         let work = self.clone();
         let request = EncodeRequest { id: 0, source: Some(source), n_query };
-        let content = content.clone();
         let compute = || work.encode(kind, request, content).instrument(Span::current()).boxed();
         self.cache.fetch(kind, key, compute).await
     }

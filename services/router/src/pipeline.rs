@@ -30,7 +30,7 @@ use tracing::{Instrument, info_span};
 use crate::{
     attempts::Session,
     cache::Found,
-    embeddings::Embeddings,
+    embeddings::{Embeddings, Sought},
     error::{self, Stop},
     pool::Stage,
     regressed::SentPrompt,
@@ -127,9 +127,11 @@ impl Job {
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
-        let pictures = self.embeddings.cached_pictures(&self.generation.pictures, self.images_in_flight);
-        let Some(known) = pictures.instrument(info_span!("embeddings")).await else {
-            return self.paint_new(input, &[], start, report, client).await;
+        let sought = self.embeddings.look_for(&self.generation.pictures, self.images_in_flight);
+        let sought = sought.instrument(info_span!("embeddings")).await;
+        let known: Option<Vec<Found>> = sought.iter().map(|sought| sought.found.clone()).collect();
+        let Some(known) = known else {
+            return self.paint_new(input, &sought, start, report, client).await;
         };
         let embeddings: Vec<v1::Tensor> = known.iter().map(|found| found.tensor.clone()).collect();
         match self.embeddings.regressed(SentPrompt { input, embeddings: &embeddings }).await {
@@ -137,15 +139,14 @@ impl Job {
                 report.pictures(&Pictures::all_cached(&known));
                 self.paint_again(regressed.tensor, start, report, client).await
             }
-            None => self.paint_new(input, &known, start, report, client).await,
+            None => self.paint_new(input, &sought, start, report, client).await,
         }
     }
 
-    /// `known`: all of the prompt's pictures, or nothing.
     async fn paint_new(
         &self,
         input: &llm_start::Input,
-        known: &[Found],
+        sought: &[Sought],
         start: &DecodeStart,
         report: &mut Report,
         client: &Client,
@@ -159,7 +160,7 @@ impl Job {
             let positive = async {
                 let rows = self.forward_regressed(llm, &conditions, start.queries, report, client);
                 let (pictures, regressed) =
-                    try_join!(self.fill_slots(slots, known), rows.instrument(llm_span))?;
+                    try_join!(self.fill_slots(slots, sought), rows.instrument(llm_span))?;
                 if let Some((accepted, regressed)) = regressed {
                     let prompt = SentPrompt { input, embeddings: &pictures.sent };
                     self.embeddings.keep_regressed(&accepted, prompt, regressed);
@@ -239,17 +240,13 @@ impl Job {
         Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), way))
     }
 
-    /// Sends every picture's embeddings to its slot as soon as they are there.
-    async fn fill_slots(&self, slots: Sender<LlmRequest>, known: &[Found]) -> Result<Pictures, Stop> {
+    /// Sends every picture's embeddings to its slot as soon as they are there. `sought`: by slot, what the cache was
+    /// asked before.
+    async fn fill_slots(&self, slots: Sender<LlmRequest>, sought: &[Sought]) -> Result<Pictures, Stop> {
         let began = Instant::now();
         let count = self.generation.pictures.len();
         let mut pictures = Pictures { sent: vec![v1::Tensor::default(); count], ..Default::default() };
-        let find = |slot: usize| async move {
-            match known.get(slot) {
-                Some(found) => Ok((slot, found.clone())),
-                None => self.slot(slot).await,
-            }
-        };
+        let find = |slot: usize| self.slot(slot, sought.get(slot));
         let mut looked_up = iter((0..count).map(find)).buffer_unordered(self.images_in_flight);
         while let Some((slot, found)) = looked_up.try_next().await? {
             pictures.count(&found, began);
@@ -263,18 +260,17 @@ impl Job {
         Ok(pictures)
     }
 
-    async fn slot(&self, slot: usize) -> Result<(usize, Found), Stop> {
-        let found = self
-            .embeddings
-            .picture(&self.generation.pictures[slot])
-            .instrument(info_span!("embeddings", slot));
+    async fn slot(&self, slot: usize, sought: Option<&Sought>) -> Result<(usize, Found), Stop> {
+        let picture = &self.generation.pictures[slot];
+        let sought = sought.cloned().unwrap_or_else(|| self.embeddings.seek(picture));
+        let found = self.embeddings.picture(picture, sought).instrument(info_span!("embeddings", slot));
         Ok((slot, found.await?))
     }
 
     /// The only picture, as the positive of autoencoding.
     async fn send_picture(&self, conditions: &Sender<DecodeRequest>) -> Result<Pictures, Stop> {
         let began = Instant::now();
-        let (_, found) = self.slot(0).await?;
+        let (_, found) = self.slot(0, None).await?;
         let mut pictures = Pictures::default();
         pictures.count(&found, began);
         // A decoder that has hung up says why where it is read.

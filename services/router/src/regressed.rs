@@ -8,12 +8,10 @@ use emu2_proto::{
     stage::{LlmAccepted, LlmInfo, LlmPart, LlmPrompt, llm_part, llm_start::Input},
     v1,
 };
-use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::{
     cache::{Found, Key, Kind, Recipe},
     embeddings::Embeddings,
-    request::Picture,
 };
 
 /// A prompt as the llm gets it.
@@ -25,17 +23,6 @@ pub(crate) struct SentPrompt<'a> {
 }
 
 impl Embeddings {
-    /// The pictures of a prompt if the cache holds every one of them; nothing is computed for it.
-    pub(crate) async fn cached_pictures(&self, pictures: &[Picture], at_once: usize) -> Option<Vec<Found>> {
-        let all = stream::iter(0..pictures.len())
-            .map(|index| self.cached_picture(&pictures[index]))
-            .buffered(at_once);
-        let all: Vec<Found> = all.try_collect().await.ok()?;
-        // Only now are they used; one that is not will be asked for again.
-        all.iter().for_each(|found| self.cache.count(Kind::Image, found.outcome));
-        Some(all)
-    }
-
     /// What the llm regressed for this prompt before.
     pub(crate) async fn regressed(&self, prompt: SentPrompt<'_>) -> Option<Found> {
         let llm = &self.profile.llm;

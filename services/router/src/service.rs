@@ -102,7 +102,7 @@ impl Router {
         self.metrics.request(&model.name, "embed");
         let mut embeddings = self.embeddings(model, profile, caller);
         for _ in 0..MAX_BEGINNINGS {
-            match embeddings.picture(&picture).await {
+            match embeddings.picture(&picture, embeddings.seek(&picture)).await {
                 Ok(found) => {
                     return Ok(EmbedResponse {
                         embeddings: Some(found.tensor),

@@ -7,6 +7,7 @@ use super::{
     redis_server::RedisServer,
     sandbox::{Sandbox, finished, image, paint, text, until, words},
 };
+use crate::config::CacheConfig;
 
 fn with_seed(seed: u64, request: GenerateRequest) -> GenerateRequest {
     GenerateRequest { seed: Some(seed), ..request }
@@ -68,6 +69,23 @@ async fn routers_share_what_the_llm_regressed() {
     assert_eq!(words(&events.await.unwrap()), AGAIN);
     assert_eq!(sandbox.llm.calls(), 1);
     assert_eq!((other.lookups("l2_hit").await, other.lookups_of("regressed", "l2_hit").await), (1, 1));
+}
+
+/// A picture that Redis holds is asked for once; one that it does not, once more by whoever computes it, with its lease.
+#[tokio::test]
+async fn the_pictures_of_a_prompt_are_asked_for_once() {
+    let Some(redis) = RedisServer::start().await else { return };
+    let cache = || CacheConfig { memory_bytes: 0, ..redis.cache() };
+    let sandbox = Sandbox::with(|config| config.cache = cache()).await;
+    sandbox.embed(b"old").await.unwrap();
+    redis.only_key().await;
+    let before = redis.scripts_run().await;
+    sandbox.events(paint(vec![image("old"), image("new")], 1.0)).await.unwrap();
+    until("all is written", || async { redis.keys().await.len() == 3 }).await;
+    // Two looks, a lease, and two values: the new picture's and what was regressed.
+    assert_eq!(redis.scripts_run().await - before, 5);
+    let lookups = [sandbox.router.lookups("l2_hit").await, sandbox.router.lookups("miss").await];
+    assert_eq!(lookups, [1, 2], "the old one was new once");
 }
 
 #[tokio::test]
