@@ -22,7 +22,7 @@ use self::{
     redis::{Claim, Lease, Patience, Redis},
 };
 pub(crate) use self::{
-    key::{Key, Kind, Recipe},
+    key::{Fields, Key, Kind, Recipe},
     redis::Address,
     value::{Value, decode, encode, is_whole},
 };

@@ -6,8 +6,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use emu2_proto::{
     stage::{
-        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressionParameters,
-        encode_request::Source, llm_event::Event, llm_start,
+        EncodeRequest, LlmAccepted, LlmPrompt, LlmStart, MeanColour, RegressionParameters,
+        encode_request::Source,
+        llm_event::Event,
+        llm_start::{self, Input},
     },
     v1,
 };
@@ -24,6 +26,7 @@ use crate::{
     metrics::Metrics,
     model::{Model, Profile},
     pool::{Pool, Stage},
+    regressed::SentPrompt,
     request::{Picture, Subject},
     stages::{self, LlmCall},
 };
@@ -97,10 +100,12 @@ impl Embeddings {
 
     /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
     pub(crate) async fn empty_prompt(&self) -> Result<Found, Stop> {
-        let key = negative_recipe(&self.profile.llm, self.profile.llm.dtype(), self.tenant.name()).key();
+        let llm = &self.profile.llm;
+        let empty = Input::Prompt(LlmPrompt::default());
+        let key = self.prompt_key(llm, llm.dtype(), SentPrompt { input: &empty, embeddings: &[] });
         let work = self.clone();
-        let compute = || work.regress().instrument(Span::current()).boxed();
-        let found = self.cache.fetch(Kind::Negative, key, compute).await;
+        let compute = || work.regress(empty).instrument(Span::current()).boxed();
+        let found = self.cache.fetch(Kind::Regressed, key, compute).await;
         found.map_err(|stop| error::in_public_terms("llm", stop, |_| None))
     }
 
@@ -159,20 +164,23 @@ impl Embeddings {
         Ok((recipe.key(), tensor))
     }
 
-    async fn regress(self) -> Computed {
+    async fn regress(self, input: Input) -> Computed {
         let deadline = Deadline::after(self.shared_work);
-        let (accepted, regressed) =
-            deadline.run(self.regress_empty_prompt(deadline)).await.map_err(|_| too_slow())??;
-        // Under the names that came with it.
-        let LlmAccepted { tokenizer_digest, template_version, .. } = accepted;
-        let llm = LlmInfo { tokenizer_digest, template_version, ..(*self.profile.llm).clone() };
-        Ok((negative_recipe(&llm, regressed.dtype(), self.tenant.name()).key(), regressed))
+        let regressing = self.regress_text(input.clone(), deadline);
+        let (accepted, regressed) = deadline.run(regressing).await.map_err(|_| too_slow())??;
+        let prompt = SentPrompt { input: &input, embeddings: &[] };
+        Ok((self.key_of_regressed(&accepted, prompt, regressed.dtype()), regressed))
     }
 
-    async fn regress_empty_prompt(&self, deadline: Deadline) -> Result<(LlmAccepted, v1::Tensor), Stop> {
+    /// Of a prompt without slots.
+    async fn regress_text(
+        &self,
+        input: Input,
+        deadline: Deadline,
+    ) -> Result<(LlmAccepted, v1::Tensor), Stop> {
         let llm = &self.profile.llm;
         let start = LlmStart {
-            input: Some(llm_start::Input::Prompt(LlmPrompt::default())),
+            input: Some(input),
             output: Some(llm_start::Output::Regression(RegressionParameters {})),
             resume: None,
         };
@@ -208,18 +216,6 @@ fn encoded_image(picture: &Picture) -> Bytes {
     match &picture.subject {
         Subject::Sent(data) => data.clone(),
         Subject::Outline(region) => drawing::outline_png(region),
-    }
-}
-
-fn negative_recipe<'a>(llm: &'a LlmInfo, dtype: v1::Dtype, tenant: &'a str) -> Recipe<'a> {
-    Recipe {
-        kind: Kind::Negative,
-        weights_digest: &llm.weights_digest,
-        preprocessing_version: llm.template_version,
-        n_query: llm.n_query,
-        dtype,
-        tenant,
-        content: llm.tokenizer_digest.as_bytes(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the llm regressed for a whole prompt. It is deterministic there: the same prompt gives the same embeddings
-//! whatever the seed, so that another picture of it needs the decoder alone.
+//! whatever the seed, so that another picture of it needs the decoder alone. Guidance's negative is that of the empty
+//! prompt.
 //!
 //! A prompt is looked up only if the cache holds all its pictures. One that has to be encoded makes the prompt new in
 //! any case, and the llm had better begin on what comes before it.
@@ -10,7 +11,7 @@ use emu2_proto::{
 };
 
 use crate::{
-    cache::{Found, Key, Kind, Recipe},
+    cache::{Fields, Found, Key, Kind, Recipe},
     embeddings::Embeddings,
 };
 
@@ -39,13 +40,23 @@ impl Embeddings {
         prompt: SentPrompt<'_>,
         regressed: v1::Tensor,
     ) {
+        self.cache.put(self.key_of_regressed(accepted, prompt, regressed.dtype()), regressed);
+    }
+
+    /// By what the llm that regressed it called itself.
+    pub(crate) fn key_of_regressed(
+        &self,
+        accepted: &LlmAccepted,
+        prompt: SentPrompt<'_>,
+        dtype: v1::Dtype,
+    ) -> Key {
         let LlmAccepted { weights_digest, tokenizer_digest, template_version, .. } = accepted.clone();
         let llm =
             LlmInfo { weights_digest, tokenizer_digest, template_version, ..(*self.profile.llm).clone() };
-        self.cache.put(self.prompt_key(&llm, regressed.dtype(), prompt), regressed);
+        self.prompt_key(&llm, dtype, prompt)
     }
 
-    fn prompt_key(&self, llm: &LlmInfo, dtype: v1::Dtype, prompt: SentPrompt<'_>) -> Key {
+    pub(crate) fn prompt_key(&self, llm: &LlmInfo, dtype: v1::Dtype, prompt: SentPrompt<'_>) -> Key {
         let recipe = Recipe {
             kind: Kind::Regressed,
             weights_digest: &llm.weights_digest,
@@ -60,7 +71,7 @@ impl Embeddings {
 }
 
 /// Everything of a prompt that its embeddings depend on, in order: text, values of boxes, digests of slots.
-fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> Vec<u8> {
+fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> [u8; blake3::OUT_LEN] {
     let mut fields = Fields::default();
     fields.push(tokenizer_digest.as_bytes());
     let mut slots = prompt.embeddings.iter();
@@ -85,7 +96,7 @@ fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> Vec<u8> {
             }
         }
     }
-    fields.0
+    fields.hash()
 }
 
 fn parts<'a>(prompt: &LlmPrompt, slots: &mut impl Iterator<Item = &'a v1::Tensor>, fields: &mut Fields) {
@@ -126,18 +137,8 @@ fn digest(embeddings: &v1::Tensor) -> [u8; blake3::OUT_LEN] {
     let mut fields = Fields::default();
     fields.push(&embeddings.dtype.to_le_bytes());
     embeddings.shape.iter().for_each(|side| fields.push(&side.to_le_bytes()));
-    blake3::Hasher::new().update(&fields.0).update(&embeddings.data).finalize().into()
-}
-
-/// Length-prefixed, so that no bytes can wander from one field to the next.
-#[derive(Default)]
-struct Fields(Vec<u8>);
-
-impl Fields {
-    fn push(&mut self, field: &[u8]) {
-        self.0.extend_from_slice(&(field.len() as u64).to_le_bytes());
-        self.0.extend_from_slice(field);
-    }
+    fields.push(&embeddings.data);
+    fields.hash()
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The name of a cached value: everything that decides it, hashed. Two values under one key would be a wrong answer,
-//! so every field is length-prefixed and the first one is the format's version.
+//! so the first field is the format's version and every one is length-prefixed.
 
 use std::fmt;
 
 use emu2_proto::v1;
 
 /// Grows whenever the fields below or the bytes of a value change their meaning.
-const FORMAT_VERSION: u32 = 2;
+const FORMAT_VERSION: u32 = 3;
 
 /// What kind of thing is cached; also a label of metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,9 +15,7 @@ pub(crate) enum Kind {
     Image,
     /// The all-zero picture's embeddings: the negative of autoencoding.
     MeanColour,
-    /// The regression of the empty prompt: the negative of image generation.
-    Negative,
-    /// The regression of a whole prompt.
+    /// The regression of a whole prompt; of the empty one it is the negative of image generation.
     Regressed,
 }
 
@@ -26,7 +24,6 @@ impl Kind {
         match self {
             Self::Image => "image",
             Self::MeanColour => "mean_colour",
-            Self::Negative => "negative",
             Self::Regressed => "regressed",
         }
     }
@@ -44,26 +41,37 @@ pub(crate) struct Recipe<'a> {
     pub(crate) dtype: v1::Dtype,
     /// Whose value it is: nobody learns from a quick answer what another tenant has sent.
     pub(crate) tenant: &'a str,
-    /// The picture's bytes; for a negative, the tokenizer's digest; for a prompt, that and its parts.
+    /// The picture's bytes; for a prompt, the hash of its parts and of the tokenizer's digest.
     pub(crate) content: &'a [u8],
 }
 
 impl Recipe<'_> {
     pub(crate) fn key(&self) -> Key {
-        let mut hasher = blake3::Hasher::new();
-        let mut field = |bytes: &[u8]| {
-            hasher.update(&(bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
-        };
-        field(&FORMAT_VERSION.to_le_bytes());
-        field(self.kind.name().as_bytes());
-        field(self.weights_digest.as_bytes());
-        field(&self.preprocessing_version.to_le_bytes());
-        field(&self.n_query.to_le_bytes());
-        field(self.dtype.as_str_name().as_bytes());
-        field(self.tenant.as_bytes());
-        field(self.content);
-        Key(hasher.finalize().into())
+        let mut fields = Fields::default();
+        fields.push(&FORMAT_VERSION.to_le_bytes());
+        fields.push(self.kind.name().as_bytes());
+        fields.push(self.weights_digest.as_bytes());
+        fields.push(&self.preprocessing_version.to_le_bytes());
+        fields.push(&self.n_query.to_le_bytes());
+        fields.push(self.dtype.as_str_name().as_bytes());
+        fields.push(self.tenant.as_bytes());
+        fields.push(self.content);
+        Key(fields.hash())
+    }
+}
+
+/// Hashed with their lengths, so that no bytes can wander from one field to the next.
+#[derive(Default)]
+pub(crate) struct Fields(blake3::Hasher);
+
+impl Fields {
+    pub(crate) fn push(&mut self, field: &[u8]) {
+        self.0.update(&(field.len() as u64).to_le_bytes());
+        self.0.update(field);
+    }
+
+    pub(crate) fn hash(&self) -> [u8; blake3::OUT_LEN] {
+        self.0.finalize().into()
     }
 }
 
@@ -116,7 +124,7 @@ pub(super) mod tests {
     fn a_key_is_the_same_in_every_build() {
         assert_eq!(
             RECIPE.key().to_string(),
-            "3627dd400d3cd5e12e5dc34748b399c2be4bae569080aca7a31f22af8db8504f"
+            "525af01a1bff2f59ae0d61e95dedfe248c13320d1473778d77128b4c4d989a42"
         );
     }
 
@@ -125,7 +133,6 @@ pub(super) mod tests {
         let changed = [
             RECIPE,
             Recipe { kind: Kind::MeanColour, ..RECIPE },
-            Recipe { kind: Kind::Negative, ..RECIPE },
             Recipe { kind: Kind::Regressed, ..RECIPE },
             Recipe { weights_digest: "d2", ..RECIPE },
             Recipe { preprocessing_version: 2, ..RECIPE },
