@@ -29,6 +29,7 @@ use emu2_proto::{
     v1::{GenerateEvent, generate_event::Event},
 };
 use emu2_serve::{
+    admission::Holding,
     deadline::Deadline,
     priority::Priority,
     status::{self, ErrorCode, Violation},
@@ -67,6 +68,7 @@ pub(crate) struct Caller {
     pub(crate) tenant: Tenant,
     pub(crate) priority: Priority,
     pub(crate) deadline: Deadline,
+    pub(crate) holding: Holding,
 }
 
 /// A permit; given back when dropped.

@@ -13,7 +13,7 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{deadline::Deadline, priority::Priority, status, tenant::Tenant};
+use emu2_serve::{admission::Holding, deadline::Deadline, priority::Priority, status, tenant::Tenant};
 use futures::{FutureExt, StreamExt, stream};
 use tonic::Status;
 use tracing::{Instrument, Span};
@@ -23,7 +23,7 @@ use crate::{
     cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
     drawing,
     error::{self, Stop},
-    metrics::Metrics,
+    metrics::{Metrics, Outcome},
     model::{Model, Profile},
     pool::{Pool, Stage},
     regressed::SentPrompt,
@@ -42,6 +42,8 @@ pub(crate) struct Embeddings {
     /// Of the request; work that is shared has that of the request which began it.
     pub(crate) priority: Priority,
     pub(crate) metrics: Metrics,
+    /// Of the request: a prompt's embeddings are up to 14 MB in float32, the 2,048 positions of its context.
+    pub(crate) holding: Holding,
     /// What shared work may take: it has no caller whose deadline it could go by.
     pub(crate) shared_work: Duration,
 }
@@ -78,16 +80,26 @@ impl Embeddings {
     pub(crate) async fn picture(&self, picture: &Picture, sought: Sought) -> Result<Found, Stop> {
         let Sought { key, content, found } = sought;
         if let Some(found) = found {
-            return Ok(found);
+            return self.held(found);
         }
         let source = Source::Image(content.clone());
         let found = self.encoded(Kind::Image, key, source, content, picture.n_query).await;
-        found.map_err(|stop| {
+        let found = found.map_err(|stop| {
             // "image", "image.width" and so on are the picture; the rest we filled in.
             let public =
                 |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", picture.field));
             error::in_public_terms("encoder", stop, public)
-        })
+        })?;
+        self.held(found)
+    }
+
+    /// Counted with what the request holds. The cache's memory has a budget of its own, and all who have a value from
+    /// there share it.
+    fn held(&self, found: Found) -> Result<Found, Stop> {
+        if found.outcome != Outcome::L1Hit {
+            self.holding.take(found.tensor.data.len())?;
+        }
+        Ok(found)
     }
 
     /// The negative of autoencoding: a picture that is zero after normalisation, as upstream.

@@ -6,7 +6,10 @@ use emu2_proto::v1::{
     EmbedRequest, EmbedResponse, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse,
     emu2_server::Emu2, generate_request::Output,
 };
-use emu2_serve::{deadline::Deadline, priority::Priority, status, stream, tenant::Tenant, trace::RequestId};
+use emu2_serve::{
+    admission::Holding, deadline::Deadline, priority::Priority, status, stream, tenant::Tenant,
+    trace::RequestId,
+};
 use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
@@ -69,6 +72,7 @@ impl Router {
             tenant: caller.tenant.clone(),
             priority: caller.priority,
             metrics: self.metrics.clone(),
+            holding: caller.holding.clone(),
             shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
         }
     }
@@ -157,5 +161,5 @@ impl Emu2 for Router {
 /// Who asks, with the class that it asks for.
 fn caller<T>(request: &Request<T>, priority: i32) -> Result<Caller, Status> {
     let (tenant, deadline) = (Tenant::of(request), Deadline::of(request));
-    Ok(Caller { tenant, priority: Priority::of(priority)?, deadline })
+    Ok(Caller { tenant, priority: Priority::of(priority)?, deadline, holding: Holding::of(request) })
 }

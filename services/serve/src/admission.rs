@@ -38,6 +38,11 @@ pub(crate) struct Admission {
     receive: Duration,
 }
 
+/// A request's part of `server.max_held_bytes`, for what is fetched for it beside its message; all of it is given back
+/// when the request is over and every clone is dropped.
+#[derive(Clone, Debug, Default)]
+pub struct Holding(Option<Arc<Held>>);
+
 /// The right to occupy the service, and the bytes that the request holds; both given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
@@ -84,7 +89,23 @@ impl Admission {
     }
 }
 
+impl Holding {
+    /// None is counted outside of a server of this crate.
+    pub fn of<T>(request: &tonic::Request<T>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+
+    /// Counts so many more bytes, or RESOURCE_EXHAUSTED with RetryInfo.
+    pub fn take(&self, bytes: usize) -> Result<(), Status> {
+        self.0.as_ref().map_or(Ok(()), |held| held.take(bytes))
+    }
+}
+
 impl Permit {
+    pub(crate) fn holding(&self) -> Holding {
+        Holding(Some(Arc::clone(&self.held)))
+    }
+
     /// The request's body, its bytes counted as they come, and all of them in time: tonic collects a whole message before
     /// any handler sees it.
     pub(crate) fn hold(&self, body: Body) -> Body {
@@ -202,5 +223,20 @@ mod tests {
         other.hold(body(40)).collect().await.unwrap();
         drop(permit);
         other.hold(body(60)).collect().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_fetched_for_a_request_counts_with_its_message_and_until_nobody_holds_it() {
+        let admission = door(8, 100);
+        let permit = admission.try_enter(place()).unwrap();
+        permit.hold(body(60)).collect().await.unwrap();
+        let holding = permit.holding();
+        holding.take(30).unwrap();
+        assert_eq!(holding.take(20).unwrap_err().code(), Code::ResourceExhausted);
+        drop(permit);
+        assert!(admission.question().holding().take(20).is_err(), "it is held still");
+        drop(holding);
+        admission.question().holding().take(100).unwrap();
+        Holding::default().take(usize::MAX).unwrap();
     }
 }

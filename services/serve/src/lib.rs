@@ -10,6 +10,7 @@
 //! | [`shutdown`] | SIGTERM and SIGINT as one token that everything watches |
 //! | [`deadline`] | the caller's `grpc-timeout` as a budget that is handed down |
 //! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its sender told when nobody listens |
+//! | [`admission`] | permits for requests and their bytes: full is answered at once, never waited for unseen |
 //! | [`tenant`] | API tokens, and the tenant that a caller's token is bound to |
 //! | [`priority`] | classes of requests, and how a line of waiting work honours them |
 //! | [`message`] | what tonic says of bad or oversized messages, put in the API's terms |
@@ -17,7 +18,6 @@
 //! | [`client`] | the channel that a caller inside the cluster opens |
 //! | [`tls`] | certificates of servers and of their callers, read again when they change |
 //! | [`metrics`] | names and buckets of the metrics that every service has |
-//! | `admission` | permits for requests and their bytes: full is answered at once, never waited for unseen |
 //! | `methods` | what the contracts say of each RPC |
 //! | `rpc` | the layer around every RPC: id, span, deadline, count, and the end of it all |
 //! | `admin` | `/metrics`, `/healthz`, `/readyz` |
@@ -27,6 +27,7 @@
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
 
+pub mod admission;
 pub mod client;
 pub mod config;
 pub mod deadline;
@@ -44,7 +45,6 @@ pub mod tls;
 pub mod trace;
 
 mod admin;
-mod admission;
 mod connections;
 mod logs;
 mod methods;

@@ -116,6 +116,9 @@ impl Service<Request<Body>> for Rpc {
             Ok((deadline, tenant)) => {
                 request.extensions_mut().insert(deadline);
                 request.extensions_mut().insert(tenant);
+                if let Some(permit) = &ending.permit {
+                    request.extensions_mut().insert(permit.holding());
+                }
                 request.extensions_mut().insert(ending.request_id.clone());
                 Box::pin(span.in_scope(|| self.routes.call(request)))
             }

@@ -15,7 +15,8 @@ fn admission(max_requests: usize) -> Admission {
 }
 
 fn caller(priority: Priority) -> Caller {
-    Caller { tenant: Tenant::default(), priority, deadline: Deadline::none() }
+    let (deadline, holding) = (Deadline::none(), Holding::default());
+    Caller { tenant: Tenant::default(), priority, deadline, holding }
 }
 
 fn within(seconds: u64) -> Caller {

@@ -5,6 +5,7 @@ use std::{net::TcpListener, time::Duration};
 use emu2_proto::v1::{EmbedRequest, Image};
 use emu2_serve::tenant::{AuthConfig, AuthMode, TenantConfig, TokenHash};
 use tonic::{Code, Request, Status};
+use tonic_types::StatusExt;
 
 use super::{
     mocks::{N_QUERY, SLOW, tensor},
@@ -12,6 +13,28 @@ use super::{
     sandbox::{Sandbox, ask, finished, image, text, until},
 };
 use crate::config::{CacheConfig, PoolConfig};
+
+/// Sixteen pictures whose embeddings are as much as the router may hold, their requests not counted.
+#[tokio::test]
+async fn embeddings_count_with_what_requests_hold_unless_they_lie_in_the_caches_memory() {
+    let sandbox = Sandbox::with(|config| {
+        (config.server.max_message_bytes, config.server.max_held_bytes) = (1 << 10, 1 << 10);
+    })
+    .await;
+    let pictures: Vec<Vec<u8>> = (0..16_u8).map(|number| vec![number]).collect();
+    let request = || ask(pictures.iter().cloned().map(image).collect());
+    let refused = sandbox.events(request()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.message().contains("server.max_held_bytes"), "{refused}");
+    assert!(refused.get_details_retry_info().is_some());
+    for picture in &pictures {
+        let image = Some(Image { data: picture.clone().into() });
+        let request = EmbedRequest { model: "emu2".into(), image, ..Default::default() };
+        let embeds = || async { sandbox.client().embed(request.clone()).await.is_ok() };
+        until("what the refused one held is given back", embeds).await;
+    }
+    sandbox.events(request()).await.unwrap();
+}
 
 #[tokio::test]
 async fn a_second_identical_image_is_not_encoded_again() {
