@@ -3,17 +3,24 @@
 //! | module | holds |
 //! |---|---|
 //! | [`backlog`] | how far behind a stage is, in seconds, by what it was seen to do |
+//! | [`backlogs`] | a model's stages as they are watched, and what may not be asked of them now |
 //!
 //! Before the message is read, the door of `emu2_serve` has counted the request, its tenant's rate and its bytes. Here
 //! 1. its class must be one that its tenant may use;
 //! 2. the requests that run must leave room for higher classes: lower ones may fill only a share of the permits;
-//! 3. no stage that it needs may be further behind than `admission.max_backlog_ms`, or than the request's deadline;
+//! 3. neither the llm nor the decoder, where it needs them, may be further behind than `admission.max_backlog_ms`, or
+//!    than the request's deadline;
 //! 4. its own work must fit its deadline at the best pace that was seen of late.
 //!
 //! 3 and 4 go by measurements alone: a stage that has not been seen at work refuses nobody. For 4 only certain work
-//! counts. Denoising steps are; a text may end at any token, and embeddings may be in the cache.
+//! counts: denoising steps, and of a text, which may end at any token, those before `min_length`. What the cache may hold
+//! is certain only after a look: then rows to be regressed count with the steps that come after them, and the encoder
+//! may not be further behind than `admission.max_backlog_ms`. Pictures of one request are encoded in batches with those
+//! of others, and how many positions a prompt has only the llm knows: what these take a single request is nowhere
+//! counted.
 
 mod backlog;
+mod backlogs;
 
 use std::{
     collections::HashMap,
@@ -24,20 +31,21 @@ use std::{
     time::Duration,
 };
 
-use emu2_proto::{
-    stage::DecodeStart,
-    v1::{GenerateEvent, generate_event::Event},
-};
+use emu2_proto::v1::{GenerateEvent, generate_event::Event};
 use emu2_serve::{
     admission::Holding,
     deadline::Deadline,
     priority::Priority,
-    status::{self, ErrorCode, Violation},
+    status::{self, Violation},
     tenant::Tenant,
 };
 use tonic::Status;
 
-use self::backlog::{Backlog, Work};
+pub(crate) use self::backlogs::Backlogs;
+use self::{
+    backlog::{Backlog, Work},
+    backlogs::{step_units, units_of},
+};
 use crate::{
     config::{AdmissionConfig, Config},
     request::{Generation, Task},
@@ -52,14 +60,7 @@ pub(crate) struct Admission {
     config: AdmissionConfig,
     max_requests: usize,
     running: Arc<AtomicUsize>,
-    models: HashMap<String, Stages>,
-}
-
-/// The stages of a model that are watched. Models that share replicas share what is known of them.
-#[derive(Clone, Debug)]
-struct Stages {
-    llm: Arc<Backlog>,
-    decoder: Arc<Backlog>,
+    models: HashMap<String, Backlogs>,
 }
 
 /// Who asks, and how long it can wait.
@@ -80,6 +81,8 @@ pub(crate) struct Permit(Arc<AtomicUsize>);
 pub(crate) struct Admitted {
     llm: Option<Work>,
     decoder: Option<Work>,
+    /// Whether each token is told as it comes; a beam search's come together at its end.
+    tells_tokens: bool,
     /// Of one denoising step.
     step_units: f64,
     _permit: Permit,
@@ -89,11 +92,17 @@ impl Admission {
     pub(crate) fn new(config: &Config) -> Self {
         let mut known: HashMap<(&str, &[String]), Arc<Backlog>> = HashMap::new();
         let mut of = |stage, replicas| Arc::clone(known.entry((stage, replicas)).or_default());
-        let stages = config.models.iter().map(|model| {
-            let (llm, decoder) = (of("llm", model.llm.as_slice()), of("decoder", model.decoder.as_slice()));
-            (model.name.clone(), Stages { llm, decoder })
+        let max_backlog = Duration::from_millis(config.admission.max_backlog_ms);
+        let backlogs = config.models.iter().map(|model| {
+            let backlogs = Backlogs {
+                encoder: of("encoder", &model.encoder),
+                llm: of("llm", &model.llm),
+                decoder: of("decoder", &model.decoder),
+                max_backlog,
+            };
+            (model.name.clone(), backlogs)
         });
-        let models = stages.collect();
+        let models = backlogs.collect();
         let max_requests = config.server.max_requests;
         Self { config: config.admission.clone(), max_requests, running: Arc::default(), models }
     }
@@ -121,6 +130,11 @@ impl Admission {
         }
     }
 
+    /// Of a model that is configured.
+    pub(crate) fn backlogs(&self, model: &str) -> Result<&Backlogs, Status> {
+        self.models.get(model).ok_or_else(|| status::not_found("model", model))
+    }
+
     /// Lets a checked request in, or says at once why not.
     pub(crate) fn enter(
         &self,
@@ -129,77 +143,25 @@ impl Admission {
         caller: &Caller,
     ) -> Result<Admitted, Status> {
         let _permit = self.permit(caller)?;
-        let Stages { llm, decoder } =
-            self.models.get(model).ok_or_else(|| status::not_found("model", model))?;
+        let backlogs = self.backlogs(model)?;
+        backlogs.check(&generation.task, caller.deadline)?;
         let start = generation.task.start();
-        let llm_units = match &generation.task {
-            Task::Write { parameters, .. } => Some(f64::from(parameters.max_new_tokens)),
-            Task::Paint { start, .. } => Some(f64::from(start.queries)),
-            Task::Autoencode { .. } => None,
+        let (llm_units, tells_tokens) = match &generation.task {
+            Task::Write { parameters, .. } => {
+                (Some(f64::from(parameters.max_new_tokens)), parameters.num_beams <= 1)
+            }
+            Task::Paint { start, .. } => (Some(f64::from(start.queries)), false),
+            Task::Autoencode { .. } => (None, false),
         };
-        for (stage, backlog, _) in [("llm", llm, llm_units.is_some()), ("decoder", decoder, start.is_some())]
-            .into_iter()
-            .filter(|it| it.2)
-        {
-            self.check_backlog(stage, backlog, caller.deadline)?;
-        }
-        if let Some(start) = start {
-            check_own_work(decoder, start, caller.deadline)?;
-        }
         let is_first = llm_units.is_none();
         Ok(Admitted {
-            llm: llm_units.map(|units| llm.begin(units, true)),
-            decoder: start.map(|start| decoder.begin(units_of(start), is_first)),
+            llm: llm_units.map(|units| backlogs.llm.begin(units, true)),
+            decoder: start.map(|start| backlogs.decoder.begin(units_of(start), is_first)),
+            tells_tokens,
             step_units: start.map_or(0.0, step_units),
             _permit,
         })
     }
-
-    fn check_backlog(&self, stage: &str, backlog: &Backlog, deadline: Deadline) -> Result<(), Status> {
-        let most = Duration::from_millis(self.config.max_backlog_ms);
-        let Some(behind) = backlog.estimate(most / 10) else { return Ok(()) };
-        let seconds = behind.as_secs_f64();
-        if let Some(left) = deadline.remaining().filter(|left| *left < behind) {
-            let left = left.as_secs_f64();
-            let text =
-                format!("the {stage} is {seconds:.1} s behind, and {left:.1} s are left until the deadline");
-            return Err(ErrorCode::DeadlineExceeded.status(text));
-        }
-        if behind > most {
-            let most = self.config.max_backlog_ms;
-            let text =
-                format!("the {stage} is {seconds:.1} s behind, at most {most} ms (admission.max_backlog_ms)");
-            return Err(status::exhausted(text, behind));
-        }
-        Ok(())
-    }
-}
-
-/// Against the deadline, at the best pace of late.
-fn check_own_work(decoder: &Backlog, start: &DecodeStart, deadline: Deadline) -> Result<(), Status> {
-    let (Some(left), Some(needed)) = (deadline.remaining(), decoder.at_best(units_of(start))) else {
-        return Ok(());
-    };
-    if needed <= left {
-        return Ok(());
-    }
-    let DecodeStart { steps, width, height, .. } = start;
-    let (needed, left) = (needed.as_secs_f64(), left.as_secs_f64());
-    let text = format!(
-        "{steps} denoising steps of {width} x {height} pixels take {needed:.1} s at best, and {left:.1} s are left \
-         until the deadline"
-    );
-    Err(ErrorCode::DeadlineExceeded.status(text))
-}
-
-/// Megapixels that the decoder computes in a step: under guidance twice those of the image.
-fn step_units(start: &DecodeStart) -> f64 {
-    let rows = if start.guidance_scale > 1.0 { 2.0 } else { 1.0 };
-    rows * f64::from(start.width) * f64::from(start.height) / 1e6
-}
-
-fn units_of(start: &DecodeStart) -> f64 {
-    f64::from(start.steps) * step_units(start)
 }
 
 impl Admitted {
@@ -219,6 +181,11 @@ impl Admitted {
             }
             (Event::DenoiseProgress(progress), _, Some(decoder)) => {
                 decoder.reached(f64::from(progress.step) * self.step_units);
+            }
+            // An event may be of several tokens, or of none that is shown.
+            (Event::Finished(finished), Some(llm), None) if self.tells_tokens => {
+                llm.reached(f64::from(finished.usage.unwrap_or_default().generated_tokens));
+                self.llm = None;
             }
             (Event::Image(_) | Event::Finished(_), ..) => (self.llm, self.decoder) = (None, None),
             _ => {}

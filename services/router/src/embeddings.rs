@@ -19,6 +19,7 @@ use tonic::Status;
 use tracing::{Instrument, Span};
 
 use crate::{
+    admission::Backlogs,
     attempts::{Session, Way},
     cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
     drawing,
@@ -42,6 +43,7 @@ pub(crate) struct Embeddings {
     /// Of the request; work that is shared has that of the request which began it.
     pub(crate) priority: Priority,
     pub(crate) metrics: Metrics,
+    pub(crate) backlogs: Backlogs,
     /// Of the request: a prompt's embeddings are up to 14 MB in float32, the 2,048 positions of its context.
     pub(crate) holding: Holding,
     /// What shared work may take: it has no caller whose deadline it could go by.
@@ -152,10 +154,12 @@ impl Embeddings {
     async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes) -> Computed {
         let encoder = &self.profile.encoder;
         let n_query = request.n_query;
+        let work = self.backlogs.encode()?;
         let deadline = Deadline::after(self.shared_work);
         let way = self.way(&self.model.encoder, &encoder.weights_digest, deadline, None);
         let encoding = stages::encode(request, way);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
+        work.finish();
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
         if (&answer.weights_digest, answer.preprocessing_version) != known
             && let Some(lease) = lease

@@ -151,6 +151,7 @@ impl Job {
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
+        self.embeddings.backlogs.check_painting(start, start.queries, self.deadline)?;
         let (llm_span, decoder_span) = (info_span!("llm"), info_span!("decoder"));
         let (slots, llm) = self.ask_llm(input, llm_start::Output::Regression(RegressionParameters {}));
         let (conditions, decoder) = self.ask_decoder(start)?;

@@ -64,8 +64,13 @@ impl Router {
         self.by_name.get(name).ok_or_else(|| status::not_found("model", name))
     }
 
-    fn embeddings(&self, model: &Arc<Model>, profile: Profile, caller: &Caller) -> Embeddings {
-        Embeddings {
+    fn embeddings(
+        &self,
+        model: &Arc<Model>,
+        profile: Profile,
+        caller: &Caller,
+    ) -> Result<Embeddings, Status> {
+        Ok(Embeddings {
             model: Arc::clone(model),
             profile,
             cache: self.cache.for_request(),
@@ -73,8 +78,9 @@ impl Router {
             priority: caller.priority,
             metrics: self.metrics.clone(),
             holding: caller.holding.clone(),
+            backlogs: self.admission.backlogs(&model.name)?.clone(),
             shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
-        }
+        })
     }
 
     fn job(
@@ -90,7 +96,7 @@ impl Router {
         let admitted = self.admission.enter(&model.name, &generation, caller)?;
         let job = Job {
             generation,
-            embeddings: self.embeddings(model, profile, caller),
+            embeddings: self.embeddings(model, profile, caller)?,
             request_id: request_id.to_string(),
             deadline: caller.deadline,
             images_in_flight: self.config.limits.images_in_flight,
@@ -104,7 +110,7 @@ impl Router {
         let profile = model.profile(false)?;
         let picture = request::check_embed(request, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, "embed");
-        let mut embeddings = self.embeddings(model, profile, caller);
+        let mut embeddings = self.embeddings(model, profile, caller)?;
         for _ in 0..MAX_BEGINNINGS {
             match embeddings.picture(&picture, embeddings.seek(&picture)).await {
                 Ok(found) => {

@@ -1,12 +1,15 @@
 //! How far behind a stage is, in seconds, by what it was seen to do.
 //!
-//! Work is counted in units that take a stage about the same time each: tokens and rows of embeddings, megapixels of a
-//! denoising step. What was admitted and is not done yet, divided by the units that the stage did a second of late, is
+//! Work is counted in units that take a stage about the same time each: pictures to encode, tokens and rows of
+//! embeddings, megapixels of a denoising step. What was admitted and is not done yet, divided by the units that the stage did a second of late, is
 //! its backlog.
 //!
 //! A rate that was measured under light load is no measure of what a stage can do: it works for many at a time. So an
 //! estimate is made only while somebody has waited for the stage for some time without a first unit, and it goes by what
 //! the stage did meanwhile. A crowd that comes at once finds no estimate and is let in as far as permits go.
+//!
+//! Of a piece of work that is done as a whole (a picture to encode) nothing is seen before its end: it may be waiting or
+//! at work all the while, and has no pace.
 
 use std::{
     collections::BTreeMap,
@@ -80,11 +83,29 @@ impl Backlog {
         state.next += 1;
         state.outstanding += units;
         drop(state);
-        let work =
-            Work { backlog: Arc::clone(self), number, total: units, done: 0.0, first: None, last: None };
+        let work = Work {
+            backlog: Arc::clone(self),
+            number,
+            total: units,
+            done: 0.0,
+            whole: false,
+            first: None,
+            last: None,
+        };
         if at_hand {
             work.wait();
         }
+        work
+    }
+
+    /// Admits work that is done as a whole.
+    pub(super) fn begin_whole(self: &Arc<Self>, units: f64) -> Work {
+        let mut work = self.begin(units, true);
+        work.whole = true;
+        let mut state = self.lock();
+        state.count();
+        state.working += 1;
+        drop(state);
         work
     }
 
@@ -113,11 +134,12 @@ impl Backlog {
 
 /// One request's work for a stage; what is left of it is forgotten when it is dropped.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(crate) struct Work {
     backlog: Arc<Backlog>,
     number: u64,
     total: f64,
     done: f64,
+    whole: bool,
     /// When the first units were seen, and how many they were.
     first: Option<(Instant, f64)>,
     last: Option<Instant>,
@@ -146,7 +168,10 @@ impl Work {
         let mut state = self.backlog.lock();
         state.count();
         state.outstanding -= did;
-        if self.first.is_none() {
+        if self.whole {
+            state.waiting.remove(&self.number);
+            state.units += did;
+        } else if self.first.is_none() {
             state.waiting.remove(&self.number);
             state.working += 1;
             self.first = Some((now, done));
@@ -154,6 +179,11 @@ impl Work {
             state.units += did;
         }
         (self.done, self.last) = (done, Some(now));
+    }
+
+    /// All of it.
+    pub(crate) fn finish(mut self) {
+        self.reached(self.total);
     }
 
     fn wait(&self) {
@@ -176,7 +206,7 @@ impl Drop for Work {
         state.count();
         state.outstanding = (state.outstanding - (self.total - self.done)).max(0.0);
         state.waiting.remove(&self.number);
-        state.working -= usize::from(self.first.is_some());
+        state.working -= usize::from(self.whole || self.first.is_some());
         if let Some(pace) = pace {
             state.best = Some(state.best.map_or(pace, |best| pace.min(best * FORGOTTEN)));
         }
@@ -262,6 +292,25 @@ mod tests {
         later.at_hand();
         run(&mut running, 2).await;
         near(backlog.estimate(PATIENCE), 48.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whole_pieces_are_estimated_by_what_was_ended_a_second() {
+        let backlog = Arc::new(Backlog::default());
+        let mut waiting: Vec<_> = (0..100).map(|_| backlog.begin_whole(1.0)).collect();
+        assert_eq!(backlog.estimate(PATIENCE), None);
+        for _ in 0..40 {
+            advance(Duration::from_millis(500)).await;
+            waiting.remove(0).finish();
+        }
+        near(backlog.estimate(PATIENCE), 30.0);
+        assert_eq!(backlog.at_best(1.0), None);
+        // Given up: nothing was done.
+        waiting.truncate(10);
+        near(backlog.estimate(PATIENCE), 5.0);
+        waiting.clear();
+        let state = backlog.lock();
+        assert_eq!((state.outstanding, state.working, state.waiting.len()), (0.0, 0, 0));
     }
 
     #[tokio::test(start_paused = true)]

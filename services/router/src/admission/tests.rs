@@ -1,5 +1,5 @@
 use emu2_proto::{
-    stage::{TextParameters, llm_start},
+    stage::{DecodeStart, TextParameters, llm_start},
     v1,
 };
 use tokio::time::advance;
@@ -100,6 +100,75 @@ async fn steps_that_cannot_be_done_in_time_are_refused_at_once() {
     // A text is not held to it: it may end at any token.
     drop(admission.enter("emu2", &writes(), &within(1)).unwrap());
     assert_eq!(admission.running.load(Ordering::Relaxed), 0);
+}
+
+/// Tokens are counted as the llm counts them, not as events tell them.
+#[tokio::test(start_paused = true)]
+async fn tokens_that_a_text_must_have_are_refused_when_there_is_no_time_for_them() {
+    let admission = admission(256);
+    let text = |min_length| {
+        let mut generation = writes();
+        let Task::Write { parameters, .. } = &mut generation.task else { unreachable!() };
+        (parameters.num_beams, parameters.min_length) = (1, min_length);
+        generation
+    };
+    let mut admitted = admission.enter("emu2", &text(1), &caller(Priority::Normal)).unwrap();
+    for _ in 0..=20 {
+        admitted.observe(&event(Event::TextDelta(v1::TextDelta::default())));
+        advance(Duration::from_secs(1)).await;
+    }
+    let usage = Some(v1::Usage { generated_tokens: 43, ..Default::default() });
+    admitted.observe(&event(Event::Finished(v1::Finished { usage, ..Default::default() })));
+    // Half a second a token.
+    let refused = admission.enter("emu2", &text(41), &within(19)).unwrap_err();
+    assert_eq!(refused.code(), Code::DeadlineExceeded);
+    assert!(refused.message().contains("the 40 tokens of text.min_length take 20.0 s"), "{refused}");
+    drop(admission.enter("emu2", &text(41), &within(21)).unwrap());
+    drop(admission.enter("emu2", &text(1), &within(1)).unwrap());
+}
+
+/// A picture for which rows have to be regressed first needs the time for both.
+#[tokio::test(start_paused = true)]
+async fn rows_count_with_the_steps_that_come_after_them() {
+    let admission = admission(256);
+    paint_one(&admission).await;
+    let mut regressing = admission.enter("emu2", &paints(), &caller(Priority::Normal)).unwrap();
+    for done in 1..=64 {
+        regressing.observe(&regressed(done));
+        advance(Duration::from_millis(100)).await;
+    }
+    drop(regressing);
+    // 25 s of denoising, 6.4 s of rows.
+    let thirty = within(30);
+    drop(admission.enter("emu2", &paints(), &thirty).unwrap());
+    let check = |rows| {
+        let painting = paints();
+        let backlogs = admission.backlogs("emu2").unwrap();
+        backlogs.check_painting(painting.task.start().unwrap(), rows, thirty.deadline)
+    };
+    check(0).unwrap();
+    let refused = check(64).unwrap_err();
+    assert_eq!(refused.code(), Code::DeadlineExceeded);
+    assert!(refused.message().starts_with("64 embeddings to regress and 50 denoising steps"), "{refused}");
+    assert!(refused.message().contains("take 31.4 s at best"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn pictures_are_refused_while_the_encoder_is_too_far_behind() {
+    let admission = admission(256);
+    let encoder = || admission.backlogs("emu2").unwrap().encode();
+    let mut waiting: Vec<_> = (0..100).map(|_| encoder().unwrap()).collect();
+    for _ in 0..20 {
+        advance(Duration::from_secs(1)).await;
+        waiting.remove(0).finish();
+    }
+    let refused = encoder().unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().starts_with("the encoder is 80."), "{refused}");
+    assert!(refused.get_details_retry_info().is_some());
+    drop(admission.enter("emu2", &writes(), &caller(Priority::Normal)).unwrap());
+    waiting.truncate(30);
+    encoder().unwrap();
 }
 
 #[tokio::test(start_paused = true)]
