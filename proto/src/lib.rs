@@ -5,11 +5,13 @@
 //! | [`v1`] | the public interface, package `emu2.v1` |
 //! | [`stage`] | router to stage, package `emu2.stage.v1` |
 //! | [`array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
+//! | [`capable`] | stages of the published sizes, for whatever stands in for them |
 //! | [`pooling`] | how many embeddings a picture can become |
 //!
 //! No tch here, so that the router builds without libtorch.
 
 pub mod array;
+pub mod capable;
 pub mod pooling;
 
 pub use emu2::{stage::v1 as stage, v1};

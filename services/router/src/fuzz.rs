@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use emu2_proto::{
-    stage::{DecoderInfo, EncoderInfo, LlmInfo},
+    capable,
     v1::{Dtype, EmbedRequest, GenerateRequest},
 };
 use emu2_serve::status::Violation;
@@ -19,38 +19,7 @@ use crate::{
 
 /// A model that can do everything.
 fn profile() -> Profile {
-    let dtype = Dtype::F32.into();
-    let encoder = EncoderInfo { dtype, width: 1792, grid_side: 32, ..Default::default() };
-    let llm = LlmInfo {
-        dtype,
-        embedding_width: 1792,
-        n_query: 64,
-        v_query: 64,
-        max_positions: 2048,
-        instruct: true,
-        max_new_tokens: 1024,
-        max_beams: 16,
-        min_length_penalty: -10.0,
-        max_length_penalty: 10.0,
-        min_temperature: 0.001,
-        max_temperature: 100.0,
-        min_repetition_penalty: 0.1,
-        max_repetition_penalty: 10.0,
-        max_text_bytes: 1 << 16,
-        ..Default::default()
-    };
-    let decoder = DecoderInfo {
-        dtype,
-        width: 1792,
-        default_height: 1024,
-        default_width: 1024,
-        scale_factor: 8,
-        max_image_side: 2048,
-        max_steps: 250,
-        max_guidance_scale: 100.0,
-        max_queries: 1024,
-        ..Default::default()
-    };
+    let (encoder, llm, decoder) = (capable::encoder(), capable::llm(), capable::decoder());
     Profile { encoder: encoder.into(), llm: llm.into(), decoder: Some(decoder.into()) }
 }
 

@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
-use emu2_proto::stage::{
-    DecodeEvent, DecodeFinished, DecodeRequest, DecodeStart, DecodedImage, DecoderInfo, DecoderInfoRequest,
-    DenoiseStep, RegressedEmbeddings, decode_event, decode_request, visual_decoder_server::VisualDecoder,
+use emu2_proto::{
+    capable,
+    stage::{
+        DecodeEvent, DecodeFinished, DecodeRequest, DecodeStart, DecodedImage, DecoderInfo,
+        DecoderInfoRequest, DenoiseStep, RegressedEmbeddings, decode_event, decode_request,
+        visual_decoder_server::VisualDecoder,
+    },
 };
 use emu2_serve::{deadline::Deadline, message, stream::Events};
 use prost::Message;
@@ -27,14 +31,7 @@ impl VisualDecoder for MockDecoder {
             weights_digest: options.digest.clone(),
             dtype: options.dtype().into(),
             width: options.width,
-            default_height: 1024,
-            default_width: 1024,
-            scale_factor: 8,
-            max_image_side: 2048,
-            max_steps: 250,
-            max_guidance_scale: 100.0,
-            max_queries: 1024,
-            ..Default::default()
+            ..capable::decoder()
         }))
     }
 

@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use emu2_proto::stage::{
-    EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, encode_request::Source,
-    visual_encoder_server::VisualEncoder,
+use emu2_proto::{
+    capable,
+    stage::{
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, encode_request::Source,
+        visual_encoder_server::VisualEncoder,
+    },
 };
 use emu2_serve::{deadline::Deadline, message, stream::Events};
 use tonic::{Request, Response, Status, Streaming, async_trait};
@@ -28,11 +31,8 @@ impl VisualEncoder for MockEncoder {
             weights_digest: options.digest.clone(),
             dtype: options.dtype().into(),
             width: options.width,
-            image_size: 448,
-            grid_side: 32,
             preprocessing_version: PREPROCESSING_VERSION,
-            max_image_pixels: 1 << 26,
-            ..Default::default()
+            ..capable::encoder()
         }))
     }
 

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use blake3::Hash;
 use emu2_proto::{
+    capable,
     stage::{
         LlmAccepted, LlmEvent, LlmFinished, LlmInfo, LlmInfoRequest, LlmPrompt, LlmRequest, LlmResume,
         LlmStart, LlmText, RegressedEmbeddings, TextParameters, language_model_server::LanguageModel,
@@ -50,18 +51,7 @@ impl LanguageModel for MockLlm {
             embedding_width: options.width,
             n_query: options.queries,
             v_query: options.queries,
-            max_positions: 2048,
-            instruct: true,
-            max_new_tokens: 1024,
-            max_beams: 16,
-            min_length_penalty: -10.0,
-            max_length_penalty: 10.0,
-            min_temperature: 0.001,
-            max_temperature: 100.0,
-            min_repetition_penalty: 0.1,
-            max_repetition_penalty: 10.0,
-            max_text_bytes: 100_000,
-            ..Default::default()
+            ..capable::llm()
         }))
     }
 
