@@ -7,14 +7,15 @@
 #   make local   the same as four processes and Redis
 #   make bench-router   what the router adds, carries and survives, with mock stages; minutes, on an idle machine
 #   make fuzz    a million executions of each fuzz target; FUZZ_RUNS says another number
-#   make eval    what the shipped model can do, measured through its gRPC API; goes on where it ended
+#   make eval    what nano, a small model, can do, measured through its gRPC API; goes on where it ended
+#   make nano    train nano anew, from nothing, and say how long each stage took; goes on where it ended
 #
 # Build output and libtorch live side by side in a cache outside the clone: EMU2_CACHE, default ~/.cache/emu2.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
-.PHONY: demo up local eval bench-router fuzz test check build libtorch redis tools fmt clippy deny buf chart
+.PHONY: demo up local eval nano bench-router fuzz test check build libtorch redis tools fmt clippy deny buf chart
 
 export EMU2_CACHE ?= $(HOME)/.cache/emu2
 export CARGO_TARGET_DIR ?= $(EMU2_CACHE)/target
@@ -53,6 +54,15 @@ bench-router:
 
 fuzz:
 	tests/fuzz/run.sh
+
+# Checkpoints and curves, a folder for each stage; remove it to begin anew.
+NANO_RUNS ?= $(EMU2_CACHE)/nano-runs
+NANO_OUT ?= out/nano
+
+nano: libtorch
+	cargo build --package emu2-trainer
+	$(BIN)/emu2-trainer train --runs $(NANO_RUNS) --drawings "$$(python3 deploy/fetch/drawings.py)"
+	$(BIN)/emu2-trainer export --runs $(NANO_RUNS) --out $(NANO_OUT)
 
 # Some tests start the real binaries, so they are built first: as all targets, because binaries alone would be built
 # with other features than the tests, and everything twice.

@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "emu2"
+JOB = ROOT / "deploy" / "train-job.yaml"
 HELM = Path(sys.executable).parent / "helm"
 KUBERNETES = "1.32"
 # Kinds of operators, whose schemas Kubernetes does not have.
@@ -83,6 +84,13 @@ def check_values(path):
     return problems
 
 
+def check_job(job):
+    problems = check_schemas([job])
+    for owner, template in pods([job]):
+        problems += [f"{owner}: {problem}" for problem in check_pod(template, [job])]
+    return problems
+
+
 def check_schemas(objects):
     problems = []
     for item in objects:
@@ -106,7 +114,7 @@ def of_kind(objects, *kinds):
 
 
 def pods(objects):
-    workloads = of_kind(objects, "Deployment")
+    workloads = of_kind(objects, "Deployment", "Job")
     return [(name, item["spec"]["template"]) for name, item in workloads.items()]
 
 
@@ -220,6 +228,7 @@ def main():
         found = [(path.name, problems) for path, problems in zip(files, threads.map(check_values, files))]
         found += [("refusals", problems) for problems in threads.map(check_refused, REFUSED.items())]
     found += [("values.schema.json", check_schema_of_values(service)) for service in config_fields.SERVICES]
+    found.append((JOB.name, check_job(yaml.safe_load(JOB.read_text()))))
     problems = [f"{where}: {problem}" for where, problems in found for problem in problems]
     print("\n".join(problems) or f"chart: {len(files)} files of values, {len(REFUSED)} refusals: in order")
     return 1 if problems else 0

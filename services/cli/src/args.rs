@@ -44,6 +44,13 @@ pub struct Server {
     /// Address of a router.
     #[arg(long, env = "EMU2_ADDR", default_value = "http://127.0.0.1:50051")]
     pub addr: String,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// How a cluster is called.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Connection {
     /// Give up after this many seconds; every stage of the cluster stops then.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
@@ -233,9 +240,9 @@ pub struct Demo {
     /// A model folder with every part.
     #[arg(long)]
     pub model_dir: PathBuf,
-    /// Folder with chelsea.png and coffee.png.
+    /// Folder with chelsea.png and coffee.png, for a model that brings no prompts of its own (demo.toml).
     #[arg(long)]
-    pub photos: PathBuf,
+    pub photos: Option<PathBuf>,
     /// Where the pictures go.
     #[arg(long, default_value = "out/demo")]
     pub out: PathBuf,

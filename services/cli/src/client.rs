@@ -12,7 +12,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use crate::args::Server;
+use crate::args::{Connection, Server};
 
 /// Frames of answers that this client accepts; a router's own limit may be lower.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
@@ -26,16 +26,15 @@ pub struct Client {
 }
 
 impl Client {
-    pub async fn connect(server: &Server) -> Result<Self> {
-        let timeout = server.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
+    pub async fn connect(Server { addr, connection }: &Server) -> Result<Self> {
+        let timeout = connection.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
         let bearer = |token: &Token| token.bearer().context("--token has characters that no token has");
-        let authorization = server.token.as_ref().map(bearer).transpose()?;
-        let (ca_file, cert_file) = (server.ca_file.clone(), server.cert_file.clone());
-        let key_file = server.key_file.clone();
+        let authorization = connection.token.as_ref().map(bearer).transpose()?;
+        let Connection { ca_file, cert_file, key_file, .. } = connection.clone();
         let tls = ClientTlsConfig { ca_file, cert_file, key_file, server_name: None };
-        let channel = Connector::open(&tls)?.connect(&server.addr).await;
-        let channel = channel
-            .with_context(|| format!("no cluster answers at {}; start one with `emu2 up`", server.addr))?;
+        let channel = Connector::open(&tls)?.connect(addr).await;
+        let channel =
+            channel.with_context(|| format!("no cluster answers at {addr}; start one with `emu2 up`"))?;
         let api = Emu2Client::new(channel);
         let api =
             api.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);

@@ -8,6 +8,7 @@
 //! | [`loading`] | how far its stages are, on a terminal |
 //! | [`client`] | a connection to any cluster's public API |
 //! | [`parts`] | command-line words → parts of a prompt |
+//! | [`sheet`], [`canvas`] | a contact sheet of prompts and answers, and what it is drawn on |
 //! | [`show`] | events of a running request → a terminal |
 //! | [`convert`] | `emu2 convert`: published weights to what is served |
 //! | [`inspect`] | `emu2 inspect`: what a folder holds, and whether it can be served |
@@ -15,6 +16,7 @@
 
 pub mod args;
 pub mod ask;
+pub mod canvas;
 pub mod client;
 pub mod cluster;
 pub mod convert;
@@ -27,5 +29,6 @@ pub mod models;
 pub mod models_file;
 pub mod parts;
 pub mod plan;
+pub mod sheet;
 pub mod show;
 pub mod up;

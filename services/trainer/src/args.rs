@@ -1,15 +1,23 @@
 //! The command line of `emu2-trainer`.
 
-use std::{fs, io::IsTerminal, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use emu2_cli::sheet::{self, Row};
 use emu2_llm::tokenizer::Tokenizer as Ids;
 use emu2_serve::shutdown::Shutdown;
 
 use crate::{
     checkpoint::Progress,
-    data::{Queries, Vocabulary, World, concept::CONCEPTS_MAX},
+    data::{Queries, Split, Task, Vocabulary, World, concept::CONCEPTS_MAX},
+    documents,
     eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
@@ -18,6 +26,9 @@ use crate::{
     stage::{ObjectiveConfig, Stage},
     train::{self, Ended, Run},
 };
+
+/// Documents on one sheet: those with most pictures take 6 MB each.
+const COUNT_MAX: u64 = 200;
 
 /// Train a small Emu2, and measure it.
 #[derive(Debug, Parser)]
@@ -29,8 +40,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// What the training data looks like.
-    Data,
+    /// Draw documents of the training data, a sheet for each task.
+    Data(Data),
     /// Train stages in their order, each from its last checkpoint; finished ones are passed over.
     Train(Train),
     /// Write what has been trained as a model folder.
@@ -58,6 +69,21 @@ pub struct Places {
 }
 
 #[derive(Debug, Args)]
+pub struct Data {
+    /// The folder that `deploy/fetch/drawings.py` prints.
+    #[arg(long, value_name = "DIR")]
+    pub drawings: PathBuf,
+    #[arg(long, default_value = "out/data", value_name = "DIR")]
+    pub out: PathBuf,
+    /// Documents of a task: a sheet of all of them is made in memory.
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=COUNT_MAX))]
+    pub count: u64,
+    /// Of the documents.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
 pub struct Train {
     #[command(flatten)]
     pub places: Places,
@@ -67,9 +93,9 @@ pub struct Train {
     /// The folder that `deploy/fetch/drawings.py` prints.
     #[arg(long, value_name = "DIR")]
     pub drawings: PathBuf,
-    /// Stop after so long, to be resumed; default: when all is done.
-    #[arg(long)]
-    pub minutes: Option<f64>,
+    /// Stop after so many minutes in all, to be resumed; default: when all is done.
+    #[arg(long, value_name = "MINUTES", value_parser = minutes)]
+    pub minutes: Option<Duration>,
     /// Threads of one torch operation; 0 means all.
     #[arg(long, default_value_t = 0)]
     pub cores: usize,
@@ -107,13 +133,14 @@ pub struct Export {
     pub out: PathBuf,
 }
 
+fn minutes(text: &str) -> Result<Duration> {
+    let minutes: f64 = text.parse()?;
+    Ok(Duration::try_from_secs_f64(minutes * 60.0)?)
+}
+
 pub fn run(command: Command) -> Result<()> {
     match command {
-        Command::Data => {
-            let side = crate::data::SIDE;
-            println!("pictures of {side} x {side} pixels");
-            Ok(())
-        }
+        Command::Data(args) => data(args),
         Command::Train(args) => train(args),
         Command::Tokenizer(args) => tokenizer(args),
         Command::Eval(args) => {
@@ -127,10 +154,27 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
+fn data(args: Data) -> Result<()> {
+    let world = World::open(&args.drawings, concepts(&model::nano())?, args.seed, false)?;
+    make_folder(&args.out)?;
+    for task in Task::ALL {
+        let documents = (0..args.count).map(|index| world.document(Split::Train, task, index));
+        let rows: Vec<Row> = documents.map(|document| documents::row(&document)).collect();
+        let path = args.out.join(format!("{}.png", task.name()));
+        sheet::draw(&rows).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(())
+}
+
+fn make_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))
+}
+
 fn tokenizer(args: Tokenizer) -> Result<()> {
     let world = World::open(&args.drawings, CONCEPTS_MAX, args.seed, false)?;
     let vocabulary = Vocabulary::learn(&world, args.size)?;
-    fs::create_dir_all(&args.out)?;
+    make_folder(&args.out)?;
     let write = |name: &str, bytes: &[u8]| {
         let path = args.out.join(name);
         fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
@@ -140,6 +184,8 @@ fn tokenizer(args: Tokenizer) -> Result<()> {
 }
 
 fn train(args: Train) -> Result<()> {
+    // A time that the clock cannot reach is none.
+    let deadline = args.minutes.and_then(|time| Instant::now().checked_add(time));
     let stages = Stage::read_all(&args.places.stages)?;
     for name in &args.only {
         ensure!(stages.iter().any(|stage| stage.name == *name), "there is no stage {name}");
@@ -156,25 +202,24 @@ fn train(args: Train) -> Result<()> {
         runs: args.places.runs.clone(),
         before: Progress::default(),
         loader_threads: args.loaders,
-        time_max: args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),
+        deadline,
         shutdown: Shutdown::on_signals(),
         bar: std::io::stdout().is_terminal(),
     };
     let source = Source { runs: args.places.runs.clone(), base: args.places.base.clone() };
-    for (index, stage) in stages.iter().enumerate() {
-        if !args.only.is_empty() && !args.only.contains(&stage.name) {
-            continue;
-        }
+    let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(&stage.name);
+    for (index, stage) in stages.iter().enumerate().filter(|(_, stage)| wanted(stage)) {
         run.before = source.before(&stage.name)?;
-        let model = source.model(&sections, &stages[..index], args.seed, device)?;
+        let model =
+            source.model(&sections, &stages[..index], args.seed, (device, stage.precision.kind(device)))?;
         let world = World::open(&args.drawings, concepts(&sections)?, stage.seed, false)?;
         let ids = || trained_ids(&args.places, &sections);
-        if train_stage(stage, &model, world, ids, &run)? == Ended::Stopped {
-            println!("{}: stopped; the same command goes on from here", stage.name);
-            break;
-        }
+        // No success: who runs this, a Job of Kubernetes for one, is to start it again.
+        let ended = train_stage(stage, &model, world, ids, &run)?;
+        ensure!(ended == Ended::Finished, "{} was stopped; the same command goes on from there", stage.name);
         println!("{}: finished", stage.name);
     }
+    print!("{}", source.times(stages.iter().filter(wanted))?);
     Ok(())
 }
 
@@ -227,5 +272,55 @@ fn train_stage(
         &ObjectiveConfig::Denoise { batch, dropped_share } => {
             train::train(stage, model, &Denoise { samples, batch, dropped_share, seed }, run)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train_args(words: &[&str]) -> Result<Train, clap::Error> {
+        match Cli::try_parse_from(words)?.command {
+            Command::Train(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// deploy/train-job.yaml, whose list of words stands a word a line.
+    #[test]
+    fn the_jobs_words_are_understood() {
+        let job = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/train-job.yaml");
+        let job = fs::read_to_string(job).unwrap();
+        let (_, list) = job.split_once(" args:\n").unwrap();
+        let words: Vec<_> = list.lines().map_while(|line| line.trim().strip_prefix("- ")).collect();
+        let args = train_args(&words).unwrap();
+        assert_eq!((words[0], args.cores), ("emu2-trainer", 2), "{words:?}");
+        assert_eq!((args.places.runs, args.drawings), ("/data/runs".into(), "/data/drawings".into()));
+    }
+
+    #[test]
+    fn minutes_are_a_time() {
+        let minutes = |minutes: &str| {
+            train_args(&[
+                "emu2-trainer",
+                "train",
+                "--runs=r",
+                "--drawings=d",
+                &format!("--minutes={minutes}"),
+            ])
+        };
+        assert_eq!(minutes("0.5").unwrap().minutes, Some(Duration::from_secs(30)));
+        assert!(minutes("1e15").is_ok());
+        for wrong in ["-1", "nan", "1e300", "soon"] {
+            let error = minutes(wrong).unwrap_err().to_string();
+            assert!(error.contains("--minutes") && error.contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sheet_has_some_documents() {
+        let count =
+            |count: &str| Cli::try_parse_from(["emu2-trainer", "data", "--drawings=d", "--count", count]);
+        assert!(count("200").is_ok() && count("0").is_err() && count("201").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! What a stage has come to, in one file that is replaced whole: a crash leaves the last one.
 //!
-//! Its tensors: `weights.` and the trained variables' names, `optimizer.` and the optimizer's state, and `progress`.
+//! Its tensors: `weights.` and the trained variables' names, in float32; `optimizer.` and the optimizer's state; and
+//! `progress`.
 
 use std::{
     collections::BTreeMap,
@@ -11,10 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 
-use crate::{
-    model::{Model, copy},
-    optimizer::AdamW,
-};
+use crate::{model::Model, optimizer::AdamW};
 
 const WEIGHTS: &str = "weights.";
 const OPTIMIZER: &str = "optimizer.";
@@ -38,17 +36,14 @@ pub fn path(runs: &Path, stage: &str) -> PathBuf {
     runs.join(stage).join("checkpoint.safetensors")
 }
 
-/// `trained`: the variables, heads included.
-pub fn save(
-    path: &Path,
-    trained: &BTreeMap<String, Tensor>,
-    optimizer: &AdamW,
-    progress: Progress,
-) -> Result<()> {
+/// The optimizer's weights, heads included, and its state.
+pub fn save(path: &Path, optimizer: &AdamW, progress: Progress) -> Result<()> {
     let Progress { steps, samples, milliseconds, restarted } = progress;
     let progress = [steps, samples, milliseconds, restarted].map(|value| value as i64);
     let mut tensors = vec![(PROGRESS.to_owned(), Tensor::from_slice(&progress))];
-    tensors.extend(trained.iter().map(|(name, tensor)| (format!("{WEIGHTS}{name}"), tensor.detach())));
+    tensors.extend(
+        optimizer.weights().map(|(name, tensor)| (format!("{WEIGHTS}{name}"), tensor.shallow_clone())),
+    );
     tensors
         .extend(optimizer.state().into_iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor)));
     write(path, &tensors)
@@ -72,19 +67,15 @@ pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors.into_iter().collect())
 }
 
-/// Goes on from a file: the trained variables and the optimizer take its values.
-pub fn resume(
-    path: &Path,
-    trained: &mut BTreeMap<String, Tensor>,
-    optimizer: &mut AdamW,
-) -> Result<Progress> {
+/// How far the stage of a file is.
+pub fn progress_in(path: &Path) -> Result<Progress> {
+    progress(&read(path)?)
+}
+
+/// Goes on from a file: the optimizer and its variables take its values.
+pub fn resume(path: &Path, optimizer: &mut AdamW) -> Result<Progress> {
     let tensors = read(path)?;
-    for (name, variable) in trained.iter_mut() {
-        let value =
-            tensors.get(&format!("{WEIGHTS}{name}")).with_context(|| format!("`{name}` is missing"))?;
-        copy(variable, value).with_context(|| format!("`{name}`"))?;
-    }
-    optimizer.restore(&under(&tensors, OPTIMIZER))?;
+    optimizer.restore(&under(&tensors, WEIGHTS), &under(&tensors, OPTIMIZER))?;
     progress(&tensors)
 }
 

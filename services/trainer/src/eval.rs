@@ -12,23 +12,23 @@ pub mod report;
 
 use std::{
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use emu2_cli::{
-    args::Server,
-    client::Client,
+    args::{Connection, Server},
+    client::{Client, explain},
     cluster::{Cluster, ClusterConfig},
 };
-use emu2_proto::v1;
-use futures::{StreamExt, TryStreamExt, stream};
+use emu2_proto::v1::{self, generate_event::Event};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use image::RgbImage;
 
 use crate::{
     data::{Ability, SIDE, Split, Style, World},
+    documents::rgb,
     judge::Judge,
     model,
 };
@@ -37,6 +37,8 @@ use record::{Record, Records};
 
 /// A judge that is right about fewer real scenes is not used.
 const JUDGE_SCORE_MIN: f64 = 0.95;
+/// Seconds after which an answer is given up, where the caller names no other time.
+const TIMEOUT_S: f64 = 600.0;
 /// Real scenes that the judge is tried on.
 const JUDGED_SCENES: u64 = 300;
 
@@ -45,6 +47,8 @@ pub struct Eval {
     /// Ask a running cluster, e.g. http://127.0.0.1:50051; default: start one in this process.
     #[arg(long)]
     pub addr: Option<String>,
+    #[command(flatten)]
+    pub connection: Connection,
     /// What that cluster serves.
     #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
     pub model_dir: PathBuf,
@@ -92,20 +96,16 @@ struct Bench {
 }
 
 pub async fn eval(args: Eval) -> Result<()> {
-    let started = match &args.addr {
-        Some(_) => None,
-        None => Some(start(&args.model_dir).await?),
-    };
-    let addr = match (&args.addr, &started) {
-        (Some(addr), _) => addr.clone(),
-        (None, Some(cluster)) => local(cluster.addr),
-        (None, None) => unreachable!("a cluster was started where no address was given"),
-    };
-    let outcome = ask_all(&args, addr).await;
-    if let Some(cluster) = started {
-        cluster.stop().await?;
+    let timeout = args.connection.timeout.or(Some(TIMEOUT_S));
+    if let Some(addr) = args.addr.clone() {
+        let connection = Connection { timeout, ..args.connection.clone() };
+        return ask_all(&args, Server { addr, connection }).await;
     }
-    outcome
+    let cluster = start(&args.model_dir).await?;
+    // A token is for the cluster of `--addr`.
+    let connection = Connection { timeout, ..Connection::default() };
+    let outcome = ask_all(&args, Server { addr: format!("http://{}", cluster.addr), connection }).await;
+    outcome.and(cluster.stop().await)
 }
 
 async fn start(model_dir: &Path) -> Result<Cluster> {
@@ -114,12 +114,8 @@ async fn start(model_dir: &Path) -> Result<Cluster> {
     Ok(cluster)
 }
 
-fn local(addr: SocketAddr) -> String {
-    format!("http://{addr}")
-}
-
-async fn ask_all(args: &Eval, addr: String) -> Result<()> {
-    let mut client = Client::connect(&Server { addr, timeout: Some(600.0), ..Default::default() }).await?;
+async fn ask_all(args: &Eval, server: Server) -> Result<()> {
+    let mut client = Client::connect(&server).await?;
     let concepts = args.concepts.map_or_else(|| crate::args::concepts(&model::nano()), Ok)?;
     let world = World::open(&args.drawings, concepts, args.seed, true)?;
     let styles = [Style::Noto, Style::Fluent, Style::Twemoji];
@@ -153,7 +149,7 @@ async fn ask_all(args: &Eval, addr: String) -> Result<()> {
     let report = report::Report::new(&records, &asked, judge_scores);
     print!("{report}");
     let folder = args.results.parent().context("--results names a file in a folder")?;
-    fs::create_dir_all(folder)?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     fs::write(&args.results, serde_json::to_string_pretty(&report.json(&served))? + "\n")
         .with_context(|| format!("cannot write {}", args.results.display()))
 }
@@ -185,17 +181,12 @@ fn cases(args: &Eval) -> impl Iterator<Item = Case> + '_ {
 async fn answer(bench: &Bench, mut client: Client, case: Case) -> Result<Record> {
     let document = case.document(&bench.world);
     let request = case.request(bench, &document)?;
-    let mut events = client.generate(request).await.with_context(|| format!("{case:?}"))?;
-    let (mut text, mut picture) = (String::new(), None);
-    while let Some(event) = events.message().await.map_err(emu2_cli::client::explain)? {
-        match event.event {
-            Some(v1::generate_event::Event::TextDelta(delta)) => text.push_str(&delta.text),
-            Some(v1::generate_event::Event::Image(image)) => picture = Some(image.png),
-            _ => {}
-        }
-    }
+    let events = client.generate(request).await.with_context(|| format!("{case:?}"))?;
+    let (text, picture) = whole(events.map_err(explain)).await.with_context(|| format!("{case:?}"))?;
     let picture = match picture {
-        Some(png) => Some(image::load_from_memory(&png).context("the answer is no picture")?.to_rgb8()),
+        Some(image) => {
+            Some(image::load_from_memory(&image.png).context("the answer is no picture")?.to_rgb8())
+        }
         None => None,
     };
     let scores = match &picture {
@@ -203,6 +194,22 @@ async fn answer(bench: &Bench, mut client: Client, case: Case) -> Result<Record>
         None => case.told(&document, &text),
     };
     Ok(Record { case, text: picture.is_none().then_some(text), scores })
+}
+
+/// The text and the picture of an answer that came to its end: half of one is not a wrong one.
+async fn whole(
+    mut events: impl Stream<Item = Result<v1::GenerateEvent>> + Unpin,
+) -> Result<(String, Option<v1::ImageResult>)> {
+    let (mut text, mut picture) = (String::new(), None);
+    while let Some(event) = events.try_next().await? {
+        match event.event {
+            Some(Event::TextDelta(delta)) => text.push_str(&delta.text),
+            Some(Event::Image(image)) => picture = Some(image),
+            Some(Event::Finished(_)) => return Ok((text, picture)),
+            _ => {}
+        }
+    }
+    bail!("the stream ended before the answer was finished")
 }
 
 /// As large as scenes are.
@@ -221,7 +228,7 @@ fn judge_scores(bench: &Bench) -> [(&'static str, f64); 3] {
         let mut rng = bench.world.random(Split::Test, "judged", index);
         let composer = bench.world.composer(Split::Test);
         let scene = if index % 2 == 0 { composer.single(&mut rng) } else { composer.spread(&mut rng) };
-        let verdict = bench.judge.look(&case::rgb(&bench.world.picture(&scene)));
+        let verdict = bench.judge.look(&rgb(&bench.world.picture(&scene)));
         let (concept, count) = scene.counts()[0];
         let found = [
             verdict.concept() == Some(concept),
@@ -233,4 +240,24 @@ fn judge_scores(bench: &Bench) -> [(&'static str, f64); 3] {
         }
     }
     right
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn answer_of(events: Vec<Event>) -> Result<(String, Option<v1::ImageResult>)> {
+        let event = |event| Ok(v1::GenerateEvent { event: Some(event) });
+        whole(stream::iter(events.into_iter().map(event))).await
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_an_end_is_none() {
+        let delta = |text: &str| Event::TextDelta(v1::TextDelta { text: text.to_owned() });
+        let finished = Event::Finished(v1::Finished::default());
+        let answer = answer_of(vec![delta("a"), delta(" cat"), finished]).await.unwrap();
+        assert_eq!(answer, ("a cat".to_owned(), None));
+        let error = answer_of(vec![delta("a")]).await.unwrap_err().to_string();
+        assert!(error.contains("before the answer was finished"), "{error}");
+    }
 }

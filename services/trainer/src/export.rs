@@ -24,12 +24,23 @@ struct Report {
     stages: BTreeMap<String, Trained>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 struct Trained {
     steps: u64,
     steps_planned: u64,
     samples: u64,
     minutes: f64,
+}
+
+impl Trained {
+    fn and(self, other: &Self) -> Self {
+        Self {
+            steps: self.steps + other.steps,
+            steps_planned: self.steps_planned + other.steps_planned,
+            samples: self.samples + other.samples,
+            minutes: self.minutes + other.minutes,
+        }
+    }
 }
 
 /// A run's results among `runs`, over `base` where that is given: an earlier export.
@@ -41,13 +52,19 @@ pub struct Source {
 
 impl Source {
     /// The model that a stage begins with: of `stages`, those that have been trained, each over those before.
-    pub fn model(&self, sections: &Sections, stages: &[Stage], seed: u64, device: Device) -> Result<Model> {
+    pub fn model(
+        &self,
+        sections: &Sections,
+        stages: &[Stage],
+        seed: u64,
+        (device, kind): (Device, Kind),
+    ) -> Result<Model> {
         let model = match &self.base {
             Some(base) => Model::open(base, device)?,
             None => Model::new(sections, seed, device)?,
         };
         self.replay(&model, stages)?;
-        Ok(model)
+        model.computing_in(kind)
     }
 
     /// How far a stage was when the base was exported: it goes on from there, with an optimizer that begins anew.
@@ -56,6 +73,21 @@ impl Source {
         let milliseconds = (trained.minutes * 60_000.0) as u64;
         let Trained { steps, samples, .. } = trained;
         Ok(Progress { steps, samples, milliseconds, restarted: steps })
+    }
+
+    /// How long stages took, all their turns together, as a table.
+    pub fn times<'a>(&self, stages: impl Iterator<Item = &'a Stage>) -> Result<String> {
+        let mut rows = Vec::new();
+        for stage in stages {
+            let path = checkpoint::path(&self.runs, &stage.name);
+            rows.push((stage.name.as_str(), trained(stage, &checkpoint::progress_in(&path)?)));
+        }
+        let together = rows.iter().fold(Trained::default(), |sum, (_, stage)| sum.and(stage));
+        rows.push(("together", together));
+        let row = |(name, Trained { steps, samples, minutes, .. })| {
+            format!("{name:>16} {steps:>6} steps {samples:>8} samples {minutes:>7.1} minutes\n")
+        };
+        Ok(rows.into_iter().map(row).collect())
     }
 
     /// Of the base.
@@ -89,7 +121,7 @@ pub fn export(
     tokenizer: &Path,
     out: &Path,
 ) -> Result<()> {
-    let model = source.model(sections, &[], 0, Device::Cpu)?;
+    let model = source.model(sections, &[], 0, (Device::Cpu, Kind::Float))?;
     let done = source.replay(&model, stages)?;
     ensure!(!done.is_empty(), "{} holds no trained stage", source.runs.display());
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
@@ -141,14 +173,14 @@ mod tests {
     /// As if a stage had set all of a part to one value.
     fn trained(source: &Source, sections: &Sections, stage: &Stage, value: f64) {
         let model = Model::new(sections, 0, Device::Cpu).unwrap();
-        let variables = model.train(&["visual.".to_owned()]).unwrap();
-        variables.values().for_each(|tensor| {
+        let variables = model.train(&["visual.".to_owned()]).unwrap().into_iter().map(|(name, tensor)| {
             let _ = tch::no_grad(|| tensor.shallow_clone().fill_(value));
+            (name, (tensor, 1.0))
         });
-        let optimizer = AdamW::new(OptimizerConfig::clone(&stage.optimizer), BTreeMap::new());
+        let optimizer = AdamW::new(OptimizerConfig::clone(&stage.optimizer), variables.collect());
         let progress = Progress { steps: 7, samples: 70, milliseconds: 90_000, restarted: 0 };
         let path = checkpoint::path(&source.runs, &stage.name);
-        checkpoint::save(&path, &variables, &optimizer, progress).unwrap();
+        checkpoint::save(&path, &optimizer, progress).unwrap();
     }
 
     #[test]
@@ -160,9 +192,13 @@ mod tests {
         let (sections, stages) = (nano(), [stage("0-a"), stage("1-b"), stage("2-never")]);
         let error = export(&source, &sections, &stages, &tokenizer, &out).unwrap_err().to_string();
         assert!(error.contains("no trained stage"), "{error}");
+        assert!(source.times(stages.iter()).is_err());
         trained(&source, &sections, &stages[0], 0.5);
         trained(&source, &sections, &stages[1], 0.25);
         export(&source, &sections, &stages, &tokenizer, &out).unwrap();
+
+        let times = source.times(stages[..2].iter()).unwrap();
+        assert!(times.ends_with("together     14 steps      140 samples     3.0 minutes\n"), "{times}");
 
         let dir = ModelDir::open(&out).unwrap();
         assert_eq!((dir.layout(), dir.name(), dir.unknown().len()), (Layout::Native, "nano", 0));
@@ -177,7 +213,7 @@ mod tests {
         // A later run goes on from the folder, and its own stages come over it.
         let base = Source { runs: folder.path().join("other"), base: Some(out) };
         let value = |source: &Source| {
-            let model = source.model(&sections, &stages, 9, Device::Cpu).unwrap();
+            let model = source.model(&sections, &stages, 9, (Device::Cpu, Kind::Float)).unwrap();
             model.variables()["visual.cls_token"].double_value(&[0, 0, 0])
         };
         assert_eq!(value(&base), 0.25);

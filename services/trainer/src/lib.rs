@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`args`] | the command line |
 //! | [`data`] | drawings → scenes → documents, endless and seeded; no torch |
+//! | [`documents`] | documents on a contact sheet, for who wants to see the data |
 //! | [`stage`] | one stage of training, as its file says |
 //! | [`objective`], [`samples`] | a stage's batches: which samples, and what is drawn for them |
 //! | [`layout`], [`pixels`] | samples as the models read them |
@@ -18,6 +19,7 @@
 pub mod args;
 pub mod checkpoint;
 pub mod data;
+pub mod documents;
 pub mod eval;
 pub mod export;
 pub mod judge;

@@ -5,7 +5,7 @@
 //! | [`next_element`] | tower and llm: the next token, or the next embedding of an image | 2.1, 2.2.2 |
 //! | [`autoencode`] | VAE | latent diffusion, arXiv 2112.10752; no adversary |
 //! | [`denoise`] | UNet, on embeddings of the frozen tower | 2.2.3 |
-//! | [`naming`] | tower: what stands where, on what background; in place of the CLIP that the paper begins from | – |
+//! | [`naming`] | tower: what stands where, on what background, how many; in place of the paper's CLIP | – |
 
 #[cfg(test)]
 mod tests;
@@ -21,6 +21,10 @@ use crate::{layout::Layout, model::Model};
 const NOISE_OFFSET: f64 = 0.1;
 /// Height, width, crop top, crop left, height, width; the first two are what a request leaves out, see `emu2.proto`.
 const ORIGINAL_SIDE: i64 = 1024;
+
+/// Of the error of boxes, which are fractions, against the cross-entropy of names: a twentieth of a picture's side is
+/// as bad as half a nat.
+const BOX_WEIGHT: f64 = 10.0;
 
 /// A loss and what it is made of, for the log.
 #[derive(Debug)]
@@ -39,6 +43,12 @@ impl Loss {
         self.part(name, value);
     }
 
+    /// Logs the whole under another name too.
+    pub fn also_as(mut self, name: &'static str) -> Self {
+        self.part(name, self.total.shallow_clone());
+        self
+    }
+
     /// For the log alone.
     fn part(&mut self, name: &'static str, value: Tensor) {
         self.parts.push((name, value.detach()));
@@ -46,7 +56,8 @@ impl Loss {
 }
 
 /// Cross-entropy of the next token where it is learned, plus the mean squared error of the next embedding where that
-/// is. Targets are the tower's embeddings as they are, and not moved by their own prediction.
+/// is. Targets are the tower's embeddings as they are, and not moved by their own prediction. Without a weight they are
+/// not predicted.
 ///
 /// `pixels`: normalised, [pictures, 3, height, width_px]
 pub fn next_element(
@@ -61,7 +72,8 @@ pub fn next_element(
     let mut embeddings = None;
     if !layout.slots.is_empty() {
         // [pictures, queries, width] -> [(pictures queries), width]
-        let encoded = tower.encode_image(pixels, tower.config.n_query).flatten(0, 1);
+        let pixels = pixels.to_kind(tower.kind());
+        let encoded = tower.encode_image(&pixels, tower.config.n_query).flatten(0, 1);
         x = x.index_copy(0, &rows(&layout.slots), &llm.project_up(&encoded));
         embeddings = Some(encoded);
     }
@@ -76,10 +88,11 @@ pub fn next_element(
         loss.part("token_accuracy", accuracy(&logits, &tokens));
         loss.add("cross_entropy", entropy, 1.0);
     }
-    if let Some(embeddings) = embeddings.filter(|_| !layout.images.is_empty()) {
+    let regressed = regression_weight > 0.0 && !layout.images.is_empty();
+    if let Some(embeddings) = embeddings.filter(|_| regressed) {
         let predicted = llm.project_down(&hidden.index_select(0, &rows(&layout.images.from)));
         let target = embeddings.index_select(0, &rows(&layout.images.what)).detach();
-        loss.add("mean_squared_error", predicted.mse_loss(&target, Reduction::Mean), regression_weight);
+        loss.add("mean_squared_error", mean_squared(&predicted, &target), regression_weight);
     }
     loss
 }
@@ -88,10 +101,10 @@ pub fn next_element(
 ///
 /// `pixels`: [batch, 3, height, width_px] in -1..=1; `noise`: standard normal, of the latents' shape.
 pub fn autoencode(model: &Model, pixels: &Tensor, noise: &Tensor, divergence_weight: f64) -> Loss {
-    let latents = model.vae.encoder.forward(pixels);
-    let (mean, log_variance) = (&latents.mean, &latents.log_variance);
-    let sample = mean + (log_variance * 0.5).exp() * noise;
-    let decoded = model.vae.decoder.forward(&sample);
+    let latents = model.vae.encoder.forward(&pixels.to_kind(model.kind()));
+    let [mean, log_variance] = [latents.mean, latents.log_variance].map(|x| x.to_kind(Kind::Float));
+    let sample = &mean + (&log_variance * 0.5).exp() * noise;
+    let decoded = model.vae.decoder.forward(&sample.to_kind(model.kind())).to_kind(Kind::Float);
     let divergence = (mean.square() + log_variance.exp() - 1.0 - log_variance).mean(Kind::Float) * 0.5;
     let mut loss = Loss::new(model.device());
     // What the scaling factor is to be the reciprocal of.
@@ -121,10 +134,11 @@ pub struct Noising {
 /// `normalised`: for the tower, [batch, 3, height, width_px]; `pixels`: the same in -1..=1
 pub fn denoise(model: &Model, normalised: &Tensor, pixels: &Tensor, noising: &Noising) -> Loss {
     let scale = model.vae.decoder.scaling_factor;
+    let kind = model.kind();
     let (latents, embeddings) = tch::no_grad(|| {
-        let latents = model.vae.encoder.forward(pixels);
+        let latents = model.vae.encoder.forward(&pixels.to_kind(kind));
         let sample = latents.mean + (latents.log_variance * 0.5).exp() * &noising.sampling;
-        let encode = |pixels: &Tensor| model.tower.encode_image(pixels, model.n_query());
+        let encode = |pixels: &Tensor| model.tower.encode_image(&pixels.to_kind(kind), model.n_query());
         let nothing = encode(&normalised.narrow(0, 0, 1).zeros_like());
         // [batch] -> [batch, 1, 1]
         let dropped = noising.dropped.view([-1, 1, 1]);
@@ -134,10 +148,15 @@ pub fn denoise(model: &Model, normalised: &Tensor, pixels: &Tensor, noising: &No
     let left = model.alphas_cumprod.index_select(0, &noising.timesteps).view([-1, 1, 1, 1]);
     let noisy = left.sqrt() * latents + (-&left + 1.0).sqrt() * &noise;
     let time_ids = time_ids(pixels);
-    let predicted = model.unet.forward(&noisy, &noising.timesteps, &embeddings, &time_ids);
+    let predicted = model.unet.forward(&noisy.to_kind(kind), &noising.timesteps, &embeddings, &time_ids);
     let mut loss = Loss::new(model.device());
-    loss.add("noise_error", predicted.mse_loss(&noise, Reduction::Mean), 1.0);
+    loss.add("noise_error", mean_squared(&predicted, &noise), 1.0);
     loss
+}
+
+/// In float32, whatever the model computes in.
+fn mean_squared(predicted: &Tensor, truth: &Tensor) -> Tensor {
+    predicted.to_kind(Kind::Float).mse_loss(&truth.to_kind(Kind::Float), Reduction::Mean)
 }
 
 /// SDXL's size conditions, as a request that names none has them: [batch, 6]
@@ -152,25 +171,47 @@ fn time_ids(pixels: &Tensor) -> Tensor {
 pub struct NamingHeads {
     /// Of each query: a concept, or none of them.
     pub names: Linear,
+    /// And where that is: so that the embeddings say it, which names alone do not ask of them.
+    pub boxes: Linear,
     /// Of all queries' mean.
     pub background: Linear,
     pub count: Linear,
 }
 
-/// `pixels`: normalised, [batch, 3, height, width_px]; `names`: [(batch queries)]; `backgrounds`, `counts`: [batch]
-pub fn naming(model: &Model, heads: &NamingHeads, pixels: &Tensor, truth: [&Tensor; 3]) -> Loss {
-    let embeddings = model.tower.encode_image(pixels, model.n_query());
+/// What [`naming`] is to find.
+#[derive(Debug)]
+pub struct Named {
+    /// [(batch queries)]
+    pub names: Tensor,
+    /// Left, top, right and bottom in fractions of the picture, [(batch queries), 4]
+    pub boxes: Tensor,
+    /// Whether a query has a name, and so a box: [(batch queries)], true or false
+    pub covered: Tensor,
+    /// [batch]
+    pub backgrounds: Tensor,
+    pub counts: Tensor,
+}
+
+/// `pixels`: normalised, [batch, 3, height, width_px]
+pub fn naming(model: &Model, heads: &NamingHeads, pixels: &Tensor, truth: &Named) -> Loss {
+    let embeddings = model.tower.encode_image(&pixels.to_kind(model.kind()), model.n_query());
+    let embeddings = embeddings.to_kind(Kind::Float);
     let mean = embeddings.mean_dim(1, false, Kind::Float);
+    let queries = embeddings.flatten(0, 1);
     let mut loss = Loss::new(model.device());
-    let heads = [
-        ("name", "name_accuracy", heads.names.forward(&embeddings.flatten(0, 1))),
-        ("background", "background_accuracy", heads.background.forward(&mean)),
-        ("count", "count_accuracy", heads.count.forward(&mean)),
+    let classes = [
+        ("name", "name_accuracy", heads.names.forward(&queries), &truth.names),
+        ("background", "background_accuracy", heads.background.forward(&mean), &truth.backgrounds),
+        ("count", "count_accuracy", heads.count.forward(&mean), &truth.counts),
     ];
-    for ((name, accuracy_name, logits), truth) in heads.into_iter().zip(truth) {
+    for (name, accuracy_name, logits, truth) in classes {
         loss.part(accuracy_name, accuracy(&logits, truth));
         loss.add(name, logits.cross_entropy_for_logits(truth), 1.0);
     }
+    let covered = truth.covered.to_kind(Kind::Float);
+    let error = (heads.boxes.forward(&queries) - &truth.boxes).abs().mean_dim(-1, false, Kind::Float);
+    let error = (error * &covered).sum(Kind::Float) / covered.sum(Kind::Float).clamp_min(1.0);
+    loss.add("box_error", error, BOX_WEIGHT);
     loss
 }
 

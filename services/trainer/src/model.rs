@@ -38,6 +38,9 @@ pub struct Model {
     /// Share of the image's variance that is left at each training timestep, [timesteps]
     pub alphas_cumprod: Tensor,
     variables: Rc<VarStore>,
+    /// Where variables are narrower than float32: the values that they are rounded from.
+    exact: BTreeMap<String, Tensor>,
+    dir: Rc<ModelDir>,
 }
 
 #[derive(Debug)]
@@ -47,25 +50,36 @@ pub struct Vae {
 }
 
 impl Model {
-    /// Initial values out of a seed.
+    /// Initial values out of a seed, in float32.
     pub fn new(sections: &Sections, seed: u64, device: Device) -> Result<Self> {
-        let dir = ModelDir::random(sections.clone(), seed);
-        let model = Self::build(&dir, device)?;
+        let model = Self::build(ModelDir::random(sections.clone(), seed), device, Kind::Float)?;
         init::scale(&model.variables);
         Ok(model)
     }
 
-    /// The values of a folder that holds every part.
+    /// The values of a folder that holds every part, in float32.
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
-        Self::build(&ModelDir::open(folder)?, device)
+        Self::build(ModelDir::open(folder)?, device, Kind::Float)
     }
 
-    fn build(dir: &Rc<ModelDir>, device: Device) -> Result<Self> {
+    /// A model in float32 as one that computes in `kind`. Training goes on from the values as they were before they
+    /// were rounded.
+    pub fn computing_in(self, kind: Kind) -> Result<Self> {
+        if kind == self.kind() {
+            return Ok(self);
+        }
+        let exact = self.variables();
+        let narrow = Self::build(self.dir, self.variables.device(), kind)?;
+        narrow.restore(exact.iter().map(|(name, value)| (name.as_str(), value)))?;
+        Ok(Self { exact, ..narrow })
+    }
+
+    fn build(dir: Rc<ModelDir>, device: Device, kind: Kind) -> Result<Self> {
         let variables = Rc::new(VarStore::new(device));
-        let weights = |part| dir.trainable(part, &variables, Kind::Float);
-        let (tower, _) = EvaVit::build(dir, weights(Part::Visual))?;
+        let weights = |part| dir.trainable(part, &variables, kind);
+        let (tower, _) = EvaVit::build(&dir, weights(Part::Visual))?;
         let width = tower.config.width;
-        let (llm, _) = Llama::build(dir, dir.section("llama")?, width, &[device], weights(Part::Llm))?;
+        let (llm, _) = Llama::build(&dir, dir.section("llama")?, width, &[device], weights(Part::Llm))?;
         let w = weights(Part::Unet);
         let unet = Unet::load(&w, dir.section("unet")?)?;
         w.finish()?;
@@ -79,11 +93,16 @@ impl Model {
         w.finish()?;
         let schedule = EulerDiscrete::new(&dir.section::<SchedulerConfig>("scheduler")?)?;
         let alphas_cumprod = Tensor::from_slice(schedule.alphas_cumprod()).to_device(device);
-        Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables })
+        Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables, exact: BTreeMap::new(), dir })
     }
 
     pub fn device(&self) -> Device {
         self.variables.device()
+    }
+
+    /// What it computes in.
+    pub fn kind(&self) -> Kind {
+        self.llm.kind()
     }
 
     /// Embeddings of an image.
@@ -94,6 +113,11 @@ impl Model {
     /// Every variable by its name.
     pub fn variables(&self) -> BTreeMap<String, Tensor> {
         self.variables.variables().into_iter().collect()
+    }
+
+    /// Values in float32 by the names of the variables that are rounded from them; none where variables are in float32.
+    pub fn exact(&self) -> &BTreeMap<String, Tensor> {
+        &self.exact
     }
 
     /// Variables under any of these names, such as `visual.`; gradients are kept for them alone.
@@ -118,6 +142,9 @@ impl Model {
                 bail!("`{name}` is not a weight of this model")
             };
             copy(variable, value).with_context(|| format!("`{name}`"))?;
+            if let Some(exact) = self.exact.get(name) {
+                copy(&mut exact.shallow_clone(), value)?;
+            }
         }
         Ok(())
     }

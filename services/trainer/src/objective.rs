@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     data::{Document, Picture, Piece, Queries, Sequence, Task},
     layout::Layout,
-    loss::{self, Loss, NamingHeads, Noising},
+    loss::{self, Loss, Named, NamingHeads, Noising},
     model::Model,
     pixels::Pixels,
     stage::TaskShare,
@@ -31,6 +31,9 @@ pub struct NamedScene {
     pub picture: Picture,
     /// Of each query, row by row: a concept's number, or [`NAMES`] for none.
     pub names: Vec<i64>,
+    /// Of each query: left, top, right and bottom of what it is named after, in fractions of the picture; for none
+    /// anything.
+    pub boxes: Vec<[f32; 4]>,
     pub background: i64,
     /// 1 to [`COUNTS`].
     pub count: i64,
@@ -88,6 +91,7 @@ pub struct Naming {
 pub struct NamedScenes {
     pixels: Pixels,
     names: Vec<i64>,
+    boxes: Vec<f32>,
     backgrounds: Vec<i64>,
     counts: Vec<i64>,
 }
@@ -106,8 +110,12 @@ impl Naming {
             weight: zeros(&[classes, width], model.device()),
             bias: Some(zeros(&[classes], model.device())),
         };
-        let heads =
-            NamingHeads { names: head(NAMES + 1), background: head(BACKGROUNDS), count: head(COUNTS) };
+        let heads = NamingHeads {
+            names: head(NAMES + 1),
+            boxes: head(4),
+            background: head(BACKGROUNDS),
+            count: head(COUNTS),
+        };
         Self { samples, batch, heads }
     }
 }
@@ -125,6 +133,7 @@ impl Objective for Naming {
             let scenes: Vec<_> = (0..batch).map(|index| samples.scene(number(step, batch, index))).collect();
             NamedScenes {
                 names: scenes.iter().flat_map(|scene| scene.names.iter().copied()).collect(),
+                boxes: scenes.iter().flat_map(|scene| scene.boxes.iter().flatten().copied()).collect(),
                 backgrounds: scenes.iter().map(|scene| scene.background).collect(),
                 counts: scenes.iter().map(|scene| scene.count - 1).collect(),
                 pixels: scenes.into_iter().map(|scene| scene.picture).collect(),
@@ -134,16 +143,22 @@ impl Objective for Naming {
 
     fn loss(&self, model: &Model, batch: &NamedScenes, _step: u64) -> Loss {
         let device = model.device();
-        let truth = [&batch.names, &batch.backgrounds, &batch.counts]
-            .map(|truth| Tensor::from_slice(truth).to_device(device));
-        let [names, backgrounds, counts] = &truth;
-        let pixels = batch.pixels.normalised(device);
-        loss::naming(model, &self.heads, &pixels, [names, backgrounds, counts])
+        let classes = |classes: &[i64]| Tensor::from_slice(classes).to_device(device);
+        let names = classes(&batch.names);
+        let truth = Named {
+            covered: names.not_equal(NAMES),
+            names,
+            boxes: Tensor::from_slice(&batch.boxes).to_device(device).view([-1, 4]),
+            backgrounds: classes(&batch.backgrounds),
+            counts: classes(&batch.counts),
+        };
+        loss::naming(model, &self.heads, &batch.pixels.normalised(device), &truth)
     }
 
     fn variables(&self) -> BTreeMap<String, Tensor> {
         let heads = [
             ("names", &self.heads.names),
+            ("boxes", &self.heads.boxes),
             ("background", &self.heads.background),
             ("count", &self.heads.count),
         ];
@@ -172,6 +187,7 @@ pub struct NextElement {
 }
 
 pub struct Documents {
+    task: Task,
     layout: Layout,
     pixels: Pixels,
 }
@@ -199,13 +215,16 @@ impl Objective for NextElement {
             let sequences: Vec<_> = (0..batch).map(sequence).collect();
             let (layout, pictures) = Layout::new(&sequences, queries.n_query)
                 .expect("pictures and frames have as many embeddings");
-            Documents { layout, pixels: pictures.into_iter().collect() }
+            Documents { task, layout, pixels: pictures.into_iter().collect() }
         })
     }
 
     fn loss(&self, model: &Model, batch: &Documents, _step: u64) -> Loss {
         let pixels = batch.pixels.normalised(model.device());
-        loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, self.regression_weight)
+        let loss =
+            loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, self.regression_weight);
+        // Each task's own loss is in the log too: their mean hides the one that does not learn.
+        loss.also_as(batch.task.name())
     }
 }
 

@@ -7,9 +7,9 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::model::copy;
 
@@ -78,7 +78,11 @@ impl OptimizerConfig {
 /// What is kept of one variable.
 #[derive(Debug)]
 struct Slot {
+    /// What the model computes with.
     variable: Tensor,
+    /// The same in float32, where steps smaller than a narrow variable's grain add up; the variable itself if it is
+    /// as wide.
+    weight: Tensor,
     /// Of the learning rate.
     share: f64,
     /// Decaying means of the gradient and of its square.
@@ -103,15 +107,23 @@ const AVERAGE: &str = "average.";
 impl AdamW {
     /// `variables`: each with its share of the learning rate.
     pub fn new(config: OptimizerConfig, variables: BTreeMap<String, (Tensor, f64)>) -> Self {
-        let slot = |(variable, share): (Tensor, f64)| Slot {
-            first: variable.zeros_like(),
-            second: variable.zeros_like(),
-            average: config.average_decay.map(|_| variable.detach().copy()),
-            share,
-            variable,
-        };
+        let slot = |(variable, share)| Slot::new(variable, share, config.average_decay.is_some());
         let slots = variables.into_iter().map(|(name, variable)| (name, slot(variable))).collect();
         Self { config, slots, steps: 0 }
+    }
+
+    /// Takes over what narrow variables were rounded from, before the first step.
+    ///
+    /// # Errors
+    /// When a value has another shape than its variable.
+    pub fn begin_at(&mut self, exact: &BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, slot) in &mut self.slots {
+            let Some(value) = exact.get(name) else { continue };
+            for tensor in [Some(&mut slot.weight), slot.average.as_mut()].into_iter().flatten() {
+                copy(tensor, value).with_context(|| format!("`{name}`"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes one step and clears the gradients; the norm that they had together before clipping.
@@ -123,7 +135,7 @@ impl AdamW {
             .values_mut()
             .map(|slot| (slot.variable.grad(), slot))
             .filter(|(gradient, _)| gradient.defined())
-            .map(|(gradient, slot)| (slot, gradient))
+            .map(|(gradient, slot)| (slot, gradient.to_kind(Kind::Float)))
             .collect();
         let norms: Vec<Tensor> = gradients.iter().map(|(_, gradient)| gradient.norm()).collect();
         let norm = if norms.is_empty() { 0.0 } else { Tensor::stack(&norms, 0).norm().double_value(&[]) };
@@ -134,7 +146,12 @@ impl AdamW {
         norm
     }
 
-    /// Everything that a later step depends on, besides the variables.
+    /// The weights as they are, in float32.
+    pub fn weights(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.slots.iter().map(|(name, slot)| (name, &slot.weight))
+    }
+
+    /// Everything that a later step depends on, besides the weights.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = vec![("steps".to_owned(), Tensor::from_slice(&[i64::from(self.steps)]))];
         for (name, slot) in &self.slots {
@@ -147,15 +164,24 @@ impl AdamW {
         state
     }
 
+    /// Takes over weights and state; the variables follow.
+    ///
     /// # Errors
-    /// When the state is of other variables.
-    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+    /// When they are of other variables.
+    pub fn restore(
+        &mut self,
+        weights: &BTreeMap<String, Tensor>,
+        state: &BTreeMap<String, Tensor>,
+    ) -> Result<()> {
         let part = |kind: &str, name: &str| match state.get(&format!("{kind}{name}")) {
             Some(tensor) => Ok(tensor),
             None => bail!("the optimizer's state has no `{kind}{name}`"),
         };
         self.steps = part("steps", "")?.int64_value(&[0]) as i32;
         for (name, slot) in &mut self.slots {
+            let Some(weight) = weights.get(name) else { bail!("`{name}` is missing") };
+            copy(&mut slot.weight, weight).with_context(|| format!("`{name}`"))?;
+            slot.follow();
             copy(&mut slot.first, part(FIRST, name)?)?;
             copy(&mut slot.second, part(SECOND, name)?)?;
             if let Some(average) = &mut slot.average {
@@ -164,20 +190,33 @@ impl AdamW {
         }
         Ok(())
     }
-
-    /// What the stage gives on: the averages where there are some, else the variables as they are.
-    pub fn results(&self) -> BTreeMap<String, Tensor> {
-        let result = |slot: &Slot| slot.average.as_ref().unwrap_or(&slot.variable).detach();
-        self.slots.iter().map(|(name, slot)| (name.clone(), result(slot))).collect()
-    }
 }
 
 impl Slot {
+    fn new(variable: Tensor, share: f64, averaged: bool) -> Self {
+        let weight = variable.detach().to_kind(Kind::Float);
+        Self {
+            first: weight.zeros_like(),
+            second: weight.zeros_like(),
+            average: averaged.then(|| weight.copy()),
+            weight,
+            variable,
+            share,
+        }
+    }
+
+    /// The variable takes the weight's value, rounded.
+    fn follow(&mut self) {
+        if self.variable.kind() != Kind::Float {
+            tch::no_grad(|| self.variable.copy_(&self.weight));
+        }
+    }
+
     /// `scale`: of the gradient, by clipping.
     fn step(&mut self, config: &OptimizerConfig, mut gradient: Tensor, scale: f64, rate: f64, steps: i32) {
         let ([beta1, beta2], rate) = (config.betas, rate * self.share);
         let _ = gradient.g_mul_scalar_(scale);
-        let _ = self.variable.g_mul_scalar_(1.0 - rate * config.weight_decay);
+        let _ = self.weight.g_mul_scalar_(1.0 - rate * config.weight_decay);
         let _ = self.first.lerp_(&gradient, 1.0 - beta1);
         // (√(1 − β₂) g)² is added in one pass over memory.
         let _ = gradient.g_mul_scalar_((1.0 - beta2).sqrt());
@@ -185,12 +224,13 @@ impl Slot {
         // m / (√v / √(1 − β₂ᵗ) + ε) × rate / (1 − β₁ᵗ), with the factor folded into the divisor.
         let (unbias1, unbias2) = (1.0 - beta1.powi(steps), 1.0 - beta2.powi(steps));
         let divisor = (self.second.sqrt() / unbias2.sqrt() + config.epsilon) * (-unbias1 / rate);
-        let _ = self.variable.addcdiv_(&self.first, &divisor);
+        let _ = self.weight.addcdiv_(&self.first, &divisor);
+        self.follow();
         self.variable.zero_grad();
         if let (Some(average), Some(decay)) = (&mut self.average, config.average_decay) {
             // Early averages forget faster, or they would be mostly the beginning.
             let decay = decay.min(f64::from(1 + steps) / f64::from(10 + steps));
-            let _ = average.lerp_(&self.variable, 1.0 - decay);
+            let _ = average.lerp_(&self.weight, 1.0 - decay);
         }
     }
 }

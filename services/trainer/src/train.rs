@@ -5,14 +5,13 @@
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use emu2_serve::shutdown::Shutdown;
-use tch::Tensor;
 
 use crate::{
     checkpoint::{self, Progress},
@@ -38,8 +37,8 @@ pub struct Run {
     pub before: Progress,
     /// Threads that make batches.
     pub loader_threads: usize,
-    /// Ends the stage's turn, to be resumed.
-    pub time_max: Option<Duration>,
+    /// Ends a stage's turn, to be resumed.
+    pub deadline: Option<Instant>,
     pub shutdown: Shutdown,
     /// Whether a person watches: a bar, instead of lines.
     pub bar: bool,
@@ -61,13 +60,15 @@ impl Run {
 
 /// Trains from the stage's last checkpoint, or from the model as it is.
 pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<Ended> {
+    let folder = run.runs.join(&stage.name);
+    let _lock = lock(&folder)?;
     let checkpoint = run.checkpoint(&stage.name);
     let mut state = State::begin(stage, model, objective, (&checkpoint, run.before))?;
-    let mut log = Log::open(&run.runs.join(&stage.name), stage, state.progress, run.bar)?;
+    let mut log = Log::open(&folder, stage, state.progress, run.bar)?;
     let mut batches = Loader::start(run.loader_threads, AHEAD, state.progress.steps, objective.maker());
-    let (began, mut saved) = (Instant::now(), Instant::now());
+    let mut saved = Instant::now();
     while state.progress.steps < stage.steps {
-        let timed_out = run.time_max.is_some_and(|time| began.elapsed() >= time);
+        let timed_out = run.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         if timed_out || run.shutdown.is_begun() {
             state.save()?;
             log.plot()?;
@@ -90,6 +91,20 @@ pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Ru
     Ok(Ended::Finished)
 }
 
+/// Held while a stage is trained: two processes would overwrite each other's checkpoints.
+fn lock(folder: &Path) -> Result<File> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let file =
+        File::create(folder.join("lock")).with_context(|| format!("cannot use {}", folder.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another process trains in {}", folder.display()),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", folder.display()))
+        }
+    }
+}
+
 /// What one step did.
 #[derive(Debug)]
 pub struct StepDone {
@@ -101,7 +116,6 @@ pub struct StepDone {
 
 struct State<'a> {
     checkpoint: &'a Path,
-    trained: BTreeMap<String, Tensor>,
     optimizer: AdamW,
     progress: Progress,
 }
@@ -121,15 +135,18 @@ impl<'a> State<'a> {
             of.max_by_key(|(prefix, _)| prefix.len()).map_or(1.0, |(_, &share)| share)
         };
         trained.extend(objective.variables());
-        let variables =
-            trained.iter().map(|(name, tensor)| (name.clone(), (tensor.shallow_clone(), share(name))));
+        let variables = trained.into_iter().map(|(name, tensor)| {
+            let share = share(&name);
+            (name, (tensor, share))
+        });
         let mut optimizer = AdamW::new(stage.optimizer.clone(), variables.collect());
+        optimizer.begin_at(model.exact())?;
         let mut progress = before;
         if checkpoint.exists() {
-            progress = checkpoint::resume(checkpoint, &mut trained, &mut optimizer)
+            progress = checkpoint::resume(checkpoint, &mut optimizer)
                 .with_context(|| format!("cannot go on from {}", checkpoint.display()))?;
         }
-        Ok(Self { checkpoint, trained, optimizer, progress })
+        Ok(Self { checkpoint, optimizer, progress })
     }
 
     fn step<O: Objective>(
@@ -155,6 +172,6 @@ impl<'a> State<'a> {
     }
 
     fn save(&self) -> Result<()> {
-        checkpoint::save(self.checkpoint, &self.trained, &self.optimizer, self.progress)
+        checkpoint::save(self.checkpoint, &self.optimizer, self.progress)
     }
 }

@@ -12,10 +12,14 @@ pub enum Task {
     Caption,
     /// What, how many, where, which colour.
     Question,
+    /// Two things and how they lie, told or asked: names must be bound to places.
+    Relation,
     /// Text with boxes of what it names.
     Grounding,
     /// Made-up names bound to things by demonstrations.
     Names,
+    /// The same with names in place of pictures: what an episode asks for, before pictures must be read for it.
+    NamesInWords,
     /// `[red, cat, 3, bottom left].`, the format shown by demonstrations.
     Tuples,
     /// What stands in a red circle.
@@ -49,8 +53,8 @@ pub enum Piece {
     /// its tokens; such a piece begins with a space, with a special token or after a picture, so that no token
     /// straddles its beginning.
     Text { text: String, learn: bool },
-    /// `[IMG]`, one slot of n_query embeddings, `[/IMG]`. `learn`: its embeddings are to be regressed, and cross-entropy
-    /// falls on its `[IMG]`.
+    /// `[IMG]`, one slot of n_query embeddings, `[/IMG]`. `learn`: its embeddings are to be regressed, and
+    /// cross-entropy falls on its `[IMG]`.
     Image { picture: Picture, learn: bool },
     /// A phrase and the place of what it names in the picture to paint: `<phrase>…</phrase><object>`, an image of the
     /// outline, `</object>`.

@@ -115,6 +115,16 @@ impl Relation {
             Self::Below => "below",
         }
     }
+
+    /// How the second lies to the first.
+    pub fn turned(self) -> Self {
+        match self {
+            Self::LeftOf => Self::RightOf,
+            Self::RightOf => Self::LeftOf,
+            Self::Above => Self::Below,
+            Self::Below => Self::Above,
+        }
+    }
 }
 
 /// Pixels of the picture: [left, right) x [top, bottom).

@@ -23,11 +23,13 @@ use rand_chacha::ChaCha8Rng;
 use super::{Document, Piece, Scene, Split, Task, World};
 
 impl Task {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Caption,
         Self::Question,
+        Self::Relation,
         Self::Grounding,
         Self::Names,
+        Self::NamesInWords,
         Self::Tuples,
         Self::Circle,
         Self::TextToImage,
@@ -37,13 +39,15 @@ impl Task {
         Self::Clip,
     ];
 
-    /// Names the random numbers that its documents draw.
-    fn stream(self) -> &'static str {
+    /// In logs; also names the random numbers that its documents draw.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Caption => "caption",
             Self::Question => "question",
+            Self::Relation => "relation",
             Self::Grounding => "grounding",
             Self::Names => "names",
+            Self::NamesInWords => "names in words",
             Self::Tuples => "tuples",
             Self::Circle => "circle",
             Self::TextToImage => "text to image",
@@ -65,12 +69,14 @@ pub(super) struct Draw<'a> {
 impl World {
     /// Document `index` of a task.
     pub fn document(&self, split: Split, task: Task, index: u64) -> Document {
-        let mut draw = Draw { world: self, split, rng: self.random(split, task.stream(), index) };
+        let mut draw = Draw { world: self, split, rng: self.random(split, task.name(), index) };
         match task {
             Task::Caption => telling::caption(&mut draw),
             Task::Question => telling::question(&mut draw),
+            Task::Relation => telling::relation(&mut draw),
             Task::Grounding => telling::grounding(&mut draw),
-            Task::Names => episodes::names(&mut draw),
+            Task::Names => episodes::names(&mut draw, index),
+            Task::NamesInWords => episodes::names_in_words(&mut draw, index),
             Task::Tuples => episodes::tuples(&mut draw),
             Task::Circle => episodes::circle(&mut draw),
             Task::TextToImage => painting::text_to_image(&mut draw),

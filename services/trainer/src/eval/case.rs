@@ -4,12 +4,13 @@ use std::{collections::BTreeMap, io::Cursor};
 
 use anyhow::{Context, Result};
 use emu2_proto::v1::{self, part::Kind};
-use image::{ImageFormat, RgbImage};
+use image::ImageFormat;
 use serde::{Deserialize, Serialize};
 
 use super::Bench;
 use crate::{
-    data::{Ability, Bounds, Document, Picture, Piece, SIDE, Split, World, describe},
+    data::{Ability, Bounds, Document, Layout, Picture, Piece, SIDE, Scene, Split, World, describe},
+    documents::rgb,
     judge::Verdict,
 };
 
@@ -104,7 +105,8 @@ impl Case {
             input: Some(v1::generate_request::Input::Prompt(v1::Prompt { parts })),
             output: Some(output),
             seed: Some(self.index),
-            ..Default::default()
+            // People who ask the same cluster go first.
+            priority: v1::Priority::Low.into(),
         })
     }
 
@@ -115,9 +117,11 @@ impl Case {
             return Scores::from([("iou".to_owned(), overlap)]);
         }
         let right = match document.pieces.last() {
-            // All that is asked: the things and how they lie.
+            // All that is asked: the things and how they lie. A cat left of a dog is a dog right of a cat.
             Some(Piece::Text { .. }) if self.ability == Ability::Pair => {
-                clean(answer).starts_with(&format!("{} on", describe::things(&document.scene)))
+                let told =
+                    |scene: &Scene| clean(answer).starts_with(&format!("{} on", describe::things(scene)));
+                told(&document.scene) || told(&turned(&document.scene))
             }
             Some(Piece::Text { text, .. }) => clean(answer) == clean(text),
             _ => false,
@@ -147,6 +151,16 @@ impl Case {
     }
 }
 
+/// The same pair, told from its other thing.
+fn turned(pair: &Scene) -> Scene {
+    let mut scene = pair.clone();
+    if let Layout::Pair(relation) = &mut scene.layout {
+        *relation = relation.turned();
+        scene.things.reverse();
+    }
+    scene
+}
+
 fn pictured(piece: &Piece) -> bool {
     matches!(piece, Piece::Image { .. } | Piece::Video { .. })
 }
@@ -165,12 +179,6 @@ fn part(piece: &Piece) -> Result<v1::Part> {
         }
     };
     Ok(v1::Part { kind: Some(kind) })
-}
-
-/// The picture as an image of the crate `image`.
-pub fn rgb(picture: &Picture) -> RgbImage {
-    let side = SIDE as u32;
-    RgbImage::from_raw(side, side, picture.rgb().to_vec()).expect("a picture is SIDE x SIDE x 3 bytes")
 }
 
 fn png(picture: &Picture) -> Result<Vec<u8>> {
@@ -227,6 +235,19 @@ mod tests {
             assert!(score(&format!("{}. [IMG]", text.trim())) > 0.95, "{ability:?}: {text}");
             assert!(score("") < 0.05 && score(" a nothing.") < 0.05, "{ability:?}");
         }
+    }
+
+    #[test]
+    fn a_pair_may_be_told_from_either_thing() {
+        let case = case(Ability::Pair);
+        let document = case.document(&WORLD);
+        let right = |answer: String| case.told(&document, &answer)["right"] == 1.0;
+        let Layout::Pair(relation) = document.scene.layout else { panic!("{document:?}") };
+        let [first, second] = [0, 1].map(|index: usize| document.scene.things[index].concept.with_article());
+        assert!(right(format!(" {first} {} {second} on a red background.", relation.name())));
+        assert!(right(format!(" {second} {} {first} on a red background.", relation.turned().name())));
+        assert!(!right(format!(" {second} {} {first} on a red background.", relation.name())));
+        assert!(!right(format!(" {first} {} {first} on a red background.", relation.name())));
     }
 
     #[test]

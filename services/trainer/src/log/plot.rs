@@ -4,15 +4,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use embedded_graphics::{
-    Drawable, Pixel,
-    draw_target::DrawTarget,
-    geometry::{OriginDimensions, Point, Size},
-    mono_font::{MonoTextStyle, ascii::FONT_9X15},
-    pixelcolor::{Rgb888, RgbColor},
+    Drawable,
+    geometry::Point,
+    mono_font::ascii::FONT_9X15,
+    pixelcolor::Rgb888,
     primitives::{Line, Primitive, PrimitiveStyle},
-    text::{Alignment, Text},
+    text::Alignment,
 };
-use image::{Rgb, RgbImage};
+use emu2_cli::canvas::Canvas;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 540;
@@ -28,11 +27,11 @@ const BLUE: Rgb888 = Rgb888::new(30, 80, 170);
 
 /// `points`: samples and loss, in order.
 pub(super) fn draw(path: &Path, title: &str, points: &[(f64, f64)]) -> Result<()> {
-    let mut canvas = Canvas(RgbImage::from_pixel(WIDTH, HEIGHT, Rgb([255; 3])));
+    let mut canvas = Canvas::white(WIDTH, HEIGHT);
     // What is not finite has no place; a loss of 0 has none on this scale.
     let points: Vec<_> = points.iter().copied().filter(|&(_, loss)| loss.is_finite() && loss > 0.0).collect();
     let axes = Axes::around(&points);
-    canvas.frame(title, &axes);
+    frame(&mut canvas, title, &axes);
     let curve: Vec<_> = points.iter().map(|&point| axes.place(point)).collect();
     // Line by line: joints of a thick polyline overflow on sharp angles.
     for ends in curve.windows(2) {
@@ -77,59 +76,34 @@ impl Axes {
     }
 }
 
-struct Canvas(RgbImage);
-
-impl Canvas {
-    /// Lines, numbers and titles.
-    fn frame(&mut self, title: &str, axes: &Axes) {
-        let grey = PrimitiveStyle::with_stroke(GREY, 1);
-        for tick in 0..=TICKS {
-            let share = f64::from(tick) / f64::from(TICKS);
-            let ends = [(share, 0.0, share, 1.0), (0.0, share, 1.0, share)];
-            for (x, y, x_end, y_end) in ends {
-                let line = Line::new(Axes::at(x, y), Axes::at(x_end, y_end));
-                line.into_styled(grey).draw(self).expect("infallible");
-            }
-            let samples = format!("{:.0}", share * axes.samples_max);
-            self.text(&samples, Axes::at(share, 0.0) + Point::new(0, 20), Alignment::Center);
-            let loss = format!("{:.3}", (axes.low + share * (axes.high - axes.low)).exp());
-            self.text(&loss, Axes::at(0.0, share) + Point::new(-8, 5), Alignment::Right);
+/// Lines, numbers and titles.
+fn frame(canvas: &mut Canvas, title: &str, axes: &Axes) {
+    let grey = PrimitiveStyle::with_stroke(GREY, 1);
+    let mut text = |text: &str, at, alignment| canvas.label(text, &FONT_9X15, at, alignment);
+    text(title, Point::new(LEFT, 25), Alignment::Left);
+    text("samples", Axes::at(0.5, 0.0) + Point::new(0, 40), Alignment::Center);
+    text("loss", Point::new(LEFT - 8, 25), Alignment::Right);
+    for tick in 0..=TICKS {
+        let share = f64::from(tick) / f64::from(TICKS);
+        let samples = format!("{:.0}", share * axes.samples_max);
+        text(&samples, Axes::at(share, 0.0) + Point::new(0, 20), Alignment::Center);
+        let loss = format!("{:.3}", (axes.low + share * (axes.high - axes.low)).exp());
+        text(&loss, Axes::at(0.0, share) + Point::new(-8, 5), Alignment::Right);
+    }
+    for tick in 0..=TICKS {
+        let share = f64::from(tick) / f64::from(TICKS);
+        for (x, y, x_end, y_end) in [(share, 0.0, share, 1.0), (0.0, share, 1.0, share)] {
+            let line = Line::new(Axes::at(x, y), Axes::at(x_end, y_end));
+            line.into_styled(grey).draw(canvas).expect("infallible");
         }
-        self.text(title, Point::new(LEFT, 25), Alignment::Left);
-        self.text("samples", Axes::at(0.5, 0.0) + Point::new(0, 40), Alignment::Center);
-        self.text("loss", Point::new(LEFT - 8, 25), Alignment::Right);
-    }
-
-    fn text(&mut self, text: &str, at: Point, alignment: Alignment) {
-        let style = MonoTextStyle::new(&FONT_9X15, Rgb888::BLACK);
-        Text::with_alignment(text, at, style, alignment).draw(self).expect("infallible");
-    }
-}
-
-impl OriginDimensions for Canvas {
-    fn size(&self) -> Size {
-        Size::new(WIDTH, HEIGHT)
-    }
-}
-
-impl DrawTarget for Canvas {
-    type Color = Rgb888;
-    type Error = std::convert::Infallible;
-
-    /// What lies outside is left out.
-    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
-        for Pixel(Point { x, y }, colour) in pixels {
-            let inside = u32::try_from(x).ok().zip(u32::try_from(y).ok());
-            if let Some(pixel) = inside.and_then(|(x, y)| self.0.get_pixel_mut_checked(x, y)) {
-                *pixel = Rgb([colour.r(), colour.g(), colour.b()]);
-            }
-        }
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use embedded_graphics::pixelcolor::RgbColor;
+    use image::Rgb;
+
     use super::*;
 
     #[test]

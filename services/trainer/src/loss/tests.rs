@@ -12,6 +12,7 @@ use tch::{IndexOp, nn::VarStore};
 use super::*;
 use crate::{
     layout::Predictions,
+    model::nano,
     optimizer::{AdamW, OptimizerConfig},
 };
 
@@ -162,10 +163,46 @@ fn steps_of_the_optimizer_are_torchs() {
 fn what_is_not_learned_gives_no_gradient() {
     let (tower, llm, variables) = golden_model();
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
+    let names = |loss: &Loss| loss.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    let loss = next_element((&tower, &llm), &layout, &pixels, 0.0);
+    assert_eq!(names(&loss), ["token_accuracy", "cross_entropy"]);
+    loss.total.backward();
+    assert!(!variables["project_down.weight"].grad().defined());
+
+    let (tower, llm, variables) = golden_model();
     let layout = Layout { text: Predictions::default(), ..layout };
     let loss = next_element((&tower, &llm), &layout, &pixels, 1.0);
-    let names: Vec<_> = loss.parts.iter().map(|(name, _)| *name).collect();
-    assert_eq!(names, ["mean_squared_error"]);
+    assert_eq!(names(&loss), ["mean_squared_error"]);
     loss.total.backward();
     assert!(!variables["decoder.lm.lm_head.weight"].grad().defined());
+}
+
+#[test]
+fn boxes_count_where_something_is_named() {
+    let _no_grad = tch::no_grad_guard();
+    let model = Model::new(&nano(), 0, Device::Cpu).unwrap();
+    let queries = i64::from(model.n_query());
+    let float = (Kind::Float, Device::Cpu);
+    // Of zeros: every box is predicted as 0, 0, 0, 0.
+    let head = |classes: i64| Linear {
+        weight: Tensor::zeros([classes, model.tower.config.width], float),
+        bias: Some(Tensor::zeros([classes], float)),
+    };
+    let heads = NamingHeads { names: head(3), boxes: head(4), background: head(2), count: head(2) };
+    let pixels = Tensor::zeros([2, 3, 64, 64], float);
+    let zeros = |count| Tensor::zeros([count], (Kind::Int64, Device::Cpu));
+    let error = |named: &[i64]| {
+        let boxes = Tensor::full([2 * queries, 4], 9.0, float);
+        let covered = Tensor::zeros([2 * queries], (Kind::Bool, Device::Cpu));
+        for &query in named {
+            boxes.get(query).copy_(&Tensor::from_slice(&[0.0_f32, 0.2, 0.4, 0.2]));
+            let _ = covered.get(query).fill_(1);
+        }
+        let truth =
+            Named { names: zeros(2 * queries), boxes, covered, backgrounds: zeros(2), counts: zeros(2) };
+        let parts = naming(&model, &heads, &pixels, &truth).parts;
+        parts.iter().find(|(name, _)| *name == "box_error").unwrap().1.double_value(&[])
+    };
+    assert!((error(&[0, 5, 17]) - 0.2).abs() < 1e-6, "{}", error(&[0, 5, 17]));
+    assert_eq!(error(&[]), 0.0);
 }

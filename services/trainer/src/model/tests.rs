@@ -54,3 +54,19 @@ fn what_is_trained_is_named() {
     let error = format!("{:#}", model.restore([("project_up.weight", &stranger)]).unwrap_err());
     assert!(error.contains("`project_up.weight`: must be [256, 192], is [1]"), "{error}");
 }
+
+#[test]
+fn a_narrow_model_knows_what_it_was_rounded_from() {
+    let [wide, narrow] = [(); 2].map(|()| Model::new(&nano(), 0, Device::Cpu).unwrap());
+    let narrow = narrow.computing_in(Kind::BFloat16).unwrap();
+    assert_eq!((wide.exact().len(), narrow.kind()), (0, Kind::BFloat16));
+    let variables = narrow.variables();
+    for (name, value) in wide.variables() {
+        assert_eq!(narrow.exact()[&name], value, "{name}");
+        assert_eq!(variables[&name], value.to_kind(Kind::BFloat16), "{name}");
+    }
+    let name = "project_up.weight";
+    let values = wide.variables()[name].ones_like() * 0.1;
+    narrow.restore([(name, &values)]).unwrap();
+    assert_eq!(narrow.exact()[name], values);
+}

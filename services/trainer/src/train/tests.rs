@@ -1,10 +1,10 @@
 //! A toy world and the smallest model: losses fall, and a resumed run is the run.
 
-use std::{fs, sync::Arc};
+use std::sync::Arc;
 
 use emu2_llm::tokenizer::Tokenizer;
 use serde_json::json;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::{
@@ -45,6 +45,7 @@ impl Samples for Toy {
         NamedScene {
             picture: Picture::new((0..Picture::BYTES).map(pixel).collect()),
             names: vec![0, NAMES, 0, NAMES],
+            boxes: vec![[0.0, 0.0, 0.5, 1.0]; 4],
             background: background as i64,
             count: 1,
         }
@@ -93,7 +94,7 @@ fn run(runs: &Path) -> Run {
         runs: runs.to_owned(),
         before: Progress::default(),
         loader_threads: 2,
-        time_max: None,
+        deadline: None,
         shutdown: Shutdown::new(),
         bar: false,
     }
@@ -176,15 +177,81 @@ fn losses_of_documents_fall_with_pictures_and_without() {
         regression_weight: 1.0,
         seed: 5,
     };
-    for (name, text_only, parts) in [("words", true, 2), ("elements", false, 3)] {
+    for (name, text_only, parts) in [("words", true, 3), ("elements", false, 4)] {
         train(&stage(name, 60, "decoder.lm.", ""), &model(), &documents(text_only), &run).unwrap();
         let losses = losses(folder.path(), name);
         assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{name}: {losses:?}");
         let text = fs::read_to_string(folder.path().join(name).join("metrics.jsonl")).unwrap();
         let line: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-        // Cross-entropy and accuracy; with pictures the error of their embeddings too.
+        // Cross-entropy, accuracy and the task's loss; with pictures the error of their embeddings too.
         assert_eq!(line["parts"].as_object().unwrap().len(), parts, "{name}: {line}");
     }
+}
+
+/// Whatever the processor has instructions for.
+#[test]
+fn losses_in_bfloat16_are_those_in_float32() {
+    let samples: Arc<dyn Samples> = Arc::new(Toy);
+    let documents = |_: &Model| NextElement {
+        samples: Arc::clone(&samples),
+        tokenizer: tokenizer(),
+        queries: Queries { n_query: 4, v_query: 4 },
+        tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
+        text_only: false,
+        regression_weight: 1.0,
+        seed: 5,
+    };
+    let denoise =
+        |_: &Model| Denoise { samples: Arc::clone(&samples), batch: 2, dropped_share: 0.5, seed: 5 };
+    let naming = |model: &Model| Naming::new(Arc::clone(&samples), 6, model);
+    agree("elements", "decoder.lm.", documents);
+    agree("naming", "visual.", naming);
+    let autoencode =
+        |_: &Model| Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
+    agree("unet", "unet.", denoise);
+    agree("vae", "vae.", autoencode);
+}
+
+fn agree<O: Objective>(name: &str, train_prefix: &str, objective: impl Fn(&Model) -> O) {
+    let last = [Kind::Float, Kind::BFloat16].map(|kind| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = model().computing_in(kind).unwrap();
+        assert_eq!(model.kind(), kind);
+        train(&stage(name, 40, train_prefix, ""), &model, &objective(&model), &run(folder.path())).unwrap();
+        let losses = losses(folder.path(), name);
+        losses[losses.len() - 1]
+    });
+    assert!((last[1] / last[0] - 1.0).abs() < 0.05, "{name}: {last:?}");
+}
+
+/// What one stage has come to in float32 is what the next begins with, not its rounded values.
+#[test]
+fn a_narrow_stage_begins_with_wide_weights() {
+    let (folder, wide) = (tempfile::tempdir().unwrap(), weights(&model(), "visual."));
+    let narrow = model().computing_in(Kind::BFloat16).unwrap();
+    let naming = Naming::new(Arc::new(Toy), 6, &narrow);
+    let run = Run { deadline: Some(Instant::now()), ..run(folder.path()) };
+    let stage = stage("naming", 9, "visual.", "average_decay = 0.9");
+    assert_eq!(train(&stage, &narrow, &naming, &run).unwrap(), Ended::Stopped);
+    let next = model();
+    for (_, mut value) in next.variables() {
+        let _ = tch::no_grad(|| value.zero_());
+    }
+    let progress = checkpoint::give_on(&run.checkpoint("naming"), &next).unwrap();
+    assert_eq!((progress.steps, weights(&next, "visual.")), (0, wide));
+}
+
+#[test]
+fn a_stage_is_trained_by_one_process_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let held = lock(&folder.path().join("naming")).unwrap();
+    let model = model();
+    let naming = Naming::new(Arc::new(Toy), 6, &model);
+    let once = || train(&stage("naming", 1, "visual.", ""), &model, &naming, &run(folder.path()));
+    let error = once().unwrap_err().to_string();
+    assert!(error.contains("another process") && error.contains("naming"), "{error}");
+    drop(held);
+    once().unwrap();
 }
 
 #[test]

@@ -100,6 +100,16 @@ pub(super) fn question(draw: &mut Draw) -> Document {
     question_about(draw, asked.0, chat)
 }
 
+pub(super) fn relation(draw: &mut Draw) -> Document {
+    let document = if draw.rng.random_bool(0.5) {
+        question_about(draw, Asked::Related, false)
+    } else {
+        let scene = draw.world.composer(draw.split).pair(&mut draw.rng);
+        description(draw, scene)
+    };
+    Document { task: Task::Relation, ..document }
+}
+
 pub(super) fn question_about(draw: &mut Draw, asked: Asked, chat: bool) -> Document {
     let composer = draw.world.composer(draw.split);
     loop {

@@ -148,6 +148,21 @@ fn names_are_shown_as_often_as_asked() {
     }
 }
 
+/// A batch of 16 needs no padding then.
+#[test]
+fn sixteen_episodes_in_a_row_are_equally_long() {
+    for task in [Task::Names, Task::NamesInWords] {
+        let pieces = |index| WORLD.document(Split::Train, task, index).pieces.len();
+        let mut lengths = std::collections::HashSet::new();
+        for first in (0..160).step_by(16) {
+            let length = pieces(first);
+            assert!((first..first + 16).all(|index| pieces(index) == length), "{task:?} from {first}");
+            lengths.insert(length);
+        }
+        assert!(lengths.len() > 3, "{task:?}: {lengths:?}");
+    }
+}
+
 #[test]
 fn cases_ask_for_what_they_are_called() {
     for (ability, index) in Ability::all().flat_map(|ability| (0..20).map(move |index| (ability, index))) {

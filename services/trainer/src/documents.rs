@@ -1,0 +1,65 @@
+//! Documents as rows of a contact sheet: what is given, then what is learned.
+
+use emu2_cli::sheet::{Row, Tile};
+use image::RgbImage;
+
+use crate::data::{Document, Picture, Piece, SIDE, outline};
+
+/// What is learned before the last piece is shown where it stands.
+pub fn row(document: &Document) -> Row {
+    let title = format!("{} on {}", document.task.name(), document.scene.background.name());
+    let Some((last, given)) = document.pieces.split_last() else { return Row { title, ..Row::default() } };
+    Row { title, given: given.iter().flat_map(tiles).collect(), made: tiles(last) }
+}
+
+fn tiles(piece: &Piece) -> Vec<Tile> {
+    match piece {
+        Piece::Text { text, .. } => vec![Tile::Text(text.clone())],
+        Piece::Image { picture, .. } => vec![Tile::Picture(rgb(picture))],
+        Piece::Box { phrase, bounds } => {
+            vec![Tile::Text(phrase.clone()), Tile::Picture(rgb(&outline::picture(*bounds)))]
+        }
+        Piece::Video { frames } => frames.iter().map(|frame| Tile::Picture(rgb(frame))).collect(),
+    }
+}
+
+/// The picture as an image of the crate `image`.
+pub fn rgb(picture: &Picture) -> RgbImage {
+    let side = SIDE as u32;
+    RgbImage::from_raw(side, side, picture.rgb().to_vec()).expect("a picture is SIDE x SIDE x 3 bytes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Bounds, Scene, Split, Task, tests::WORLD};
+
+    fn document(pieces: Vec<Piece>) -> Document {
+        let scene: Scene = WORLD.scene(Split::Train, 1);
+        Document { task: Task::Caption, pieces, scene, ends: true }
+    }
+
+    #[test]
+    fn the_last_piece_is_what_is_learned() {
+        let scene = WORLD.scene(Split::Train, 1);
+        let picture = WORLD.picture(&scene);
+        let bounds = Bounds { left: 0, top: 0, right: 32, bottom: 32 };
+        let shown = Tile::Picture(rgb(&picture));
+        let video = document(vec![
+            Piece::Text { text: "a".to_owned(), learn: false },
+            Piece::Box { phrase: "cat".to_owned(), bounds },
+            Piece::Video { frames: vec![picture.clone(), picture.clone()] },
+            Piece::Text { text: " b".to_owned(), learn: true },
+        ]);
+        let told = row(&video);
+        assert_eq!(told.title, format!("caption on {}", scene.background.name()));
+        assert_eq!(told.made, [Tile::Text(" b".to_owned())]);
+        assert_eq!(told.given.len(), 5);
+        let outline = Tile::Picture(rgb(&outline::picture(bounds)));
+        assert_eq!(told.given[..3], [Tile::Text("a".to_owned()), Tile::Text("cat".to_owned()), outline]);
+        assert_eq!(told.given[3..], [shown.clone(), shown.clone()]);
+        let painted = row(&document(vec![Piece::Image { picture, learn: true }]));
+        assert_eq!((painted.given.len(), painted.made), (0, vec![shown]));
+        assert!(row(&document(Vec::new())).made.is_empty());
+    }
+}
