@@ -1,11 +1,12 @@
 //! An image is encoded once, whoever asks: the cache as clients see it, in process and through a real Redis.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use emu2_bench::processes::free_address;
 use emu2_cli::cluster::ClusterConfig;
 use emu2_nn::golden;
 use emu2_proto::v1;
@@ -22,15 +23,24 @@ struct Redis {
 impl Redis {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let addr = free_address();
         let server = Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args([
+                "--port",
+                &addr.port().to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+            ])
             .arg("--dir")
             .arg(dir.path())
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is installed: run `make redis`");
-        let redis = Self { server, addr: ([127, 0, 0, 1], port).into(), _dir: dir };
+        let redis = Self { server, addr, _dir: dir };
         for _ in 0..200 {
             if tokio::net::TcpStream::connect(redis.addr).await.is_ok() {
                 return redis;

@@ -2,12 +2,13 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, ExitStatus, Stdio},
     time::Duration,
 };
 
+use emu2_bench::processes::free_address;
 use emu2_nn::golden;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -72,9 +73,7 @@ impl Processes {
 
 impl Process {
     pub(crate) fn start(dir: &Path, name: &str, config: &str) -> Self {
-        // Released before the service binds them; another process is unlikely to take them in between.
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (addr, admin) = (free(), free());
+        let (addr, admin) = (free_address(), free_address());
         let file = dir.join(format!("{name}-{}.toml", addr.port()));
         // Tables come last in TOML.
         let (keys, tables) =
