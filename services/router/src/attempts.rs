@@ -42,7 +42,7 @@ const ATTEMPT: &str = "x-emu2-attempt";
 pub(crate) trait Call: Send {
     type Stage: Stage;
     type In: Clone + Send + 'static;
-    type Out: Send;
+    type Out: Send + 'static;
 
     /// The first message of an attempt: it goes on after all that was taken.
     fn first(&self) -> Self::In;
@@ -90,6 +90,8 @@ pub(crate) struct Session<C: Call> {
     attempt: Option<Attempt<C>>,
     /// The last answer has come.
     ended: bool,
+    /// Who gave it.
+    ended_by: Option<Lease<C::Stage>>,
     tries: Tries,
     _timer: StageTimer,
 }
@@ -161,6 +163,7 @@ impl<C: Call> Session<C> {
             complete: false,
             attempt: None,
             ended: false,
+            ended_by: None,
             tries: Tries::default(),
         };
         (sender, session)
@@ -177,9 +180,10 @@ impl<C: Call> Session<C> {
             match self.turn(&mut attempt).await? {
                 Ok(answer) => {
                     if self.ended {
-                        Self::end(&mut attempt).await;
+                        self.ended_by = Some(attempt.end());
+                    } else {
+                        self.attempt = Some(attempt);
                     }
-                    self.attempt = Some(attempt);
                     return Ok(answer);
                 }
                 Err(loss) => {
@@ -192,9 +196,9 @@ impl<C: Call> Session<C> {
         }
     }
 
-    /// The call, with all that was answered, and the replica that answered last.
+    /// The call, with all that was answered, and the replica that gave its last answer.
     pub(crate) fn into_parts(self) -> (C, Option<Lease<C::Stage>>) {
-        (self.call, self.attempt.map(|attempt| attempt.lease))
+        (self.call, self.ended_by)
     }
 
     /// Hands over what is to be sent until an answer comes.
@@ -226,15 +230,6 @@ impl<C: Call> Session<C> {
                 () = attempt.lease.hung() => return Ok(Err(Loss::Hung)),
             }
         }
-    }
-
-    /// Waits for the stream's own end after the last answer. A stream that is dropped before it has ended is reset, and
-    /// HTTP/2 takes a connection with many of those for an attack.
-    async fn end(attempt: &mut Attempt<C>) {
-        attempt.requests = None;
-        let ended = async { while let Ok(Some(_)) = attempt.answers.message().await {} };
-        // Whatever it ends with: the call has its answer.
-        let _ = timeout(END_TIMEOUT, ended).await;
     }
 
     /// What came, if it is anything new.
@@ -270,6 +265,9 @@ impl<C: Call> Session<C> {
             let (requests, receiver) = mpsc::channel(WAITING_MESSAGES);
             let first = requests.try_send(self.call.first());
             debug_assert!(first.is_ok(), "an empty queue takes one message");
+            // A call of one message says so with it, and its stage ends the stream with its answer.
+            self.complete |= self.inputs.is_closed() && self.inputs.is_empty();
+            let requests = (!self.complete || !self.kept.is_empty()).then_some(requests);
             let mut request = Request::new(ReceiverStream::new(receiver));
             carry(request.metadata_mut(), &self.way, self.tries.number);
             let opened = tokio::select! {
@@ -282,8 +280,7 @@ impl<C: Call> Session<C> {
             self.tries.fruitless += u32::from(!opened.as_ref().is_err_and(error::never_arrived));
             match opened {
                 Ok(answers) => {
-                    let (requests, answers) = (Some(requests), answers.into_inner());
-                    return Ok(Attempt { requests, sent: 0, answers, lease });
+                    return Ok(Attempt { requests, sent: 0, answers: answers.into_inner(), lease });
                 }
                 Err(status) => {
                     let loss = Loss::of(status, &lease)?;
@@ -388,6 +385,20 @@ impl Tries {
     fn is_lost_unanswered(&self) -> bool {
         let full = self.last.as_ref().is_some_and(|status| status.code() == Code::ResourceExhausted);
         !self.answered && !full
+    }
+}
+
+impl<C: Call> Attempt<C> {
+    /// Reads the stream's own end after the last answer, beside whoever has that answer by now. A stream that is
+    /// dropped before it has ended is reset, and HTTP/2 takes a connection with many of those for an attack.
+    fn end(self) -> Lease<C::Stage> {
+        let Self { requests, mut answers, lease, .. } = self;
+        drop(requests);
+        tokio::spawn(timeout(END_TIMEOUT, async move {
+            // Whatever it ends with: the call has its answer.
+            while let Ok(Some(_)) = answers.message().await {}
+        }));
+        lease
     }
 }
 
