@@ -92,7 +92,7 @@ pub struct CacheConfig {
     /// picture, short enough that an encoder with wider limits is soon asked.
     pub refusal_ttl_ms: u64,
     /// Milliseconds that a request waits for Redis in vain, connecting included. 20: far above a healthy answer
-    /// (1 ms), far below encoding.
+    /// (1 ms), far below encoding. A router that is itself so busy that its timers are late waits as much longer.
     pub deadline_ms: u64,
     /// Milliseconds after which a value that a lost router was computing is another's to compute. 5,000: a router
     /// that is alive renews its lease thrice in that time, and waits longer than that only if its process hangs.
