@@ -113,7 +113,7 @@ impl Cache {
     pub(crate) fn put(&self, key: Key, tensor: v1::Tensor) {
         self.levels.memory.put(key, tensor.clone());
         if let Some(redis) = &self.levels.redis {
-            redis.publish(key, &Value::Tensor(tensor), None);
+            redis.publish(key, Value::Tensor(tensor), None);
         }
     }
 
@@ -170,7 +170,7 @@ impl Levels {
             Err(_) => return,
         };
         if let Some(redis) = &self.redis {
-            redis.publish(key, &value, lease);
+            redis.publish(key, value, lease);
         }
     }
 }

@@ -77,7 +77,7 @@ pub(crate) enum Claim {
 
 /// What nobody waits for.
 enum Errand {
-    Publish { key: Key, token: Option<Token>, value: Vec<u8>, ttl: Duration },
+    Publish { key: Key, token: Option<Token>, value: Value, ttl: Duration },
     Release { key: Key, token: Token },
 }
 
@@ -101,7 +101,8 @@ impl Redis {
         })?;
         let (link, breaker) = (Arc::new(link), Arc::new(Breaker::default()));
         let (errands, waiting) = mpsc::channel(WAITING_ERRANDS);
-        let runner = tokio::spawn(run_errands(Arc::clone(&link), Arc::clone(&breaker), waiting));
+        let runner =
+            tokio::spawn(run_errands(Arc::clone(&link), Arc::clone(&breaker), waiting, max_value_bytes));
         Ok(Some(Arc::new(Self {
             link,
             breaker,
@@ -163,17 +164,13 @@ impl Redis {
     }
 
     /// Stores a value under the key that it was computed for, off the path, and ends the lease with it.
-    pub(crate) fn publish(&self, key: Key, value: &Value, lease: Option<Lease>) {
-        let Some(bytes) = value::encode(&key, value).filter(|bytes| bytes.len() <= self.max_value_bytes)
-        else {
-            return;
-        };
+    pub(crate) fn publish(&self, key: Key, value: Value, lease: Option<Lease>) {
         let ttl = match value {
             Value::Tensor(_) => self.ttl,
             Value::Refusal(_) => self.refusal_ttl,
         };
         let token = lease.filter(|lease| *lease.key() == key).map(Lease::hand_over);
-        self.queue(Errand::Publish { key, token, value: bytes, ttl });
+        self.queue(Errand::Publish { key, token, value, ttl });
     }
 
     async fn look(&self, key: &Key, token: &[u8], discards: bool, patience: &Patience) -> Option<Said> {
@@ -199,15 +196,34 @@ fn pause(waited: Duration) -> Duration {
 }
 
 /// The errand runner's task: one after the other until the cache is dropped.
-async fn run_errands(link: Arc<Link>, breaker: Arc<Breaker>, mut errands: mpsc::Receiver<Errand>) {
+async fn run_errands(
+    link: Arc<Link>,
+    breaker: Arc<Breaker>,
+    mut errands: mpsc::Receiver<Errand>,
+    max_value_bytes: usize,
+) {
     while let Some(errand) = errands.recv().await {
-        let question = match &errand {
-            Errand::Publish { key, token, value, ttl } => {
-                questions::publish(key, token.as_ref().map_or(&[], |token| token), value, *ttl)
+        if let Some(question) = errand.question(max_value_bytes) {
+            ask::<redis::Value>(&link, &breaker, &question, WRITE_TIMEOUT).await;
+        }
+    }
+}
+
+impl Errand {
+    /// A value that is not worth storing only ends its lease.
+    fn question(self, max_value_bytes: usize) -> Option<Cmd> {
+        let (key, token) = match self {
+            Self::Release { key, token } => (key, Some(token)),
+            Self::Publish { key, token, value, ttl } => {
+                let stored = value::encode(&key, &value).filter(|bytes| bytes.len() <= max_value_bytes);
+                if let Some(bytes) = stored {
+                    let token = token.as_ref().map_or(&[] as &[u8], |token| token);
+                    return Some(questions::publish(&key, token, &bytes, ttl));
+                }
+                (key, token)
             }
-            Errand::Release { key, token } => questions::release(key, token),
         };
-        ask::<redis::Value>(&link, &breaker, &question, WRITE_TIMEOUT).await;
+        Some(questions::release(&key, &token?))
     }
 }
 
