@@ -133,7 +133,7 @@ impl Embeddings {
     ) -> Result<Found, Stop> {
         let work = self.clone();
         let request = EncodeRequest { id: 0, source: Some(source), n_query };
-        let compute = || work.encode(kind, request, content).instrument(Span::current()).boxed();
+        let compute = || work.encode(kind, request, content, key).instrument(Span::current()).boxed();
         self.cache.fetch(kind, key, compute).await
     }
 
@@ -151,7 +151,8 @@ impl Embeddings {
         }
     }
 
-    async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes) -> Computed {
+    /// `asked`: the key of what is asked for.
+    async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes, asked: Key) -> Computed {
         let encoder = &self.profile.encoder;
         let n_query = request.n_query;
         let work = self.backlogs.encode()?;
@@ -168,7 +169,7 @@ impl Embeddings {
         }
         let tensor = answer.embeddings.filter(is_whole);
         let tensor = tensor.ok_or_else(|| status::internal("the encoder sent a tensor that is not whole"))?;
-        let recipe = Recipe {
+        let made = Recipe {
             kind,
             weights_digest: &answer.weights_digest,
             preprocessing_version: answer.preprocessing_version,
@@ -177,7 +178,9 @@ impl Embeddings {
             tenant: self.tenant.name(),
             content: &content,
         };
-        Ok((recipe.key(), tensor))
+        // Most often what was asked for: a picture is hashed once.
+        let key = if made == self.recipe(kind, &content, n_query) { asked } else { made.key() };
+        Ok((key, tensor))
     }
 
     async fn regress(self, input: Input) -> Computed {

@@ -30,7 +30,7 @@ impl Kind {
 }
 
 /// What a value depends on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Recipe<'a> {
     pub(crate) kind: Kind,
     /// Of the weights that computed the value.
