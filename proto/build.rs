@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("emu2.descriptors"), descriptors.encode_to_vec())?;
     // `Bytes` for every bytes field: pictures and tensors are shared, not copied, on decode.
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".").codec_path("crate::codec::Codec").compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=emu2");
     Ok(())
 }

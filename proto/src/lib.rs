@@ -7,11 +7,13 @@
 //! | [`array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
 //! | [`capable`] | stages of the published sizes, for whatever stands in for them |
 //! | [`pooling`] | how many embeddings a picture can become |
+//! | [`codec`] | how a message becomes the bytes of a stream |
 //!
 //! No tch here, so that the router builds without libtorch.
 
 pub mod array;
 pub mod capable;
+pub mod codec;
 pub mod pooling;
 
 pub use emu2::{stage::v1 as stage, v1};
