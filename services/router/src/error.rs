@@ -62,6 +62,22 @@ pub(crate) fn of_loss(status: &Status) -> &str {
     if was_never_sent(status) { "its connection was closed" } else { status.message() }
 }
 
+/// A status and all that led to it, for logs: what a connection broke by stands at the end of a chain of causes.
+pub(crate) fn causes(status: &Status) -> String {
+    let mut said = match status.message() {
+        "" => vec![status.code().to_string()],
+        message => vec![message.to_owned()],
+    };
+    for cause in std::iter::successors(std::error::Error::source(status), |error| error.source()) {
+        let cause = cause.to_string();
+        // Many repeat those above or below them.
+        if !said.iter().any(|earlier| earlier.contains(&cause)) {
+            said.push(cause);
+        }
+    }
+    said.join(": ")
+}
+
 /// A stage's status in the terms of the public request. `public` translates the name of one of the stage's fields;
 /// a field without a public name was filled by us, so that its violation is our fault.
 pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
@@ -150,6 +166,15 @@ mod tests {
         assert!(!local(Box::new(tonic::TimeoutExpired(()))));
         assert!(is_replica_lost(&Status::unavailable("stopping")));
         assert!(!is_replica_lost(&Status::cancelled("by the stage")));
+    }
+
+    #[test]
+    fn the_causes_of_a_status_are_told_to_the_last_and_each_once() {
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let nested = std::io::Error::other(std::io::Error::other(refused));
+        assert_eq!(causes(&Status::from_error(Box::new(nested))), "connection refused");
+        assert_eq!(causes(&Status::unavailable("stopping")), "stopping");
+        assert!(causes(&Status::unavailable("")).contains("unavailable"));
     }
 
     #[test]

@@ -65,14 +65,14 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     let service = Emu2Server::new(router.clone())
         .max_decoding_message_size(max_message_bytes)
         .max_encoding_message_size(max_message_bytes);
-    let stages_answer = async {
-        router.answered().await;
-        Ok(())
-    };
-    Server::new("emu2-router", &server_config, listeners)
+    let server = Server::new("emu2-router", &server_config, listeners)
         .service(service)
         .registry(registry)
-        .tenants(tenants)
-        .run_after(stages_answer, shutdown)
-        .await
+        .tenants(tenants);
+    let readiness = server.readiness();
+    let stages_answer = async {
+        router.answered(|reason| readiness.not_ready(reason)).await;
+        Ok(())
+    };
+    server.run_after(stages_answer, shutdown).await
 }

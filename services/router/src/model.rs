@@ -67,13 +67,20 @@ impl Model {
         })
     }
 
-    /// Returns once every stage has answered, and all its replicas were asked.
-    pub(crate) async fn answered(&self) {
+    /// Returns once every stage has answered, and all its replicas were asked; `waits` is told what for.
+    pub(crate) async fn answered(&self, waits: impl Fn(String)) {
+        waits(self.missing("encoder"));
         self.encoder.answered().await;
+        waits(self.missing("llm"));
         self.llm.answered().await;
         if let Some(decoder) = &self.decoder {
+            waits(self.missing("decoder"));
             decoder.answered().await;
         }
+    }
+
+    fn missing(&self, stage: &str) -> String {
+        format!("no {stage} replica of model {:?} has answered", self.name)
     }
 
     /// Whether every stage has a replica that answers now.
@@ -85,8 +92,7 @@ impl Model {
 
     /// What a new request goes by; UNAVAILABLE while a stage that it needs has not answered.
     pub(crate) fn profile(&self, paints: bool) -> Result<Profile, Status> {
-        let missing =
-            |stage| status::unavailable(format!("no {stage} replica of model {:?} has answered", self.name));
+        let missing = |stage| status::unavailable(self.missing(stage));
         let profile = Profile {
             encoder: self.encoder.info().ok_or_else(|| missing("encoder"))?,
             llm: self.llm.info().ok_or_else(|| missing("llm"))?,

@@ -53,10 +53,10 @@ impl Router {
         })
     }
 
-    /// Returns once every stage of every model has answered, and all replicas were asked.
-    pub(crate) async fn answered(&self) {
+    /// Returns once every stage of every model has answered, and all replicas were asked; `waits` is told what for.
+    pub(crate) async fn answered(&self, waits: impl Fn(String)) {
         for model in self.models.iter() {
-            model.answered().await;
+            model.answered(&waits).await;
         }
     }
 

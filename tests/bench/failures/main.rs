@@ -7,11 +7,13 @@
 //! | `replicas.rs` | a pool; a rollout |
 //! | `router.rs` | the router, its clients, too much at once |
 //! | `redis.rs` | Redis |
+//! | `tls.rs` | certificates |
 
 mod redis;
 mod replicas;
 mod resumed;
 mod router;
+mod tls;
 
 use std::time::{Duration, Instant};
 

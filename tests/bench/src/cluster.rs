@@ -221,6 +221,13 @@ pub struct Cluster {
 impl Cluster {
     /// Stages and one router, ready.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
+        let mut cluster = Self::without_router(plan).await?;
+        cluster.add_router().await?;
+        Ok(cluster)
+    }
+
+    /// Stages alone.
+    pub async fn without_router(plan: Plan) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut pools = [Vec::new(), Vec::new(), Vec::new()];
         for (pool, stage) in pools.iter_mut().zip([&plan.encoder, &plan.llm, &plan.decoder]) {
@@ -229,9 +236,7 @@ impl Cluster {
             }
         }
         let [encoders, llms, decoders] = pools;
-        let mut cluster = Self { plan, encoders, llms, decoders, routers: vec![], dir };
-        cluster.add_router().await?;
-        Ok(cluster)
+        Ok(Self { plan, encoders, llms, decoders, routers: vec![], dir })
     }
 
     pub fn dir(&self) -> &Path {

@@ -39,7 +39,7 @@ use self::{
 };
 
 /// Serves every replica until shutdown. Each has its line on standard output once it listens:
-/// `ready http://ADDRESS http://ADMIN`.
+/// `ready http://ADDRESS http://ADMIN`, or `https` where it speaks TLS.
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut replicas = JoinSet::new();
     for number in 0..options.replicas {
@@ -47,7 +47,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         let listeners = Listeners::bind(&config).await?;
         let admin = listeners.admin_addr().expect("a mock stage has an admin port");
         let mut out = std::io::stdout();
-        writeln!(out, "ready http://{} http://{admin}", listeners.grpc_addr())?;
+        writeln!(out, "ready {}://{} http://{admin}", options.scheme(), listeners.grpc_addr())?;
         out.flush()?;
 
         let mut registry = Registry::default();

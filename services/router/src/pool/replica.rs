@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::Stage;
-use crate::config::PoolConfig;
+use crate::{config::PoolConfig, error};
 
 /// Questions in a row that go unanswered before the streams that run on a replica are given up: one may be a busy
 /// moment, and a stream that still moves is worth more than a quick change.
@@ -46,6 +46,8 @@ struct Known<I> {
     /// Whether it answered when last asked.
     answers: bool,
     silent: u32,
+    /// Why it last did not answer, as the log has it: each reason is told once.
+    told: Option<String>,
     ejections: u32,
     ejected_until: Option<Instant>,
 }
@@ -65,6 +67,7 @@ impl<S: Stage> Replica<S> {
                 info: None,
                 answers: false,
                 silent: 0,
+                told: None,
                 ejections: 0,
                 ejected_until: None,
             }),
@@ -114,19 +117,29 @@ impl<S: Stage> Replica<S> {
     /// Asks the replica about itself; says whether it can serve.
     async fn ask(&self) -> bool {
         let limit = Duration::from_millis(self.config.info_timeout_ms);
-        let answer = timeout(limit, S::info(self.client.clone())).await;
-        let Ok(Ok(info)) = answer else {
-            let silent = self.write(|known| {
-                if known.answers {
-                    tracing::warn!(stage = S::NAME, endpoint = self.endpoint, "replica does not answer");
-                }
-                known.answers = false;
-                known.silent = known.silent.saturating_add(1);
-                known.silent
-            });
-            self.hangs(silent >= SILENT_AFTER);
-            return false;
-        };
+        match timeout(limit, S::info(self.client.clone())).await {
+            Ok(Ok(info)) => self.heard(info),
+            Ok(Err(status)) => self.unheard(error::causes(&status)),
+            Err(_) => self.unheard(format!("no answer in {limit:?}")),
+        }
+    }
+
+    fn unheard(&self, reason: String) -> bool {
+        let silent = self.write(|known| {
+            // One that was never heard of, too: nobody else knows why it is not used.
+            if known.answers || known.told.as_ref() != Some(&reason) {
+                tracing::warn!(stage = S::NAME, endpoint = self.endpoint, reason, "replica does not answer");
+            }
+            known.told = Some(reason);
+            known.answers = false;
+            known.silent = known.silent.saturating_add(1);
+            known.silent
+        });
+        self.hangs(silent >= SILENT_AFTER);
+        false
+    }
+
+    fn heard(&self, info: S::Info) -> bool {
         let step_ms = S::step_ms(&info);
         let stuck = step_ms > self.config.max_step_ms;
         if stuck && !*self.hung.borrow() {
@@ -148,6 +161,7 @@ impl<S: Stage> Replica<S> {
             }
             known.info = Some(Arc::new(info));
             known.silent = 0;
+            known.told = None;
             known.answers = !stuck;
         });
         self.hangs(stuck);

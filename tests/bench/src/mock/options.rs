@@ -1,10 +1,13 @@
 //! How a mock stage is told what to be.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, ValueEnum};
 use emu2_proto::v1::Dtype;
-use emu2_serve::server::ServerConfig;
+use emu2_serve::{
+    server::ServerConfig,
+    tls::{TlsConfig, TlsMode},
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Role {
@@ -69,6 +72,14 @@ pub struct Options {
     /// How long running calls go on after SIGTERM, in milliseconds.
     #[arg(long, default_value_t = 10_000)]
     pub grace_ms: u64,
+
+    /// The door of real stages, as in their `server.tls`: with these two TLS, with the third mutual TLS.
+    #[arg(long, requires = "key_file")]
+    pub cert_file: Option<PathBuf>,
+    #[arg(long, requires = "cert_file")]
+    pub key_file: Option<PathBuf>,
+    #[arg(long, requires = "cert_file")]
+    pub client_ca_file: Option<PathBuf>,
 }
 
 impl Options {
@@ -78,8 +89,28 @@ impl Options {
             listen,
             max_requests: self.max_requests,
             shutdown_grace_ms: self.grace_ms,
+            tls: self.tls(),
             ..ServerConfig::default()
         }
+    }
+
+    fn tls(&self) -> TlsConfig {
+        let mode = match (&self.cert_file, &self.client_ca_file) {
+            (None, _) => TlsMode::None,
+            (Some(_), None) => TlsMode::Server,
+            (Some(_), Some(_)) => TlsMode::Mutual,
+        };
+        TlsConfig {
+            mode: Some(mode),
+            cert_file: self.cert_file.clone(),
+            key_file: self.key_file.clone(),
+            client_ca_file: self.client_ca_file.clone(),
+        }
+    }
+
+    /// Of the endpoints that callers name.
+    pub(super) fn scheme(&self) -> &'static str {
+        if self.cert_file.is_some() { "https" } else { "http" }
     }
 
     pub(super) fn dtype(&self) -> Dtype {
