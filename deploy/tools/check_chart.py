@@ -27,7 +27,7 @@ OWN_OF_ALL |= {("server", "tls", key) for key in ("mode", "cert_file", "key_file
 OWN = {
     "router": {
         ("models",),
-        *(("cache", key) for key in ("redis_url", "redis_ca_file")),
+        *(("cache", key) for key in ("redis_url", "redis_ca_file", "redis_cert_file", "redis_key_file")),
         *(("auth", key) for key in ("mode", "tenants", "tenants_file")),
         *(("pool", "tls", key) for key in ("ca_file", "cert_file", "key_file", "server_name")),
     }

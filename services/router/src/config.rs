@@ -86,6 +86,11 @@ pub struct CacheConfig {
     pub redis_url: Option<RedisUrl>,
     /// The CA that signed the certificates of a `rediss` URL, in PEM; absent: those that the system trusts.
     pub redis_ca_file: Option<PathBuf>,
+    /// PEM: the router's own certificate, where a `rediss` URL's servers ask for one. It, its key and the CA are read
+    /// again for each new connection.
+    pub redis_cert_file: Option<PathBuf>,
+    /// PEM: that certificate's private key.
+    pub redis_key_file: Option<PathBuf>,
     /// Seconds that a value is kept. One day: the same pictures come back within a session's or a job's length.
     pub ttl_seconds: u64,
     /// Milliseconds that a picture's refusal is kept for other routers. 10,000: long enough for one burst of one bad
@@ -196,6 +201,8 @@ impl Default for CacheConfig {
             memory_bytes: 256 << 20,
             redis_url: None,
             redis_ca_file: None,
+            redis_cert_file: None,
+            redis_key_file: None,
             ttl_seconds: 24 * 3600,
             refusal_ttl_ms: 10_000,
             deadline_ms: 20,
@@ -273,12 +280,20 @@ impl CacheConfig {
         if matches!(address, Some(None)) {
             problems.push("cache.redis_url cannot be read as a Redis URL".into());
         }
-        if self.redis_ca_file.is_some() && !matches!(address, Some(None)) {
-            let is_tls = address.flatten().is_some_and(|address| address.is_tls());
-            if !is_tls {
-                problems
-                    .push("cache.redis_ca_file is for a cache.redis_url with rediss, which it is not".into());
-            }
+        let files = [
+            ("redis_ca_file", &self.redis_ca_file),
+            ("redis_cert_file", &self.redis_cert_file),
+            ("redis_key_file", &self.redis_key_file),
+        ];
+        let is_unread = matches!(address, Some(None));
+        let is_tls = address.flatten().is_some_and(|address| address.is_tls());
+        let given = files.iter().filter(|(_, file)| file.is_some() && !is_tls && !is_unread);
+        problems
+            .extend(given.map(|(key, _)| {
+                format!("cache.{key} is for a cache.redis_url with rediss, which it is not")
+            }));
+        if self.redis_cert_file.is_some() != self.redis_key_file.is_some() {
+            problems.push("cache.redis_cert_file and cache.redis_key_file must be given together".into());
         }
         // A third of a lease passes between two renewals, and a renewal may take a deadline.
         if self.lease_ms / 3 < self.deadline_ms {
@@ -419,17 +434,27 @@ mod tests {
         let cache = CacheConfig {
             redis_url: Some(RedisUrl::new("redis-cluster://:hunter2@one,two")),
             redis_ca_file: Some("ca.pem".into()),
+            redis_cert_file: Some("cert.pem".into()),
             deadline_ms: 100,
             lease_ms: 299,
             ..Default::default()
         };
         let problems = cache.problems().join("\n");
-        for part in ["cache.redis_ca_file", "rediss", "cache.lease_ms", "(100)", "got 299"] {
+        for part in [
+            "cache.redis_ca_file is",
+            "cache.redis_cert_file is",
+            "given together",
+            "rediss",
+            "cache.lease_ms",
+            "(100)",
+            "got 299",
+        ] {
             assert!(problems.contains(part), "{part} is missing from {problems}");
         }
         assert!(!problems.contains("hunter2"));
         let url = Some(RedisUrl::new("rediss-cluster://:hunter2@one,two"));
-        let cache = CacheConfig { redis_url: url, lease_ms: 300, ..cache };
+        let redis_key_file = Some("key.pem".into());
+        let cache = CacheConfig { redis_url: url, redis_key_file, lease_ms: 300, ..cache };
         assert_eq!(cache.problems(), Vec::<String>::new());
     }
 }

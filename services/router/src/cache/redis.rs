@@ -3,6 +3,7 @@
 //! is off the path. By the leases in it, a value that many routers want is computed by one of them.
 
 mod address;
+mod certificates;
 mod lease;
 mod link;
 mod questions;
@@ -27,6 +28,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub(crate) use self::{address::Address, lease::Lease};
 use self::{
+    certificates::Certificates,
     lease::Token,
     link::Link,
     questions::{Look, Said},
@@ -89,13 +91,11 @@ impl Redis {
         // The parser's own words could quote the URL, which holds the password.
         let address =
             Address::parse(url.reveal()).context("cache.redis_url cannot be read as a Redis URL")?;
-        let ca = config.redis_ca_file.as_ref();
-        let ca = ca.map(|path| {
-            std::fs::read(path).with_context(|| format!("cache.redis_ca_file {}", path.display()))
-        });
-        let link = Link::open(address, ca.transpose()?, WRITE_TIMEOUT).map_err(|error| {
+        let certificates = Certificates::of(config);
+        certificates.read().context("a certificate of cache.redis_url cannot be read")?;
+        let link = Link::open(address, certificates, WRITE_TIMEOUT).map_err(|error| {
             anyhow::anyhow!(
-                "cache.redis_url and cache.redis_ca_file do not make a connection: {:?}",
+                "cache.redis_url and its certificates do not make a connection: {:?}",
                 error.kind()
             )
         })?;

@@ -1,8 +1,8 @@
 //! Every kind of Redis that a URL can name, each as real processes: what one router writes, another finds.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
@@ -69,6 +69,8 @@ impl Certificates {
         let ca_key = KeyPair::generate().unwrap();
         let mut ca = CertificateParams::default();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Under one name for all, as rcgen has it, Redis takes every certificate for one that signed itself.
+        ca.distinguished_name.push(DnType::CommonName, "a CA");
         let ca_certificate = ca.self_signed(&ca_key).unwrap();
         let key = KeyPair::generate().unwrap();
         let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
@@ -88,31 +90,63 @@ impl Certificates {
         self.directory.path().join(name).with_extension("pem")
     }
 
-    /// A server with TLS alone, on the port that is given.
-    fn server(&self, port: u16) -> Option<RedisServer> {
+    /// A server with TLS alone, on the port that is given; `asks`: for clients' certificates.
+    async fn server(&self, port: u16, asks: &str) -> Option<RedisServer> {
         let [ca, cert, key] = ["ca", "cert", "key"].map(|name| self.path(name).display().to_string());
-        let tls = ["--tls-port", &port.to_string(), "--tls-auth-clients", "no"].map(ToOwned::to_owned);
+        let tls = ["--tls-port", &port.to_string(), "--tls-auth-clients", asks].map(ToOwned::to_owned);
         let files = ["--tls-ca-cert-file", &ca, "--tls-cert-file", &cert, "--tls-key-file", &key];
         let args: Vec<&str> = tls.iter().map(String::as_str).chain(files).chain(["--port", "0"]).collect();
-        RedisServer::with(&args)
+        let server = RedisServer::with(&args)?;
+        until("it listens", || async { TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+        Some(server)
     }
-}
 
-fn trusting(ca: &Path, url: String) -> CacheConfig {
-    CacheConfig { redis_ca_file: Some(ca.to_owned()), ..cache_of(url) }
+    /// A cache that trusts the CA.
+    fn trusting(&self, url: String) -> CacheConfig {
+        CacheConfig { redis_ca_file: Some(self.path("ca")), ..cache_of(url) }
+    }
+
+    /// And one that shows its certificate, too.
+    fn showing(&self, cache: CacheConfig) -> CacheConfig {
+        let (redis_cert_file, redis_key_file) = (Some(self.path("cert")), Some(self.path("key")));
+        CacheConfig { redis_cert_file, redis_key_file, ..cache }
+    }
 }
 
 #[tokio::test]
 async fn one_server_with_tls() {
     let (certificates, strangers) = (Certificates::new(), Certificates::new());
     let port = free_port();
-    let Some(_redis) = certificates.server(port) else { return };
-    until("it listens", || async { TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+    let Some(_redis) = certificates.server(port, "no").await else { return };
     let url = || format!("rediss://localhost:{port}");
-    is_shared(trusting(&certificates.path("ca"), url())).await;
+    is_shared(certificates.trusting(url())).await;
     // Signed by nobody we know, and no TLS at all.
-    is_bypassed(trusting(&strangers.path("ca"), url())).await;
+    is_bypassed(strangers.trusting(url())).await;
     is_bypassed(cache_of(format!("redis://localhost:{port}"))).await;
+}
+
+#[tokio::test]
+async fn one_server_that_asks_for_certificates_and_new_ones_in_place_of_old() {
+    let (certificates, strangers) = (Certificates::new(), Certificates::new());
+    let port = free_port();
+    let Some(mut redis) = certificates.server(port, "yes").await else { return };
+    let cache = certificates.trusting(format!("rediss://localhost:{port}"));
+    is_bypassed(cache.clone()).await;
+    is_bypassed(strangers.showing(cache.clone())).await;
+    let (sandbox, _) = is_shared(certificates.showing(cache)).await;
+
+    // Another authority on both sides: the next connection goes by the files as they are then.
+    for name in ["ca", "cert", "key"] {
+        std::fs::copy(strangers.path(name), certificates.path(name)).unwrap();
+    }
+    redis.kill();
+    let Some(_renewed) = certificates.server(port, "yes").await else { return };
+    until("a value is found in it", || async {
+        let before = sandbox.router.lookups("l2_hit").await;
+        sandbox.embed(b"dog").await.unwrap();
+        sandbox.router.lookups("l2_hit").await > before
+    })
+    .await;
 }
 
 /// Some three seconds: a node of a Cluster takes no commands for two seconds after it came up.

@@ -9,7 +9,7 @@ use redis::{
     aio::MultiplexedConnection,
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
-    sentinel::{SentinelClientBuilder, SentinelServerType},
+    sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use tokio::{
     sync::watch,
@@ -17,7 +17,10 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::address::{Address, Sentinel};
+use super::{
+    address::{Address, Sentinel},
+    certificates::Certificates,
+};
 
 /// One server's connecting: TCP, TLS, credentials. Nobody waits for it but the first requests.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,8 +53,12 @@ enum Connection {
 
 impl Link {
     /// Connects in the background. Fails on certificates that cannot be read.
-    pub(crate) fn open(address: Address, ca: Option<Vec<u8>>, answer_timeout: Duration) -> RedisResult<Self> {
-        let connector = Connector::new(address, ca, answer_timeout)?;
+    pub(crate) fn open(
+        address: Address,
+        certificates: Certificates,
+        answer_timeout: Duration,
+    ) -> RedisResult<Self> {
+        let connector = Connector::new(address, certificates, answer_timeout)?;
         let state = Arc::new(watch::Sender::new(State::Connecting));
         let keeper = tokio::spawn(keep(connector, Arc::clone(&state)));
         Ok(Self { state, _keeper: AbortOnDropHandle::new(keeper) })
@@ -126,60 +133,66 @@ async fn keep(connector: Connector, state: Arc<watch::Sender<State>>) {
 
 /// How to connect to each kind of Redis.
 struct Connector {
-    config: AsyncConnectionConfig,
-    to: To,
+    address: Address,
+    certificates: Certificates,
+    answer_timeout: Duration,
 }
 
+/// What one kind of Redis is connected to with.
 enum To {
     Server(Client),
     Cluster(ClusterClient),
-    Sentinel(Sentinel, Option<TlsCertificates>),
+    Sentinel(SentinelClient),
 }
 
 impl Connector {
-    fn new(address: Address, ca: Option<Vec<u8>>, answer_timeout: Duration) -> RedisResult<Self> {
+    fn new(address: Address, certificates: Certificates, answer_timeout: Duration) -> RedisResult<Self> {
         if address.is_tls() {
             // The first to come decides for the process; here all of it uses this one.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
-        let certificates = ca.map(|ca| TlsCertificates { client_tls: None, root_cert: Some(ca) });
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(answer_timeout));
-        let to = match (address, certificates) {
-            (Address::Server(server), None) => To::Server(Client::open(server)?),
+        let connector = Self { address, certificates, answer_timeout };
+        // Built anew for every connection; once here to see that it can be.
+        connector.to()?;
+        Ok(connector)
+    }
+
+    /// With the certificates as they are at this moment. (A Cluster's client makes its nodes' connections again by
+    /// itself, with those it has, until all of it is lost.)
+    fn to(&self) -> RedisResult<To> {
+        let certificates = self.certificates.read()?;
+        Ok(match (&self.address, certificates) {
+            (Address::Server(server), None) => To::Server(Client::open(server.clone())?),
             (Address::Server(server), Some(certificates)) => {
-                To::Server(Client::build_with_tls(server, certificates)?)
+                To::Server(Client::build_with_tls(server.clone(), certificates)?)
             }
             (Address::Cluster(nodes), certificates) => {
-                let mut builder = ClusterClient::builder(nodes)
+                let mut builder = ClusterClient::builder(nodes.clone())
                     .retries(CLUSTER_RETRIES)
                     .connection_timeout(CONNECT_TIMEOUT)
-                    .response_timeout(answer_timeout);
+                    .response_timeout(self.answer_timeout);
                 if let Some(certificates) = certificates {
                     builder = builder.certs(certificates);
                 }
                 To::Cluster(builder.build()?)
             }
             (Address::Sentinel(sentinel), certificates) => {
-                // Built anew for every connection; once here to see that it can be.
-                sentinel_client(&sentinel, certificates.as_ref())?.build()?;
-                To::Sentinel(sentinel, certificates)
+                To::Sentinel(sentinel_client(sentinel, certificates)?.build()?)
             }
-        };
-        Ok(Self { config, to })
+        })
     }
 
     async fn connect(&self) -> RedisResult<Connection> {
-        match &self.to {
-            To::Server(client) => client
-                .get_multiplexed_async_connection_with_config(&self.config)
-                .await
-                .map(Connection::Server),
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(self.answer_timeout));
+        match self.to()? {
+            To::Server(client) => {
+                client.get_multiplexed_async_connection_with_config(&config).await.map(Connection::Server)
+            }
             To::Cluster(client) => client.get_async_connection().await.map(Connection::Cluster),
-            To::Sentinel(sentinel, certificates) => {
-                let mut client = sentinel_client(sentinel, certificates.as_ref())?.build()?;
-                client.get_async_connection_with_config(&self.config).await.map(Connection::Server)
+            To::Sentinel(mut client) => {
+                client.get_async_connection_with_config(&config).await.map(Connection::Server)
             }
         }
     }
@@ -187,7 +200,7 @@ impl Connector {
 
 fn sentinel_client(
     sentinel: &Sentinel,
-    certificates: Option<&TlsCertificates>,
+    certificates: Option<TlsCertificates>,
 ) -> RedisResult<SentinelClientBuilder> {
     let Sentinel { sentinels, master, server, username, password } = sentinel;
     let mut builder = SentinelClientBuilder::new(sentinels.clone(), master, SentinelServerType::Master)?;
@@ -213,7 +226,7 @@ fn sentinel_client(
     if let Some(certificates) = certificates {
         builder = builder
             .set_client_to_redis_certificates(certificates.clone())
-            .set_client_to_sentinel_certificates(certificates.clone());
+            .set_client_to_sentinel_certificates(certificates);
     }
     Ok(builder)
 }
