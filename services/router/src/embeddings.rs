@@ -14,7 +14,7 @@ use emu2_proto::{
     v1,
 };
 use emu2_serve::{admission::Holding, deadline::Deadline, priority::Priority, status, tenant::Tenant};
-use futures::{FutureExt, StreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use tonic::Status;
 use tracing::{Instrument, Span};
 
@@ -66,23 +66,23 @@ impl Embeddings {
     }
 
     /// What the cache holds of these pictures; nothing is computed for it.
-    pub(crate) async fn look_for(&self, pictures: &[Picture], at_once: usize) -> Vec<Sought> {
+    pub(crate) async fn look_for(&self, pictures: &[Picture], at_once: usize) -> Result<Vec<Sought>, Stop> {
         let look = |index: usize| async move {
             let mut sought = self.seek(&pictures[index]);
-            sought.found = self.cache.peek(sought.key).await.ok();
             // One that is not there is counted when it is asked for again.
-            if let Some(found) = &sought.found {
+            if let Ok(found) = self.cache.peek(sought.key).await {
                 self.cache.count(Kind::Image, found.outcome);
+                sought.found = Some(self.held(found)?);
             }
-            sought
+            Ok(sought)
         };
-        stream::iter(0..pictures.len()).map(look).buffered(at_once).collect().await
+        stream::iter(0..pictures.len()).map(look).buffered(at_once).try_collect().await
     }
 
     pub(crate) async fn picture(&self, picture: &Picture, sought: Sought) -> Result<Found, Stop> {
         let Sought { key, content, found } = sought;
         if let Some(found) = found {
-            return self.held(found);
+            return Ok(found);
         }
         let source = Source::Image(content.clone());
         let found = self.encoded(Kind::Image, key, source, content, picture.n_query).await;
@@ -117,10 +117,15 @@ impl Embeddings {
         let llm = &self.profile.llm;
         let empty = Input::Prompt(LlmPrompt::default());
         let key = self.prompt_key(llm, llm.dtype(), SentPrompt { input: &empty, embeddings: &[] });
-        let work = self.clone();
+        let work = self.shared();
         let compute = || work.regress(empty).instrument(Span::current()).boxed();
         let found = self.cache.fetch(Kind::Regressed, key, compute).await;
         found.map_err(|stop| error::in_public_terms("llm", stop, |_| None))
+    }
+
+    /// For work that others may wait for: it outlives the request, and what that holds is given back without it.
+    fn shared(&self) -> Self {
+        Self { holding: Holding::default(), ..self.clone() }
     }
 
     async fn encoded(
@@ -131,7 +136,7 @@ impl Embeddings {
         content: Bytes,
         n_query: u32,
     ) -> Result<Found, Stop> {
-        let work = self.clone();
+        let work = self.shared();
         let request = EncodeRequest { id: 0, source: Some(source), n_query };
         let compute = || work.encode(kind, request, content, key).instrument(Span::current()).boxed();
         self.cache.fetch(kind, key, compute).await

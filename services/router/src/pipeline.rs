@@ -128,7 +128,7 @@ impl Job {
         client: &Client,
     ) -> Result<(), Stop> {
         let sought = self.embeddings.look_for(&self.generation.pictures, self.images_in_flight);
-        let sought = sought.instrument(info_span!("embeddings")).await;
+        let sought = sought.instrument(info_span!("embeddings")).await?;
         let known: Option<Vec<Found>> = sought.iter().map(|sought| sought.found.clone()).collect();
         let Some(known) = known else {
             return self.paint_new(input, &sought, start, report, client).await;

@@ -1,8 +1,8 @@
 //! How far behind a stage is, in seconds, by what it was seen to do.
 //!
 //! Work is counted in units that take a stage about the same time each: pictures to encode, tokens and rows of
-//! embeddings, megapixels of a denoising step. What was admitted and is not done yet, divided by the units that the stage did a second of late, is
-//! its backlog.
+//! embeddings, megapixels of a denoising step. What was admitted and is not done yet, divided by the units that the
+//! stage did a second of late, is its backlog.
 //!
 //! A rate that was measured under light load is no measure of what a stage can do: it works for many at a time. So an
 //! estimate is made only while somebody has waited for the stage for some time without a first unit, and it goes by what
@@ -113,7 +113,8 @@ impl Backlog {
     pub(super) fn estimate(&self, patience: Duration) -> Option<Duration> {
         let mut state = self.lock();
         state.count();
-        let waited = state.waiting.values().next()?.elapsed();
+        // Admitted first is not at hand first: a painting is at hand once it has been regressed.
+        let waited = state.waiting.values().min()?.elapsed();
         let measured = state.units >= MEASURED_UNITS_MIN && state.busy_seconds > 0.0;
         (measured && waited > patience).then(|| {
             let seconds = state.outstanding * state.busy_seconds / state.units;
@@ -286,11 +287,13 @@ mod tests {
     async fn work_that_waits_for_another_stage_is_not_waiting_for_this_one() {
         let backlog = Arc::new(Backlog::default());
         let mut running = [backlog.begin(500.0, true)];
-        let later = backlog.begin(100.0, false);
+        let [earlier, later] = [backlog.begin(50.0, false), backlog.begin(50.0, false)];
         run(&mut running, 10).await;
         assert_eq!(backlog.estimate(PATIENCE), None);
         later.at_hand();
         run(&mut running, 2).await;
+        near(backlog.estimate(PATIENCE), 48.0);
+        earlier.at_hand();
         near(backlog.estimate(PATIENCE), 48.0);
     }
 
