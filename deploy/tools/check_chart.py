@@ -59,6 +59,8 @@ REFUSED = {
     "redis.mode=cluster": "redis.mode must be one of the following",
     "redis.mode=url": "redis.url: Does not match pattern",
     "redis.mode=existingSecret": "redis.existingSecret.name: String length must be greater than or equal to 1",
+    "redis.mode=url,redis.url=redis://x:6379,redis.clientSecret=c": "caSecret and clientSecret are for TLS",
+    "redis.mode=bundled,redis.caSecret.name=ca": "caSecret and clientSecret are for TLS",
     "redis.bundled.password=short": "redis.bundled.password: Does not match pattern",
     "router.extraEnv[0].name=EMU2__SERVER__LISTEN": "router.extraEnv.0.name",
 }
