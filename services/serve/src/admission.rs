@@ -117,14 +117,14 @@ impl Permit {
 impl Held {
     fn take(&self, bytes: usize) -> Result<(), Status> {
         let Admission { bytes: budget, max_held_bytes, .. } = &self.admission;
-        // A frame is never longer than HTTP/2's 24 bits.
-        match budget.try_acquire_many(u32::try_from(bytes).unwrap_or(u32::MAX)) {
-            Ok(taken) => {
+        // What no semaphore can count at once is too much as well.
+        match u32::try_from(bytes).ok().and_then(|bytes| budget.try_acquire_many(bytes).ok()) {
+            Some(taken) => {
                 taken.forget();
                 self.bytes.fetch_add(bytes, Ordering::Relaxed);
                 Ok(())
             }
-            Err(_) => Err(status::exhausted(
+            None => Err(status::exhausted(
                 format!("the requests of this service hold {max_held_bytes} bytes (server.max_held_bytes)"),
                 RETRY_AFTER,
             )),
