@@ -186,7 +186,11 @@ fn with_token<T>(message: T) -> Request<T> {
 
 /// Asks a stage what it is, without a router in between.
 async fn ask_stage(replica: &Replica, connector: &Connector) -> Result<(), Status> {
-    let channel = connector.channel(&replica.endpoints[0]).unwrap();
+    ask_at(&replica.endpoints[0], replica, connector).await
+}
+
+async fn ask_at(endpoint: &str, replica: &Replica, connector: &Connector) -> Result<(), Status> {
+    let channel = connector.channel(endpoint).unwrap();
     match replica.stage.role {
         "encoder" => VisualEncoderClient::new(channel).info(EncoderInfoRequest {}).await.map(drop),
         "llm" => LanguageModelClient::new(channel).info(LlmInfoRequest {}).await.map(drop),
@@ -222,9 +226,7 @@ async fn answers_over_tls_are_whole_and_stages_talk_to_their_routers_alone() {
         ask_stage(replica, &secrets.inside.stranger(STAGE)).await.expect_err("no certificate is shown");
         ask_stage(replica, &strange.caller(STAGE)).await.expect_err("another authority's is shown");
         let open = replica.endpoints[0].replace("https://", "http://");
-        let channel = Connector::default().channel(&open).unwrap();
-        let asked = VisualEncoderClient::new(channel).info(EncoderInfoRequest {}).await;
-        asked.expect_err("stages take TLS alone");
+        ask_at(&open, replica, &Connector::default()).await.expect_err("stages take TLS alone");
     }
 }
 
