@@ -47,8 +47,8 @@ eval: libtorch
 	cargo build --package emu2-trainer
 	$(BIN)/emu2-trainer eval --drawings "$$(python3 deploy/fetch/drawings.py --unseen)"
 
-bench-router:
-	tests/bench/install.sh
+bench-router: redis
+	deploy/fetch/package.sh nginx nginx-light
 	cargo build --release --package emu2-router --package emu2-bench
 	$(CARGO_TARGET_DIR)/release/bench-router $(BENCH)
 
@@ -97,7 +97,7 @@ libtorch:
 	python3 deploy/fetch/libtorch.py
 
 redis:
-	deploy/redis/install.sh
+	deploy/fetch/package.sh redis-server redis-server
 
 tools: $(CARGO_DENY) $(BUF) $(CHART_TOOLS)/installed
 
