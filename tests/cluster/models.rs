@@ -77,6 +77,24 @@ async fn models_with_the_same_visual_weights_share_an_encoder_and_what_it_made()
     cluster.stop().await.unwrap();
 }
 
+#[tokio::test]
+async fn names_of_one_folder_share_every_stage() {
+    let source = |name: &str| ModelSource {
+        name: Some(name.to_owned()),
+        ..ModelSource::new(golden::model_dir("emu2-gen"), &["cpu".to_owned()])
+    };
+    let models = vec![source("one"), source("other")];
+    let cluster = start(ClusterConfig { models, ..ClusterConfig::local(vec![]) }).await;
+    for stage in ["encoder", "llm", "decoder"] {
+        assert_eq!(addr(&cluster.stages, "one", stage), addr(&cluster.stages, "other", stage));
+    }
+    let mut client = client(cluster.addr).await;
+    for model in ["one", "other"] {
+        answer(&mut client, ask(model, vec![text("hello")], greedy(1))).await.unwrap();
+    }
+    cluster.stop().await.unwrap();
+}
+
 fn refused(status: &Status) -> (Code, String) {
     let violations = status.get_details_bad_request().unwrap().field_violations;
     let said: Vec<_> = violations.iter().map(|it| format!("{} {}", it.field, it.description)).collect();

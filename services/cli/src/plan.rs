@@ -45,7 +45,8 @@ pub(crate) struct Plan {
     pub(crate) models: Vec<PlannedModel>,
 }
 
-/// A model's stages as places in [`Plan::services`]; models with the same visual weights share an encoder.
+/// A model's stages as places in [`Plan::services`]; models with the same visual weights share an encoder, and names
+/// of one folder everything.
 #[derive(Debug)]
 pub(crate) struct PlannedModel {
     pub(crate) name: String,
@@ -76,6 +77,11 @@ impl Plan {
                     "two models are called `{}` ({one} and {other}): give one another name in a file of --models",
                     folder.name
                 );
+            }
+            if let Some(place) = folders.iter().position(|known| known.is(&folder)) {
+                plan.models.push(PlannedModel { name: folder.name.clone(), ..plan.models[place] });
+                folders.push(folder);
+                continue;
             }
             let shared = folders.iter().position(|known| known.has_encoder_of(&folder));
             let encoder = match shared {
@@ -167,6 +173,12 @@ impl Folder {
             decoder: if dir.has(Part::Unet) { Some(open(&source.decoder)?[0]) } else { None },
             dir,
         })
+    }
+
+    /// Whether both are one folder in the same place, under two names.
+    fn is(&self, other: &Self) -> bool {
+        self.dir.path() == other.dir.path()
+            && (self.encoder, &self.llm, self.decoder) == (other.encoder, &other.llm, other.decoder)
     }
 
     /// Whether one encoder can serve both: it computes the same for them, in the same place.
