@@ -14,6 +14,8 @@ pub enum Task {
     Question,
     /// Two things and how they lie, told or asked: names must be bound to places.
     Relation,
+    /// Several questions about one picture, each with its answer.
+    Interview,
     /// Text with boxes of what it names.
     Grounding,
     /// Made-up names bound to things by demonstrations.

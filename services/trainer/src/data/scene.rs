@@ -203,6 +203,16 @@ impl Scene {
         counts
     }
 
+    /// A pair told from its other thing; anything else as it is.
+    pub fn turned(&self) -> Self {
+        let mut scene = self.clone();
+        if let Layout::Pair(relation) = &mut scene.layout {
+            *relation = relation.turned();
+            scene.things.reverse();
+        }
+        scene
+    }
+
     pub fn draw(&self, drawings: &Drawings) -> Picture {
         let mut rgb = self.background.rgb().repeat(SIDE * SIDE);
         for thing in &self.things {

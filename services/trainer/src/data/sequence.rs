@@ -8,7 +8,7 @@ use super::{Document, Picture, Piece, outline};
 const IMG: &str = "[IMG]";
 const IMG_END: &str = "[/IMG]";
 const VIDEO: &str = "[VIDEO]";
-const EOS: &str = "</s>";
+pub(super) const EOS: &str = "</s>";
 
 /// Embeddings of an image, and of a video frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

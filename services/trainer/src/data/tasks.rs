@@ -20,13 +20,14 @@ mod tests;
 pub use abilities::Ability;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Document, Piece, Scene, Split, Task, World};
+use super::{Document, Piece, Scene, Split, Task, World, sequence::EOS};
 
 impl Task {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Caption,
         Self::Question,
         Self::Relation,
+        Self::Interview,
         Self::Grounding,
         Self::Names,
         Self::NamesInWords,
@@ -45,6 +46,7 @@ impl Task {
             Self::Caption => "caption",
             Self::Question => "question",
             Self::Relation => "relation",
+            Self::Interview => "interview",
             Self::Grounding => "grounding",
             Self::Names => "names",
             Self::NamesInWords => "names in words",
@@ -74,6 +76,7 @@ impl World {
             Task::Caption => telling::caption(&mut draw),
             Task::Question => telling::question(&mut draw),
             Task::Relation => telling::relation(&mut draw),
+            Task::Interview => telling::interview(&mut draw),
             Task::Grounding => telling::grounding(&mut draw),
             Task::Names => episodes::names(&mut draw, index),
             Task::NamesInWords => episodes::names_in_words(&mut draw, index),
@@ -91,6 +94,19 @@ impl World {
 impl Draw<'_> {
     fn given(&self, scene: &Scene) -> Piece {
         Piece::Image { picture: self.world.picture(scene), learn: false }
+    }
+
+    /// Questions about what is given before them, each with its answer and the end of it.
+    fn asked(pieces: &mut Vec<Piece>, turns: impl IntoIterator<Item = (String, String)>) {
+        for (index, (question, answer)) in turns.into_iter().enumerate() {
+            // The last one's end is the document's.
+            if index > 0
+                && let Some(Piece::Text { text, .. }) = pieces.last_mut()
+            {
+                text.push_str(EOS);
+            }
+            pieces.extend([Piece::given(question), Piece::learned(answer)]);
+        }
     }
 
     fn painted(&self, scene: &Scene) -> Piece {

@@ -172,7 +172,7 @@ fn words(world: &World) -> BTreeMap<String, u64> {
         }
     };
     // Later tasks write the same words, and would only move the counts.
-    let later = [Task::Relation, Task::NamesInWords];
+    let later = [Task::Relation, Task::Interview, Task::NamesInWords];
     for task in Task::ALL.into_iter().filter(|task| !later.contains(task)) {
         for index in 0..DOCUMENTS {
             for piece in world.document(Split::Train, task, index).pieces {

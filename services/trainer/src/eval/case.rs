@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Bench;
 use crate::{
-    data::{Ability, Bounds, Document, Layout, Picture, Piece, SIDE, Scene, Split, World, describe},
+    data::{Ability, Bounds, Document, Picture, Piece, SIDE, Scene, Split, World, describe},
     documents::rgb,
     judge::Verdict,
 };
@@ -121,7 +121,7 @@ impl Case {
             Some(Piece::Text { .. }) if self.ability == Ability::Pair => {
                 let told =
                     |scene: &Scene| clean(answer).starts_with(&format!("{} on", describe::things(scene)));
-                told(&document.scene) || told(&turned(&document.scene))
+                told(&document.scene) || told(&document.scene.turned())
             }
             Some(Piece::Text { text, .. }) => clean(answer) == clean(text),
             _ => false,
@@ -149,16 +149,6 @@ impl Case {
         };
         scores.into_iter().map(|(name, holds)| (name.to_owned(), f64::from(u8::from(holds)))).collect()
     }
-}
-
-/// The same pair, told from its other thing.
-fn turned(pair: &Scene) -> Scene {
-    let mut scene = pair.clone();
-    if let Layout::Pair(relation) = &mut scene.layout {
-        *relation = relation.turned();
-        scene.things.reverse();
-    }
-    scene
 }
 
 fn pictured(piece: &Piece) -> bool {
@@ -217,7 +207,7 @@ fn overlap([left, top, right, bottom]: [f32; 4], other: Bounds) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::tests::WORLD;
+    use crate::data::{Layout, tests::WORLD};
     use crate::judge::{Found, Judge};
 
     fn case(ability: Ability) -> Case {

@@ -1,6 +1,9 @@
 //! Clips of one moving thing.
 
-use rand::{Rng, seq::IndexedRandom};
+use rand::{
+    Rng,
+    seq::{IndexedRandom, SliceRandom},
+};
 
 use super::{Draw, document};
 use crate::data::{Bounds, Document, Piece, Place, SIDE, Scene, Task};
@@ -32,30 +35,31 @@ impl Direction {
     }
 }
 
-/// Which way it moves, what moves, or both in a sentence.
+/// Which way it moves, what moves, and both in a sentence, in any order: a clip is long, and so asked all of it.
 pub(super) fn clip(draw: &mut Draw) -> Document {
-    let asked = draw.rng.random_range(0..3u32);
     let direction = *Direction::ALL.choose(&mut draw.rng).expect("not empty");
     let (scene, video) = moving(draw, direction);
-    let (name, way) = (scene.things[0].concept.name(), direction.name());
-    let (given, answer) = match asked {
-        0 => return which_way(scene, video, direction),
-        1 => ("based on the video, what moves? short answer:", format!(" {name}")),
-        _ => ("Describe the video in details:", format!(" the {name} moves {way}.")),
-    };
-    document(Task::Clip, scene, vec![video, Piece::given(given), Piece::learned(answer)])
+    let name = scene.things[0].concept.name();
+    let mut turns = [
+        which_way(direction),
+        ("based on the video, what moves? short answer:".to_owned(), format!(" {name}")),
+        ("Describe the video in details:".to_owned(), format!(" the {name} moves {}.", direction.name())),
+    ];
+    turns.shuffle(&mut draw.rng);
+    let mut pieces = vec![video];
+    Draw::asked(&mut pieces, turns);
+    document(Task::Clip, scene, pieces)
 }
 
 pub(super) fn direction(draw: &mut Draw) -> Document {
     let direction = *Direction::ALL.choose(&mut draw.rng).expect("not empty");
     let (scene, video) = moving(draw, direction);
-    which_way(scene, video, direction)
+    let (question, answer) = which_way(direction);
+    document(Task::Clip, scene, vec![video, Piece::given(question), Piece::learned(answer)])
 }
 
-fn which_way(scene: Scene, video: Piece, direction: Direction) -> Document {
-    let question = Piece::given("based on the video, which way does it move? short answer:");
-    let answer = Piece::learned(format!(" {}", direction.name()));
-    document(Task::Clip, scene, vec![video, question, answer])
+fn which_way(direction: Direction) -> (String, String) {
+    ("based on the video, which way does it move? short answer:".to_owned(), format!(" {}", direction.name()))
 }
 
 fn moving(draw: &mut Draw, direction: Direction) -> (Scene, Piece) {

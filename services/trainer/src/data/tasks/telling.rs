@@ -1,10 +1,16 @@
 //! A picture, and text about it.
 
 use emu2_llm::prompt::{GROUNDING_SYSTEM_MESSAGE, SYSTEM_MESSAGE};
-use rand::{Rng, seq::IndexedRandom};
+use rand::{
+    Rng,
+    seq::{IndexedRandom, SliceRandom},
+};
 
 use super::{Draw, document};
 use crate::data::{Document, Layout, Piece, Place, Scene, Task, Thing, describe};
+
+/// Upstream's wording.
+const DESCRIBE: &str = "Describe the image in details:";
 
 /// The whole scene in words, after its picture or before it. What is to be painted is tidy.
 pub(super) fn caption(draw: &mut Draw) -> Document {
@@ -36,8 +42,7 @@ pub(super) fn name(draw: &Draw, scene: Scene) -> Document {
 /// `Describe the image in details:` → ` a cat left of a dog on a red background.`
 pub(super) fn description(draw: &Draw, scene: Scene) -> Document {
     let text = format!(" {}.", describe::whole(&scene));
-    let pieces =
-        vec![draw.given(&scene), Piece::given("Describe the image in details:"), Piece::learned(text)];
+    let pieces = vec![draw.given(&scene), Piece::given(DESCRIBE), Piece::learned(text)];
     document(Task::Caption, scene, pieces)
 }
 
@@ -110,6 +115,55 @@ pub(super) fn relation(draw: &mut Draw) -> Document {
     Document { task: Task::Relation, ..document }
 }
 
+/// Turns of an interview, at most.
+const TURNS_MAX: usize = 5;
+
+/// Several questions about one picture, in the wording of a single one: each is another look for the price of its own
+/// tokens, where a picture with one question takes three times as many.
+pub(super) fn interview(draw: &mut Draw) -> Document {
+    let composer = draw.world.composer(draw.split);
+    let scene = match draw.rng.random_range(0..4u32) {
+        0..2 => composer.pair(&mut draw.rng),
+        2 => composer.corners(&mut draw.rng),
+        _ => composer.any(&mut draw.rng),
+    };
+    let mut turns = turns(&scene);
+    turns.shuffle(&mut draw.rng);
+    turns.truncate(TURNS_MAX);
+    let mut pieces = vec![draw.given(&scene)];
+    Draw::asked(&mut pieces, turns);
+    document(Task::Interview, scene, pieces)
+}
+
+/// All that can be asked of a scene, with the answers.
+fn turns(scene: &Scene) -> Vec<(String, String)> {
+    const ALL: [Asked; 5] = [Asked::What, Asked::HowMany, Asked::Where, Asked::Colour, Asked::Related];
+    let mut turns = Vec::new();
+    let tellings = match scene.layout {
+        Layout::Pair(_) => vec![scene.clone(), scene.turned()],
+        _ => vec![scene.clone()],
+    };
+    for scene in &tellings {
+        turns.push((DESCRIBE.to_owned(), format!(" {}.", describe::whole(scene))));
+        for thing in 0..scene.things.len() {
+            let asked = ALL.into_iter().filter_map(|asked| ask(asked, scene, thing));
+            turns.extend(asked.map(|(question, answer)| (in_short(&question), format!(" {answer}"))));
+            // Of several alike a name means none.
+            if scene.counts().len() == scene.things.len() {
+                turns.push(located(&scene.things[thing]));
+            }
+        }
+    }
+    turns.sort();
+    turns.dedup();
+    turns
+}
+
+/// In the wording of upstream's few-shot prompts.
+fn in_short(question: &str) -> String {
+    format!("based on the picture, {question} short answer:")
+}
+
 pub(super) fn question_about(draw: &mut Draw, asked: Asked, chat: bool) -> Document {
     let composer = draw.world.composer(draw.split);
     loop {
@@ -135,7 +189,7 @@ fn answered(draw: &Draw, scene: Scene, question: &str, answer: &str, chat: bool)
         let opening = Piece::given(format!("{SYSTEM_MESSAGE} [USER]: "));
         vec![opening, image, Piece::given(format!("{question} [ASSISTANT]:")), answer]
     } else {
-        vec![image, Piece::given(format!("based on the picture, {question} short answer:")), answer]
+        vec![image, Piece::given(in_short(question)), answer]
     };
     document(Task::Question, scene, pieces)
 }
@@ -185,9 +239,13 @@ fn coordinates(thing: &Thing) -> String {
 /// document's scene.
 pub(super) fn locate(draw: &mut Draw) -> Document {
     let (scene, thing, image) = asked_for(draw);
+    let (phrase, answer) = located(&thing);
+    document(Task::Grounding, scene, vec![image, Piece::given(phrase), Piece::learned(answer)])
+}
+
+fn located(thing: &Thing) -> (String, String) {
     let phrase = format!("<grounding><phrase>{}</phrase><object>", thing.concept.with_article());
-    let answer = Piece::learned(format!("{}</object>", coordinates(&thing)));
-    document(Task::Grounding, scene, vec![image, Piece::given(phrase), answer])
+    (phrase, format!("{}</object>", coordinates(thing)))
 }
 
 fn asked_for(draw: &mut Draw) -> (Scene, Thing, Piece) {
