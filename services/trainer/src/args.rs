@@ -24,6 +24,7 @@ use crate::{
     objective::{Autoencode, Denoise, Naming, NextElement, Samples},
     samples::TrainingWorld,
     stage::{ObjectiveConfig, Stage},
+    tour,
     train::{self, Ended, Run},
 };
 
@@ -48,6 +49,8 @@ pub enum Command {
     Export(Export),
     /// Learn the tokenizer from the documents: tokenizer.model, and the same as tokenizer.json.
     Tokenizer(Tokenizer),
+    /// Write the prompts that a model folder brings for `emu2 demo`.
+    Tour(Tour),
     /// Measure what a served model can do, through its public API.
     Eval(Eval),
 }
@@ -126,6 +129,19 @@ pub struct Tokenizer {
 }
 
 #[derive(Debug, Args)]
+pub struct Tour {
+    /// The folder that `deploy/fetch/drawings.py` prints.
+    #[arg(long, value_name = "DIR")]
+    pub drawings: PathBuf,
+    /// The model folder.
+    #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
+    pub out: PathBuf,
+    /// Of the scenes.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
 pub struct Export {
     #[command(flatten)]
     pub places: Places,
@@ -143,6 +159,9 @@ pub fn run(command: Command) -> Result<()> {
         Command::Data(args) => data(args),
         Command::Train(args) => train(args),
         Command::Tokenizer(args) => tokenizer(args),
+        Command::Tour(Tour { drawings, out, seed }) => {
+            tour::write(&World::open(&drawings, concepts(&model::nano())?, seed, false)?, &out)
+        }
         Command::Eval(args) => {
             tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(eval::eval(args))
         }

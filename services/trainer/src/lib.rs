@@ -14,6 +14,7 @@
 //! | [`train`] | a stage at work |
 //! | [`checkpoint`], [`log`] | what is kept of it, and how it goes |
 //! | [`export`] | what has been trained, as a folder that the services load |
+//! | [`tour`] | what `emu2 demo` shows of it |
 //! | [`eval`], [`judge`] | what a served model can do; what a picture shows |
 
 pub mod args;
@@ -32,4 +33,5 @@ pub mod optimizer;
 pub mod pixels;
 pub mod samples;
 pub mod stage;
+pub mod tour;
 pub mod train;

@@ -1,0 +1,83 @@
+//! Cases of the evaluation as the prompts that a model brings for `emu2 demo`: demo.toml, and its pictures in demo/.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use crate::{
+    data::{Ability, Document, Piece, Split, World},
+    documents::rgb,
+};
+
+/// What is shown, under which title. A case's number says which of the held-out scenes it is of.
+const STEPS: [(&str, Ability, u64); 6] = [
+    ("A caption", Ability::Pair, 0),
+    ("A format, learned from three examples", Ability::Tuples, 0),
+    ("Made-up names, learned from two examples each", Ability::Names { shots: 2 }, 0),
+    ("A picture from words", Ability::TextToImage, 0),
+    ("The same thing in another picture", Ability::Subject, 0),
+    ("A picture through the visual encoder and back", Ability::Autoencode, 0),
+];
+
+const HEADER: &str = "\
+# What `emu2 demo` shows of nano: scenes that its training never showed, with their right answers. Written by
+# `emu2-trainer tour`; the pictures are composed of Noto Emoji and Fluent Emoji, see NOTICE.
+";
+
+/// Writes them into a model folder.
+pub fn write(world: &World, folder: &Path) -> Result<()> {
+    let pictures = folder.join("demo");
+    fs::create_dir_all(&pictures).with_context(|| format!("cannot make {}", pictures.display()))?;
+    let mut text = HEADER.to_owned();
+    for (number, (title, ability, index)) in (1..).zip(STEPS) {
+        let document = world.case(Split::Test, ability, index);
+        text += &step((number, title), &document, &pictures)?;
+    }
+    let path = folder.join("demo.toml");
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A step in TOML; its strings are JSON's, which TOML reads alike.
+fn step((number, title): (usize, &str), document: &Document, pictures: &Path) -> Result<String> {
+    let (answer, given) = document.pieces.split_last().context("a document has pieces")?;
+    let mut prompt = String::new();
+    for (place, piece) in (1..).zip(given) {
+        prompt += &match piece {
+            Piece::Text { text, .. } => format!("    {{ text = {} }},\n", json!(text)),
+            Piece::Image { picture, .. } => {
+                let name = format!("{number}-{place}.png");
+                let path = pictures.join(&name);
+                rgb(picture).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
+                format!("    {{ image = {} }},\n", json!(name))
+            }
+            Piece::Box { .. } | Piece::Video { .. } => bail!("a demo's prompt is of texts and pictures"),
+        };
+    }
+    let answer = match answer {
+        Piece::Text { text, .. } => format!("answer = \"text\"\nright = {}\n", json!(text.trim())),
+        _ => "answer = \"picture\"\n".to_owned(),
+    };
+    Ok(format!("\n[[steps]]\ntitle = {}\nprompt = [\n{prompt}]\n{answer}", json!(title)))
+}
+
+#[cfg(test)]
+mod tests {
+    use emu2_cli::demo::tour::{self, Answer};
+
+    use super::*;
+    use crate::data::tests::WORLD;
+
+    #[test]
+    fn the_demo_reads_what_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        write(&WORLD, folder.path()).unwrap();
+        let steps = tour::steps(folder.path(), None).unwrap();
+        assert_eq!(steps.len(), STEPS.len());
+        for (step, (title, ability, _)) in steps.iter().zip(STEPS) {
+            assert_eq!(step.title, title);
+            assert_eq!(step.answer == Answer::Picture, ability.painted());
+            assert_eq!(step.right.is_some(), !ability.painted());
+        }
+    }
+}
