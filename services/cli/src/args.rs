@@ -84,11 +84,11 @@ pub struct Target {
 pub struct Up {
     /// A model folder: config.json, *.safetensors, tokenizer.model. Repeat for several models; those with the same
     /// visual weights share an encoder.
-    #[arg(long = "model-dir", required_unless_present_any = ["random_weights", "models"], value_name = "DIR")]
+    #[arg(long = "model-dir", value_name = "DIR")]
     pub model_dirs: Vec<PathBuf>,
     /// Models by name in a TOML file: [[models]] with dir and, where they differ, name and the devices of encoder, llm
-    /// and decoder.
-    #[arg(long, value_name = "FILE")]
+    /// and decoder. Without any model named here or otherwise: nano, deploy/models/nano.toml.
+    #[arg(long, env = "EMU2_MODELS", value_name = "FILE")]
     pub models: Option<PathBuf>,
     /// A model of this size with weights out of a seed, for sizing and for measuring time: emu2-37b, emu2-third (a
     /// third of the width) or emu2-tiny; add ,seed=N for another.
@@ -238,7 +238,7 @@ pub struct Inspect {
 #[derive(Debug, Args)]
 pub struct Demo {
     /// A model folder with every part.
-    #[arg(long)]
+    #[arg(long, default_value = "deploy/models/nano")]
     pub model_dir: PathBuf,
     /// Folder with chelsea.png and coffee.png, for a model that brings no prompts of its own (demo.toml).
     #[arg(long)]

@@ -18,6 +18,9 @@ use crate::{
     plan::ModelSource,
 };
 
+/// What is served when nobody says what, from the root of the tree.
+const NANO: &str = "deploy/models/nano.toml";
+
 pub async fn up(args: Up) -> Result<()> {
     let log = TelemetryConfig {
         log: args.log.clone(),
@@ -39,7 +42,8 @@ fn config(args: Up) -> Result<ClusterConfig> {
     let random = args.random_weights.map(|size| PathBuf::from(format!("random:{size}")));
     let dirs = args.model_dirs.into_iter().chain(random);
     let mut models: Vec<_> = dirs.map(|dir| ModelSource::new(dir, &args.devices)).collect();
-    if let Some(file) = args.models {
+    let nano = || models.is_empty().then(|| PathBuf::from(NANO));
+    if let Some(file) = args.models.or_else(nano) {
         models.extend(models_file::read(&file, &args.devices)?);
     }
     let insecure = args.insecure;

@@ -273,7 +273,7 @@ fn train_stage(
         ObjectiveConfig::Naming { batch } => {
             train::train(stage, model, &Naming::new(samples, *batch, model), run)
         }
-        ObjectiveConfig::NextElement { tasks, text_only, regression_weight } => {
+        ObjectiveConfig::NextElement { tasks, text_only, regression_weight, blind_share } => {
             let objective = NextElement {
                 samples,
                 tokenizer: ids()?,
@@ -281,6 +281,7 @@ fn train_stage(
                 tasks: tasks.clone(),
                 text_only: *text_only,
                 regression_weight: *regression_weight,
+                blind_share: *blind_share,
                 seed,
             };
             train::train(stage, model, &objective, run)

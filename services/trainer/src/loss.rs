@@ -55,16 +55,26 @@ impl Loss {
     }
 }
 
+/// How pictures' embeddings are learned.
+#[derive(Clone, Copy, Debug)]
+pub struct Regression {
+    /// Of their error against the tokens' cross-entropy; with 0 they are not predicted.
+    pub weight: f64,
+    /// Whether each is predicted from those before it too, as in serving. Otherwise zeros stand in their place, and all
+    /// must come from the prompt: fed true embeddings alone, a model copies the background from the first, and in serving
+    /// the first is its own, of which it has learned little.
+    pub fed_back: bool,
+}
+
 /// Cross-entropy of the next token where it is learned, plus the mean squared error of the next embedding where that
-/// is. Targets are the tower's embeddings as they are, and not moved by their own prediction. Without a weight they are
-/// not predicted.
+/// is. Targets are the tower's embeddings as they are, and not moved by their own prediction.
 ///
 /// `pixels`: normalised, [pictures, 3, height, width_px]
 pub fn next_element(
     (tower, llm): (&EvaVit, &Llama),
     layout: &Layout,
     pixels: &Tensor,
-    regression_weight: f64,
+    regression: Regression,
 ) -> Loss {
     let device = llm.device();
     let rows = |rows: &[i64]| Tensor::from_slice(rows).to_device(device);
@@ -74,7 +84,11 @@ pub fn next_element(
         // [pictures, queries, width] -> [(pictures queries), width]
         let pixels = pixels.to_kind(tower.kind());
         let encoded = tower.encode_image(&pixels, tower.config.n_query).flatten(0, 1);
-        x = x.index_copy(0, &rows(&layout.slots), &llm.project_up(&encoded));
+        let read = match regression.fed_back {
+            true => encoded.shallow_clone(),
+            false => encoded.index_fill(0, &rows(&layout.images.what), 0.0),
+        };
+        x = x.index_copy(0, &rows(&layout.slots), &llm.project_up(&read));
         embeddings = Some(encoded);
     }
     let x = x.view([layout.sequences as i64, layout.tokens as i64, -1]);
@@ -88,11 +102,11 @@ pub fn next_element(
         loss.part("token_accuracy", accuracy(&logits, &tokens));
         loss.add("cross_entropy", entropy, 1.0);
     }
-    let regressed = regression_weight > 0.0 && !layout.images.is_empty();
+    let regressed = regression.weight > 0.0 && !layout.images.is_empty();
     if let Some(embeddings) = embeddings.filter(|_| regressed) {
         let predicted = llm.project_down(&hidden.index_select(0, &rows(&layout.images.from)));
         let target = embeddings.index_select(0, &rows(&layout.images.what)).detach();
-        loss.add("mean_squared_error", mean_squared(&predicted, &target), regression_weight);
+        loss.add("mean_squared_error", mean_squared(&predicted, &target), regression.weight);
     }
     loss
 }

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     data::{Document, Picture, Piece, Queries, Sequence, Task},
     layout::Layout,
-    loss::{self, Loss, Named, NamingHeads, Noising},
+    loss::{self, Loss, Named, NamingHeads, Noising, Regression},
     model::Model,
     pixels::Pixels,
     stage::TaskShare,
@@ -182,6 +182,8 @@ pub struct NextElement {
     pub tasks: Vec<TaskShare>,
     pub text_only: bool,
     pub regression_weight: f64,
+    /// Of the steps, in which pictures' own embeddings are not fed back: see [`Regression`].
+    pub blind_share: f64,
     /// The stage's.
     pub seed: u64,
 }
@@ -219,10 +221,11 @@ impl Objective for NextElement {
         })
     }
 
-    fn loss(&self, model: &Model, batch: &Documents, _step: u64) -> Loss {
+    fn loss(&self, model: &Model, batch: &Documents, step: u64) -> Loss {
         let pixels = batch.pixels.normalised(model.device());
-        let loss =
-            loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, self.regression_weight);
+        let blind = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 6)).random_bool(self.blind_share);
+        let regression = Regression { weight: self.regression_weight, fed_back: !blind };
+        let loss = loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, regression);
         // Each task's own loss is in the log too: their mean hides the one that does not learn.
         loss.also_as(batch.task.name())
     }

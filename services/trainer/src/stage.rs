@@ -66,6 +66,9 @@ pub enum ObjectiveConfig {
         /// Of the embeddings' error against the tokens' cross-entropy; the paper gives none.
         #[serde(default = "one")]
         regression_weight: f64,
+        /// Of the steps, in which a picture's embeddings are learned from the prompt alone, without those before them.
+        #[serde(default)]
+        blind_share: f64,
     },
     Autoencode {
         batch: usize,
@@ -140,8 +143,9 @@ impl Stage {
         };
         match &self.objective {
             ObjectiveConfig::Naming { batch } => batches.push(*batch),
-            ObjectiveConfig::NextElement { tasks, regression_weight, .. } => {
+            ObjectiveConfig::NextElement { tasks, regression_weight, blind_share, .. } => {
                 share("regression_weight", *regression_weight, 1e6);
+                share("blind_share", *blind_share, 1.0);
                 batches.extend(tasks.iter().map(|share| share.batch));
                 tasks.iter().for_each(|task| share("tasks.weight", task.weight, 1e6));
                 let sum: f64 = tasks.iter().map(|share| share.weight).sum();

@@ -213,6 +213,14 @@ impl Scene {
         scene
     }
 
+    /// As it is told of a picture, where one way of telling is enough: a pair from its left or upper thing.
+    pub fn in_reading_order(&self) -> Self {
+        match self.layout {
+            Layout::Pair(Relation::RightOf | Relation::Below) => self.turned(),
+            _ => self.clone(),
+        }
+    }
+
     pub fn draw(&self, drawings: &Drawings) -> Picture {
         let mut rgb = self.background.rgb().repeat(SIDE * SIDE);
         for thing in &self.things {

@@ -16,6 +16,9 @@ use crate::{
     optimizer::{AdamW, OptimizerConfig},
 };
 
+/// The golden losses'.
+const REGRESSION: Regression = Regression { weight: 1.0, fed_back: true };
+
 /// The golden base model, trainable.
 fn golden_model() -> (EvaVit, Llama, BTreeMap<String, Tensor>) {
     // Tests run side by side.
@@ -83,7 +86,7 @@ fn losses_and_gradients_are_the_official_ones() {
         if case == "frozen_vision" {
             freeze_tower(&variables);
         }
-        let loss = next_element((&tower, &llm), &layout, &pixels, 1.0);
+        let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
         let want = &numbers["lm"][case];
         let parts: BTreeMap<_, _> =
             loss.parts.iter().map(|(name, value)| (*name, value.double_value(&[]))).collect();
@@ -114,7 +117,7 @@ fn the_tower_is_trained_step_after_step() {
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
     let bias = &variables["visual.blocks.0.attn.q_bias"];
     let gradients = [(); 2].map(|()| {
-        next_element((&tower, &llm), &layout, &pixels, 1.0).total.backward();
+        next_element((&tower, &llm), &layout, &pixels, REGRESSION).total.backward();
         let gradient = bias.grad().copy();
         let _ = bias.grad().zero_();
         gradient
@@ -143,7 +146,7 @@ fn steps_of_the_optimizer_are_torchs() {
     };
     let mut optimizer = AdamW::new(config.clone(), trained.collect());
     for (step, want) in want["trajectory"].as_array().unwrap().iter().enumerate() {
-        let loss = next_element((&tower, &llm), &layout, &pixels, 1.0);
+        let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
         let total = loss.total.double_value(&[]);
         assert_relative(&format!("step {step}"), total, number(&want["ce"]) + number(&want["mse"]), 1e-4);
         loss.total.backward();
@@ -164,17 +167,31 @@ fn what_is_not_learned_gives_no_gradient() {
     let (tower, llm, variables) = golden_model();
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
     let names = |loss: &Loss| loss.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>();
-    let loss = next_element((&tower, &llm), &layout, &pixels, 0.0);
+    let loss = next_element((&tower, &llm), &layout, &pixels, Regression { weight: 0.0, ..REGRESSION });
     assert_eq!(names(&loss), ["token_accuracy", "cross_entropy"]);
     loss.total.backward();
     assert!(!variables["project_down.weight"].grad().defined());
 
     let (tower, llm, variables) = golden_model();
     let layout = Layout { text: Predictions::default(), ..layout };
-    let loss = next_element((&tower, &llm), &layout, &pixels, 1.0);
+    let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
     assert_eq!(names(&loss), ["mean_squared_error"]);
     loss.total.backward();
     assert!(!variables["decoder.lm.lm_head.weight"].grad().defined());
+}
+
+/// Every picture of the golden batch is learned, so a model that is blind to what it has painted reads none of them.
+#[test]
+fn what_is_not_fed_back_is_not_read() {
+    let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
+    let towers_gradient = |fed_back| {
+        let (tower, llm, variables) = golden_model();
+        let loss = next_element((&tower, &llm), &layout, &pixels, Regression { fed_back, ..REGRESSION });
+        loss.total.backward();
+        variables["visual.patch_embed.proj.weight"].grad().norm().double_value(&[])
+    };
+    assert!(towers_gradient(true) > 0.0);
+    assert_eq!(towers_gradient(false), 0.0);
 }
 
 #[test]

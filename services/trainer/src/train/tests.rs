@@ -175,6 +175,7 @@ fn losses_of_documents_fall_with_pictures_and_without() {
         tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
         text_only,
         regression_weight: 1.0,
+        blind_share: 0.0,
         seed: 5,
     };
     for (name, text_only, parts) in [("words", true, 3), ("elements", false, 4)] {
@@ -199,6 +200,7 @@ fn losses_in_bfloat16_are_those_in_float32() {
         tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
         text_only: false,
         regression_weight: 1.0,
+        blind_share: 0.0,
         seed: 5,
     };
     let denoise =

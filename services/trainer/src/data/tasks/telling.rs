@@ -24,7 +24,7 @@ pub(super) fn caption(draw: &mut Draw) -> Document {
     match draw.rng.random_range(0..4u32) {
         0 if matches!(scene.layout, Layout::Single(_)) => name(draw, scene),
         0 | 1 => {
-            let text = Piece::learned(format!(" {}.", describe::whole(&scene)));
+            let text = Piece::learned(format!(" {}.", describe::whole(&scene.in_reading_order())));
             let pieces = vec![draw.given(&scene), text];
             document(Task::Caption, scene, pieces)
         }
@@ -40,8 +40,11 @@ pub(super) fn name(draw: &Draw, scene: Scene) -> Document {
 }
 
 /// `Describe the image in details:` → ` a cat left of a dog on a red background.`
+///
+/// In reading order: told from either thing at random, every word after the first depends on a choice that nothing in
+/// the picture decides.
 pub(super) fn description(draw: &Draw, scene: Scene) -> Document {
-    let text = format!(" {}.", describe::whole(&scene));
+    let text = format!(" {}.", describe::whole(&scene.in_reading_order()));
     let pieces = vec![draw.given(&scene), Piece::given(DESCRIBE), Piece::learned(text)];
     document(Task::Caption, scene, pieces)
 }
@@ -143,8 +146,8 @@ fn turns(scene: &Scene) -> Vec<(String, String)> {
         Layout::Pair(_) => vec![scene.clone(), scene.turned()],
         _ => vec![scene.clone()],
     };
+    turns.push((DESCRIBE.to_owned(), format!(" {}.", describe::whole(&scene.in_reading_order()))));
     for scene in &tellings {
-        turns.push((DESCRIBE.to_owned(), format!(" {}.", describe::whole(scene))));
         for thing in 0..scene.things.len() {
             let asked = ALL.into_iter().filter_map(|asked| ask(asked, scene, thing));
             turns.extend(asked.map(|(question, answer)| (in_short(&question), format!(" {answer}"))));
@@ -202,7 +205,7 @@ pub(super) fn grounding(draw: &mut Draw) -> Document {
         5..7 => located_in_chat(draw),
         7..9 => {
             let scene = composer.any(&mut draw.rng);
-            let text = Piece::learned(format!("{}.", grounded(&scene)));
+            let text = Piece::learned(format!("{}.", grounded(&scene.in_reading_order())));
             let pieces = vec![draw.given(&scene), Piece::given("<grounding>"), text];
             document(Task::Grounding, scene, pieces)
         }

@@ -131,6 +131,40 @@ fn words_determine_the_picture_to_paint() {
 }
 
 #[test]
+fn pairs_are_told_in_reading_order_and_painted_from_either_thing() {
+    let turned = |text: &str| [" right of ", " below "].iter().any(|way| text.contains(way));
+    let mut painted = 0;
+    for index in 0..400 {
+        let caption = WORLD.document(Split::Train, Task::Caption, index);
+        match caption.pieces.last().unwrap() {
+            Piece::Text { text, .. } => assert!(!turned(text), "caption {index}: {text}"),
+            _ => painted += usize::from(turned(&format!("{:?}", caption.pieces[0]))),
+        }
+    }
+    assert!(painted > 0);
+}
+
+/// Every answer but the last is followed by its end; the questions are those that are asked alone.
+#[test]
+fn an_interview_is_of_questions_and_answers() {
+    let sequence = |document| Sequence::new(&document, &TOKENIZER, QUERIES);
+    let end = TOKENIZER.special_named("</s>").unwrap_or(2);
+    for task in [Task::Interview, Task::Clip] {
+        for index in 0..100 {
+            let document = WORLD.document(Split::Train, task, index);
+            let texts =
+                document.pieces.iter().filter(|piece| matches!(piece, Piece::Text { learn: true, .. }));
+            let answers = texts.count();
+            assert!((1..=5).contains(&answers), "{document:?}");
+            let sequence = sequence(document);
+            let ends: Vec<_> = (0..sequence.ids.len()).filter(|&at| sequence.ids[at] == end).collect();
+            assert_eq!(ends.len(), answers, "{task:?} {index}");
+            assert!(ends.iter().all(|&at| sequence.learn[at]), "{task:?} {index}");
+        }
+    }
+}
+
+#[test]
 fn names_are_shown_as_often_as_asked() {
     for shots in [0, 1, 2, 4, 8] {
         let document = WORLD.case(Split::Test, Ability::Names { shots }, 3);
