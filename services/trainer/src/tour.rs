@@ -13,8 +13,8 @@ use crate::{
 /// What is shown, under which title. A case's number says which of the held-out scenes it is of.
 const STEPS: [(&str, Ability, u64); 6] = [
     ("A caption", Ability::Pair, 0),
+    ("A question", Ability::Count, 0),
     ("A format, learned from three examples", Ability::Tuples, 0),
-    ("Made-up names, learned from two examples each", Ability::Names { shots: 2 }, 0),
     ("A picture from words", Ability::TextToImage, 0),
     ("The same thing in another picture", Ability::Subject, 0),
     ("A picture through the visual encoder and back", Ability::Autoencode, 0),
