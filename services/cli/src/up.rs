@@ -86,3 +86,27 @@ async fn run(cluster: &mut Cluster, bars: &Bars) -> Result<()> {
     tracing::info!(addr = %cluster.addr, admin, "ready: try `emu2 models`");
     cluster.failed().await
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn config(words: &[&str]) -> Result<ClusterConfig> {
+        let words = ["emu2", "up"].iter().chain(words);
+        let Command::Up(args) = Cli::parse_from(words).command else { panic!("another command") };
+        super::config(args)
+    }
+
+    #[test]
+    fn nano_is_served_where_no_model_is_named() {
+        // Tests run in this crate's folder, where there is none.
+        let error = format!("{:#}", config(&[]).unwrap_err());
+        assert!(error.contains(NANO), "{error}");
+        for named in [["--model-dir", "x"], ["--random-weights", "emu2-tiny"]] {
+            assert_eq!(config(&named).unwrap().models.len(), 1);
+        }
+    }
+}
