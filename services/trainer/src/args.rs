@@ -289,8 +289,8 @@ fn train_stage(
         &ObjectiveConfig::Autoencode { batch, divergence_weight } => {
             train::train(stage, model, &Autoencode { samples, batch, divergence_weight, seed }, run)
         }
-        &ObjectiveConfig::Denoise { batch, dropped_share } => {
-            train::train(stage, model, &Denoise { samples, batch, dropped_share, seed }, run)
+        &ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
+            train::train(stage, model, &Denoise { samples, batch, draws, dropped_share, seed }, run)
         }
     }
 }

@@ -131,7 +131,8 @@ pub fn autoencode(model: &Model, pixels: &Tensor, noise: &Tensor, divergence_wei
 /// What decides one batch of [`denoise`], all drawn beforehand.
 #[derive(Debug)]
 pub struct Noising {
-    /// Standard normal, of the latents' shape: for the sample of the latents, and what is to be predicted.
+    /// Standard normal, of the latents' shape: for the sample of the latents, and what is to be predicted. As many as
+    /// there are pictures or a multiple of it: the pictures over and over.
     pub sampling: Tensor,
     pub noise: Tensor,
     /// Standard normal, [batch, channels, 1, 1]
@@ -149,19 +150,21 @@ pub struct Noising {
 pub fn denoise(model: &Model, normalised: &Tensor, pixels: &Tensor, noising: &Noising) -> Loss {
     let scale = model.vae.decoder.scaling_factor;
     let kind = model.kind();
+    let times = noising.sampling.size()[0] / pixels.size()[0];
     let (latents, embeddings) = tch::no_grad(|| {
         let latents = model.vae.encoder.forward(&pixels.to_kind(kind));
-        let sample = latents.mean + (latents.log_variance * 0.5).exp() * &noising.sampling;
+        let [mean, log_variance] = [latents.mean, latents.log_variance].map(|x| x.repeat([times, 1, 1, 1]));
+        let sample = mean + (log_variance * 0.5).exp() * &noising.sampling;
         let encode = |pixels: &Tensor| model.tower.encode_image(&pixels.to_kind(kind), model.n_query());
         let nothing = encode(&normalised.narrow(0, 0, 1).zeros_like());
         // [batch] -> [batch, 1, 1]
         let dropped = noising.dropped.view([-1, 1, 1]);
-        (sample * scale, nothing.where_self(&dropped, &encode(normalised)))
+        (sample * scale, nothing.where_self(&dropped, &encode(normalised).repeat([times, 1, 1])))
     });
     let noise = &noising.noise + &noising.offset * NOISE_OFFSET;
     let left = model.alphas_cumprod.index_select(0, &noising.timesteps).view([-1, 1, 1, 1]);
     let noisy = left.sqrt() * latents + (-&left + 1.0).sqrt() * &noise;
-    let time_ids = time_ids(pixels);
+    let time_ids = time_ids(pixels).repeat([times, 1]);
     let predicted = model.unet.forward(&noisy.to_kind(kind), &noising.timesteps, &embeddings, &time_ids);
     let mut loss = Loss::new(model.device());
     loss.add("noise_error", mean_squared(&predicted, &noise), 1.0);

@@ -311,6 +311,8 @@ impl Objective for Autoencode {
 pub struct Denoise {
     pub samples: Arc<dyn Samples>,
     pub batch: usize,
+    /// Of noise for each picture.
+    pub draws: usize,
     pub dropped_share: f64,
     pub seed: u64,
 }
@@ -325,12 +327,13 @@ impl Objective for Denoise {
     fn loss(&self, model: &Model, batch: &Pictures, step: u64) -> Loss {
         let device = model.device();
         let pixels = batch.0.signed(device);
-        let shape = latents_shape(model, batch.1, &pixels).expect("pixels have been made with four");
+        let count = batch.1 * self.draws;
+        let shape = latents_shape(model, count, &pixels).expect("pixels have been made with four");
         let [sampling, noise] = [2, 3].map(|usage| normal(&shape, seed(self.seed, step, usage), device));
         let mut random = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 4));
         let last = model.alphas_cumprod.size()[0];
-        let timesteps: Vec<i64> = (0..batch.1).map(|_| random.random_range(0..last)).collect();
-        let dropped: Vec<bool> = (0..batch.1).map(|_| random.random_bool(self.dropped_share)).collect();
+        let timesteps: Vec<i64> = (0..count).map(|_| random.random_range(0..last)).collect();
+        let dropped: Vec<bool> = (0..count).map(|_| random.random_bool(self.dropped_share)).collect();
         let noising = Noising {
             sampling,
             noise,

@@ -77,6 +77,9 @@ pub enum ObjectiveConfig {
     },
     Denoise {
         batch: usize,
+        /// Of noise for each picture: what it costs to encode it is paid once.
+        #[serde(default = "once")]
+        draws: usize,
         /// Of the pictures whose embeddings are dropped, for guidance.
         dropped_share: f64,
     },
@@ -92,6 +95,10 @@ pub struct TaskShare {
 
 fn one() -> f64 {
     1.0
+}
+
+fn once() -> usize {
+    1
 }
 
 impl Stage {
@@ -155,9 +162,9 @@ impl Stage {
                 share("divergence_weight", *divergence_weight, 1e6);
                 batches.push(*batch);
             }
-            ObjectiveConfig::Denoise { batch, dropped_share } => {
+            ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
                 share("dropped_share", *dropped_share, 1.0);
-                batches.push(*batch);
+                batches.extend([*batch, *draws]);
             }
         }
         for batch in batches {

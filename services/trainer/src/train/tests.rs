@@ -159,7 +159,7 @@ fn losses_of_every_objective_on_pictures_fall() {
     let autoencode = Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
     train(&stage("vae", 40, "vae.", ""), &model, &autoencode, &run).unwrap();
     check("vae", 0.8);
-    let denoise = Denoise { samples, batch: 2, dropped_share: 0.5, seed: 5 };
+    let denoise = Denoise { samples, batch: 2, draws: 1, dropped_share: 0.5, seed: 5 };
     train(&stage("unet", 60, "unet.", "average_decay = 0.9"), &model, &denoise, &run).unwrap();
     check("unet", 0.97);
 }
@@ -203,8 +203,13 @@ fn losses_in_bfloat16_are_those_in_float32() {
         blind_share: 0.0,
         seed: 5,
     };
-    let denoise =
-        |_: &Model| Denoise { samples: Arc::clone(&samples), batch: 2, dropped_share: 0.5, seed: 5 };
+    let denoise = |_: &Model| Denoise {
+        samples: Arc::clone(&samples),
+        batch: 2,
+        draws: 2,
+        dropped_share: 0.5,
+        seed: 5,
+    };
     let naming = |model: &Model| Naming::new(Arc::clone(&samples), 6, model);
     agree("elements", "decoder.lm.", documents);
     agree("naming", "visual.", naming);
@@ -261,7 +266,7 @@ fn a_resumed_run_has_the_same_losses_bit_for_bit() {
     let samples: Arc<dyn Samples> = Arc::new(Toy);
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let stage = stage("unet", 45, "unet.", "average_decay = 0.9");
-    let denoise = Denoise { samples, batch: 2, dropped_share: 0.5, seed: 5 };
+    let denoise = Denoise { samples, batch: 2, draws: 1, dropped_share: 0.5, seed: 5 };
     let straight = model();
     train(&stage, &straight, &denoise, &run(folders[0].path())).unwrap();
 

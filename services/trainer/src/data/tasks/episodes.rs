@@ -1,9 +1,12 @@
 //! Tasks that demonstrations show.
 
-use rand::{Rng, seq::SliceRandom};
+use rand::{
+    Rng,
+    seq::{IndexedRandom, SliceRandom},
+};
 
 use super::{Draw, document};
-use crate::data::{Document, Layout, Piece, Scene, Task, describe};
+use crate::data::{Concept, Document, Layout, Piece, Scene, Task, describe};
 
 /// Words that mean nothing until an episode says what.
 pub const NAMES: [&str; 32] = [
@@ -15,68 +18,121 @@ pub const NAMES: [&str; 32] = [
 /// Names in one episode, at most and in tests.
 pub const NAMES_IN_EPISODE: usize = 4;
 
-/// Demonstrations of each name in training, and how often; upstream shows up to 16.
-const SHOTS: [u32; 8] = [1, 1, 2, 2, 3, 4, 4, 8];
+/// Demonstrations of each name in training, and how often; upstream shows up to 16. Mostly many: each after a name's
+/// first is a question with one demonstration more than the last, so a long episode asks most for what it costs.
+const SHOTS: [u32; 8] = [1, 2, 3, 4, 4, 6, 8, 8];
+
+/// Between what is shown and its name.
+const LINK: &str = " this is a";
 
 /// So many episodes in a row, by their index, are as long as each other: a batch of them needs no padding, which would
 /// be two thirds of it.
 const EPISODES_ALIKE: u64 = 16;
 
+/// One episode's.
+struct Length {
+    names: usize,
+    /// Of each name.
+    shots: u32,
+    glossary: bool,
+}
+
+impl Length {
+    fn of(draw: &Draw, index: u64) -> Self {
+        let mut rng = draw.world.random(draw.split, "length of names", index / EPISODES_ALIKE);
+        Self {
+            names: rng.random_range(2..=NAMES_IN_EPISODE as u32) as usize,
+            shots: SHOTS[rng.random_range(0..SHOTS.len() as u32) as usize],
+            glossary: rng.random_bool(0.5),
+        }
+    }
+}
+
+/// A thing and what it is called in one episode.
+type Bound = (Concept, &'static str);
+
 pub(super) fn names(draw: &mut Draw, index: u64) -> Document {
-    let (names, shots) = length(draw, index);
-    names_shown(draw, names, shots)
+    let length = Length::of(draw, index);
+    let bound = bind(draw, length.names);
+    let words = glossary(draw, &bound, length.glossary);
+    episode(draw, Task::Names, &bound, (length.shots, words), pictured)
 }
 
-/// ` cat this is a dax. dog this is a wug. … cat this is a` → ` dax.`
+/// ` cat this is a dax. dog this is a wug. … cat this is a` → ` dax.`, or without the words between: the next word
+/// after an earlier one is what is learned first.
 pub(super) fn names_in_words(draw: &mut Draw, index: u64) -> Document {
-    let (names, shots) = length(draw, index);
-    let word = |_: &Draw, scene: &Scene| Piece::given(format!(" {}", scene.things[0].concept.name()));
-    episode(draw, Task::NamesInWords, (names, shots), word)
-}
-
-/// How many names, and how often each is shown.
-fn length(draw: &Draw, index: u64) -> (usize, u32) {
-    let mut rng = draw.world.random(draw.split, "length of names", index / EPISODES_ALIKE);
-    let names = rng.random_range(2..=NAMES_IN_EPISODE as u32) as usize;
-    (names, SHOTS[rng.random_range(0..SHOTS.len() as u32) as usize])
+    let length = Length::of(draw, index);
+    let bound = bind(draw, length.names);
+    let words = glossary(draw, &bound, length.glossary);
+    let link = if draw.rng.random_bool(0.5) { LINK } else { "" };
+    let word =
+        |_: &Draw, scene: &Scene| vec![Piece::given(format!(" {}{link}", scene.things[0].concept.name()))];
+    episode(draw, Task::NamesInWords, &bound, (length.shots, words), word)
 }
 
 /// `[img] this is a dax. [img] this is a wug. … [img] this is a` → ` dax.`: so many names, each shown so often, in
 /// random order.
 pub(super) fn names_shown(draw: &mut Draw, names: usize, shots: u32) -> Document {
-    episode(draw, Task::Names, (names, shots), |draw: &Draw, scene: &Scene| draw.given(scene))
+    let bound = bind(draw, names);
+    episode(draw, Task::Names, &bound, (shots, Vec::new()), pictured)
 }
 
-/// `shown`: what stands for a scene.
+fn bind(draw: &mut Draw, names: usize) -> Vec<Bound> {
+    let concepts = draw.world.composer(draw.split).different(&mut draw.rng, names);
+    let mut words = NAMES;
+    words.shuffle(&mut draw.rng);
+    concepts.into_iter().zip(words).collect()
+}
+
+fn pictured(draw: &Draw, scene: &Scene) -> Vec<Piece> {
+    vec![draw.given(scene), Piece::given(LINK)]
+}
+
+/// ` dax. cat. dog wug. …`: what each name means and what each thing is called, in random order. To know what a name
+/// means, the model must have noted at the name what was shown with it, which is half of the way from a thing to its
+/// name; learned at once, neither half is of use before the other.
+fn glossary(draw: &mut Draw, bound: &[Bound], wanted: bool) -> Vec<Piece> {
+    if !wanted {
+        return Vec::new();
+    }
+    let mut entries: Vec<(String, String)> = Vec::new();
+    for (concept, word) in bound {
+        let (thing, name) = (format!(" {}", concept.name()), format!(" {word}."));
+        entries.extend([(name.clone(), format!("{thing}.")), (thing, name)]);
+    }
+    entries.shuffle(&mut draw.rng);
+    let pieces = entries.into_iter().map(|(one, other)| [Piece::given(one), Piece::learned(other)]);
+    pieces.flatten().collect()
+}
+
+/// Demonstrations of each, then `words`, then a question. `shown`: what stands before the name of what is in a scene.
 fn episode(
     draw: &mut Draw,
     task: Task,
-    (names, shots): (usize, u32),
-    shown: impl Fn(&Draw, &Scene) -> Piece,
+    bound: &[Bound],
+    (shots, words): (u32, Vec<Piece>),
+    shown: impl Fn(&Draw, &Scene) -> Vec<Piece>,
 ) -> Document {
     let composer = draw.world.composer(draw.split);
-    let concepts = composer.different(&mut draw.rng, names);
-    let mut words = NAMES;
-    words.shuffle(&mut draw.rng);
-    let mut order: Vec<usize> = (0..names).flat_map(|name| (0..shots).map(move |_| name)).collect();
+    let scene = |draw: &mut Draw, concept| composer.single_of(&mut draw.rng, concept);
+    let mut order: Vec<usize> = (0..bound.len()).flat_map(|name| (0..shots).map(move |_| name)).collect();
     order.shuffle(&mut draw.rng);
-    let asked = draw.rng.random_range(0..names as u32) as usize;
-    let mut known = vec![false; names];
+    let mut known = vec![false; bound.len()];
     let mut pieces = Vec::new();
-    let mut last = None;
-    for (index, name) in order.iter().copied().chain([asked]).enumerate() {
-        let scene = composer.single_of(&mut draw.rng, concepts[name]);
-        // Before its first demonstration a name cannot be known; the question's is learned in any case.
-        let learn = known[name] || index == order.len();
+    for name in order {
+        let (concept, word) = bound[name];
+        let scene = scene(draw, concept);
+        pieces.extend(shown(draw, &scene));
+        // Before its first demonstration a name cannot be known.
+        pieces.push(Piece::Text { text: format!(" {word}."), learn: known[name] });
         known[name] = true;
-        pieces.extend([
-            shown(draw, &scene),
-            Piece::given(" this is a"),
-            Piece::Text { text: format!(" {}.", words[name]), learn },
-        ]);
-        last = Some(scene);
     }
-    document(task, last.expect("the question has a scene"), pieces)
+    pieces.extend(words);
+    let &(concept, word) = bound.choose(&mut draw.rng).expect("an episode has names");
+    let scene = scene(draw, concept);
+    pieces.extend(shown(draw, &scene));
+    pieces.push(Piece::learned(format!(" {word}.")));
+    document(task, scene, pieces)
 }
 
 /// Demonstrations of a tuple, in tests.
