@@ -41,3 +41,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- $host := .root.Values.bindAddress -}}
 {{- printf "%s:%d" (contains ":" $host | ternary (printf "[%s]" $host) $host) (int .port) -}}
 {{- end -}}
+
+{{- /* Non-empty where anyone may call the routers: neither TLS nor tokens, so that no key is needed. */ -}}
+{{- define "emu2.open" -}}
+{{- if and (eq .Values.tls.clients.mode "none") (eq .Values.router.auth.mode "none") }}open{{ end -}}
+{{- end -}}
