@@ -21,7 +21,7 @@ use crate::{
     eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
-    objective::{Autoencode, Denoise, Naming, NextElement, Samples},
+    objective::{Autoencode, Denoise, Illustrate, Naming, NextElement, Noise, Samples},
     samples::TrainingWorld,
     stage::{ObjectiveConfig, Stage},
     tour,
@@ -273,7 +273,13 @@ fn train_stage(
         ObjectiveConfig::Naming { batch } => {
             train::train(stage, model, &Naming::new(samples, *batch, model), run)
         }
-        ObjectiveConfig::NextElement { tasks, text_only, regression_weight, blind_share } => {
+        ObjectiveConfig::NextElement {
+            tasks,
+            text_only,
+            regression_weight,
+            blind_share,
+            predicted_share,
+        } => {
             let objective = NextElement {
                 samples,
                 tokenizer: ids()?,
@@ -282,6 +288,7 @@ fn train_stage(
                 text_only: *text_only,
                 regression_weight: *regression_weight,
                 blind_share: *blind_share,
+                predicted_share: *predicted_share,
                 seed,
             };
             train::train(stage, model, &objective, run)
@@ -290,7 +297,26 @@ fn train_stage(
             train::train(stage, model, &Autoencode { samples, batch, divergence_weight, seed }, run)
         }
         &ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
-            train::train(stage, model, &Denoise { samples, batch, draws, dropped_share, seed }, run)
+            let noise = Noise { draws, dropped_share, seed };
+            train::train(stage, model, &Denoise { samples, batch, noise }, run)
+        }
+        ObjectiveConfig::Illustrate { tasks, draws, dropped_share, truth_share } => {
+            let objective = Illustrate {
+                elements: NextElement {
+                    samples,
+                    tokenizer: ids()?,
+                    queries: Queries { n_query, v_query },
+                    tasks: tasks.clone(),
+                    text_only: false,
+                    regression_weight: 0.0,
+                    blind_share: 0.0,
+                    predicted_share: 0.0,
+                    seed,
+                },
+                truth_share: *truth_share,
+                noise: Noise { draws: *draws, dropped_share: *dropped_share, seed },
+            };
+            train::train(stage, model, &objective, run)
         }
     }
 }

@@ -44,6 +44,13 @@ impl Predictions {
 }
 
 impl Layout {
+    /// Of the pictures, those to paint, by their numbers.
+    pub fn painted(&self, queries: i64) -> Vec<i64> {
+        let mut pictures: Vec<i64> = self.images.what.iter().map(|place| place / queries).collect();
+        pictures.dedup();
+        pictures
+    }
+
     /// And the sequences' pictures, in the order of `slots`. All slots must have `queries` positions.
     pub fn new(sequences: &[Sequence], queries: usize) -> Result<(Self, Vec<Picture>)> {
         let tokens = sequences.iter().map(|sequence| sequence.ids.len()).max().unwrap_or_default();
@@ -100,6 +107,7 @@ mod tests {
         assert_eq!(layout.slots, [2, 3, 7, 8]);
         assert_eq!(layout.text, Predictions { from: vec![0, 4, 8], what: vec![8, 5, 2] });
         assert_eq!(layout.images, Predictions { from: vec![1, 2], what: vec![0, 1] });
+        assert_eq!(layout.painted(2), [0]);
         let error = Layout::new(&[long], 3).unwrap_err().to_string();
         assert!(error.contains("3 embeddings each, one has 2"), "{error}");
     }

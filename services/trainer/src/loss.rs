@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`next_element`] | tower and llm: the next token, or the next embedding of an image | 2.1, 2.2.2 |
 //! | [`autoencode`] | VAE | latent diffusion, arXiv 2112.10752; no adversary |
-//! | [`denoise`] | UNet, on embeddings of the frozen tower | 2.2.3 |
+//! | [`denoise`] | UNet, on embeddings of the frozen tower, or on what the llm predicts of them ([`told`]) | 2.2.3 |
 //! | [`naming`] | tower: what stands where, on what background, how many; in place of the paper's CLIP | – |
 
 #[cfg(test)]
@@ -60,10 +60,91 @@ impl Loss {
 pub struct Regression {
     /// Of their error against the tokens' cross-entropy; with 0 they are not predicted.
     pub weight: f64,
-    /// Whether each is predicted from those before it too, as in serving. Otherwise zeros stand in their place, and all
-    /// must come from the prompt: fed true embeddings alone, a model copies the background from the first, and in serving
-    /// the first is its own, of which it has learned little.
-    pub fed_back: bool,
+    pub fed_back: FedBack,
+}
+
+/// From what an embedding is predicted, besides the prompt: what stands in the place of those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FedBack {
+    /// Those of the picture. From these alone, a model learns to copy the background and the thing from the first ones,
+    /// and in serving the first ones are its own, of which it has learned little.
+    Truth,
+    /// Zeros: all must come from the prompt.
+    Nothing,
+    /// What the model predicts where nothing is fed back, much as in serving, where each is fed its own.
+    Predicted,
+}
+
+impl FedBack {
+    fn error_name(self) -> &'static str {
+        match self {
+            Self::Truth => "mean_squared_error",
+            Self::Nothing => "mean_squared_error_blind",
+            Self::Predicted => "mean_squared_error_served",
+        }
+    }
+}
+
+/// Documents as the llm reads them.
+struct Reading<'a> {
+    llm: &'a Llama,
+    layout: &'a Layout,
+    /// Of every position, with whatever a slot's token gives in slots: [(sequences tokens), hidden]
+    words: Tensor,
+    /// Of the pictures, if there are any: [(pictures queries), width]
+    embeddings: Option<Tensor>,
+}
+
+impl<'a> Reading<'a> {
+    /// `pixels`: normalised, [pictures, 3, height, width_px]
+    fn new((tower, llm): (&EvaVit, &'a Llama), layout: &'a Layout, pixels: &Tensor) -> Self {
+        let words = llm.embed(&rows(&layout.ids, llm.device()));
+        let encode = || tower.encode_image(&pixels.to_kind(tower.kind()), tower.config.n_query).flatten(0, 1);
+        Self { llm, layout, words, embeddings: (!layout.slots.is_empty()).then(encode) }
+    }
+
+    fn rows(&self, rows: &[i64]) -> Tensor {
+        self::rows(rows, self.llm.device())
+    }
+
+    /// States after the last layer, [(sequences tokens), hidden]
+    fn hidden(&self, fed_back: FedBack) -> Tensor {
+        let Some(embeddings) = &self.embeddings else { return self.forward(&self.words) };
+        let painted = self.rows(&self.layout.images.what);
+        let looking_at = |embeddings: &Tensor| {
+            let slots = self.rows(&self.layout.slots);
+            self.forward(&self.words.index_copy(0, &slots, &self.llm.project_up(embeddings)))
+        };
+        let blind = || looking_at(&embeddings.index_fill(0, &painted, 0.0));
+        match fed_back {
+            FedBack::Truth => looking_at(embeddings),
+            FedBack::Nothing => blind(),
+            FedBack::Predicted => {
+                let predicted = tch::no_grad(|| self.predicted(&blind()));
+                looking_at(&embeddings.index_copy(0, &painted, &predicted))
+            }
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let shape = [self.layout.sequences as i64, self.layout.tokens as i64, self.words.size()[1]];
+        self.llm.forward_whole(&x.view(shape)).flatten(0, 1)
+    }
+
+    /// The embeddings of pictures to paint, [(painted queries), width]
+    fn predicted(&self, hidden: &Tensor) -> Tensor {
+        self.llm.project_down(&hidden.index_select(0, &self.rows(&self.layout.images.from)))
+    }
+
+    /// What they are to be.
+    fn target(&self) -> Option<Tensor> {
+        let embeddings = self.embeddings.as_ref().filter(|_| !self.layout.images.is_empty())?;
+        Some(embeddings.index_select(0, &self.rows(&self.layout.images.what)).detach())
+    }
+}
+
+fn rows(rows: &[i64], device: Device) -> Tensor {
+    Tensor::from_slice(rows).to_device(device)
 }
 
 /// Cross-entropy of the next token where it is learned, plus the mean squared error of the next embedding where that
@@ -76,39 +157,35 @@ pub fn next_element(
     pixels: &Tensor,
     regression: Regression,
 ) -> Loss {
-    let device = llm.device();
-    let rows = |rows: &[i64]| Tensor::from_slice(rows).to_device(device);
-    let mut x = llm.embed(&rows(&layout.ids));
-    let mut embeddings = None;
-    if !layout.slots.is_empty() {
-        // [pictures, queries, width] -> [(pictures queries), width]
-        let pixels = pixels.to_kind(tower.kind());
-        let encoded = tower.encode_image(&pixels, tower.config.n_query).flatten(0, 1);
-        let read = match regression.fed_back {
-            true => encoded.shallow_clone(),
-            false => encoded.index_fill(0, &rows(&layout.images.what), 0.0),
-        };
-        x = x.index_copy(0, &rows(&layout.slots), &llm.project_up(&read));
-        embeddings = Some(encoded);
-    }
-    let x = x.view([layout.sequences as i64, layout.tokens as i64, -1]);
-    let hidden = llm.forward_whole(&x).flatten(0, 1);
-
-    let mut loss = Loss::new(device);
+    let reading = Reading::new((tower, llm), layout, pixels);
+    let hidden = reading.hidden(regression.fed_back);
+    let mut loss = Loss::new(llm.device());
     if !layout.text.is_empty() {
-        let logits = llm.logits(&hidden.index_select(0, &rows(&layout.text.from)));
-        let tokens = rows(&layout.text.what);
+        let logits = llm.logits(&hidden.index_select(0, &reading.rows(&layout.text.from)));
+        let tokens = reading.rows(&layout.text.what);
         let entropy = logits.cross_entropy_for_logits(&tokens);
         loss.part("token_accuracy", accuracy(&logits, &tokens));
         loss.add("cross_entropy", entropy, 1.0);
     }
-    let regressed = regression.weight > 0.0 && !layout.images.is_empty();
-    if let Some(embeddings) = embeddings.filter(|_| regressed) {
-        let predicted = llm.project_down(&hidden.index_select(0, &rows(&layout.images.from)));
-        let target = embeddings.index_select(0, &rows(&layout.images.what)).detach();
-        loss.add("mean_squared_error", mean_squared(&predicted, &target), regression.weight);
+    if let Some(target) = reading.target().filter(|_| regression.weight > 0.0) {
+        let error = mean_squared(&reading.predicted(&hidden), &target);
+        loss.add(regression.fed_back.error_name(), error, regression.weight);
     }
     loss
+}
+
+/// The embeddings of pictures to paint, as the model predicts them from its own, or `truly` the tower's:
+/// [painted, queries, width]. Nothing is learned through them.
+///
+/// # Panics
+/// If nothing is to be painted.
+pub fn told(model: &Model, layout: &Layout, pixels: &Tensor, truly: bool) -> Tensor {
+    let embeddings = tch::no_grad(|| {
+        let reading = Reading::new((&model.tower, &model.llm), layout, pixels);
+        let target = reading.target().expect("something is to be painted");
+        if truly { target } else { reading.predicted(&reading.hidden(FedBack::Predicted)) }
+    });
+    embeddings.view([-1, i64::from(model.n_query()), model.tower.config.width])
 }
 
 /// Absolute difference of pixels, and how far latents are from standard normal.
@@ -143,11 +220,12 @@ pub struct Noising {
     pub dropped: Tensor,
 }
 
-/// The error of the predicted noise, given the frozen tower's embeddings of the same picture. Dropped embeddings are
-/// those of normalised pixels that are all 0, which serving takes for guidance of autoencoding.
+/// The error of the predicted noise, given embeddings. Dropped ones are those of normalised pixels that are all 0, which
+/// serving takes for guidance of autoencoding.
 ///
-/// `normalised`: for the tower, [batch, 3, height, width_px]; `pixels`: the same in -1..=1
-pub fn denoise(model: &Model, normalised: &Tensor, pixels: &Tensor, noising: &Noising) -> Loss {
+/// `embeddings`: of the frozen tower, or what the llm predicts of them, [pictures, queries, width]; `pixels`: in -1..=1,
+/// [pictures, 3, height, width_px]
+pub fn denoise(model: &Model, embeddings: &Tensor, pixels: &Tensor, noising: &Noising) -> Loss {
     let scale = model.vae.decoder.scaling_factor;
     let kind = model.kind();
     let times = noising.sampling.size()[0] / pixels.size()[0];
@@ -155,11 +233,11 @@ pub fn denoise(model: &Model, normalised: &Tensor, pixels: &Tensor, noising: &No
         let latents = model.vae.encoder.forward(&pixels.to_kind(kind));
         let [mean, log_variance] = [latents.mean, latents.log_variance].map(|x| x.repeat([times, 1, 1, 1]));
         let sample = mean + (log_variance * 0.5).exp() * &noising.sampling;
-        let encode = |pixels: &Tensor| model.tower.encode_image(&pixels.to_kind(kind), model.n_query());
-        let nothing = encode(&normalised.narrow(0, 0, 1).zeros_like());
+        let blank = pixels.narrow(0, 0, 1).zeros_like();
+        let nothing = model.tower.encode_image(&blank.to_kind(kind), model.n_query());
         // [batch] -> [batch, 1, 1]
         let dropped = noising.dropped.view([-1, 1, 1]);
-        (sample * scale, nothing.where_self(&dropped, &encode(normalised).repeat([times, 1, 1])))
+        (sample * scale, nothing.where_self(&dropped, &embeddings.repeat([times, 1, 1])))
     });
     let noise = &noising.noise + &noising.offset * NOISE_OFFSET;
     let left = model.alphas_cumprod.index_select(0, &noising.timesteps).view([-1, 1, 1, 1]);

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     data::{Document, Picture, Piece, Queries, Sequence, Task},
     layout::Layout,
-    loss::{self, Loss, Named, NamingHeads, Noising, Regression},
+    loss::{self, FedBack, Loss, Named, NamingHeads, Noising, Regression},
     model::Model,
     pixels::Pixels,
     stage::TaskShare,
@@ -182,16 +182,17 @@ pub struct NextElement {
     pub tasks: Vec<TaskShare>,
     pub text_only: bool,
     pub regression_weight: f64,
-    /// Of the steps, in which pictures' own embeddings are not fed back: see [`Regression`].
+    /// Of the steps, in which [`FedBack::Nothing`] and [`FedBack::Predicted`] take the place of the truth.
     pub blind_share: f64,
+    pub predicted_share: f64,
     /// The stage's.
     pub seed: u64,
 }
 
 pub struct Documents {
-    task: Task,
-    layout: Layout,
-    pixels: Pixels,
+    pub task: Task,
+    pub layout: Layout,
+    pub pixels: Pixels,
 }
 
 impl Batch for Documents {
@@ -223,8 +224,13 @@ impl Objective for NextElement {
 
     fn loss(&self, model: &Model, batch: &Documents, step: u64) -> Loss {
         let pixels = batch.pixels.normalised(model.device());
-        let blind = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 6)).random_bool(self.blind_share);
-        let regression = Regression { weight: self.regression_weight, fed_back: !blind };
+        let drawn = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 6)).random_range(0.0..1.0);
+        let fed_back = match drawn {
+            _ if drawn < self.blind_share => FedBack::Nothing,
+            _ if drawn < self.blind_share + self.predicted_share => FedBack::Predicted,
+            _ => FedBack::Truth,
+        };
+        let regression = Regression { weight: self.regression_weight, fed_back };
         let loss = loss::next_element((&model.tower, &model.llm), &batch.layout, &pixels, regression);
         // Each task's own loss is in the log too: their mean hides the one that does not learn.
         loss.also_as(batch.task.name())
@@ -307,14 +313,42 @@ impl Objective for Autoencode {
     }
 }
 
+/// What noise is drawn for a batch of [`loss::denoise`].
+#[derive(Clone, Copy, Debug)]
+pub struct Noise {
+    /// For each picture.
+    pub draws: usize,
+    /// Of the embeddings.
+    pub dropped_share: f64,
+    /// The stage's.
+    pub seed: u64,
+}
+
+impl Noise {
+    fn draw(self, model: &Model, pictures: usize, pixels: &Tensor, step: u64) -> Noising {
+        let device = model.device();
+        let count = pictures * self.draws;
+        let shape = latents_shape(model, count, pixels).expect("pixels have been made with four");
+        let [sampling, noise] = [2, 3].map(|usage| normal(&shape, seed(self.seed, step, usage), device));
+        let mut random = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 4));
+        let last = model.alphas_cumprod.size()[0];
+        let timesteps: Vec<i64> = (0..count).map(|_| random.random_range(0..last)).collect();
+        let dropped: Vec<bool> = (0..count).map(|_| random.random_bool(self.dropped_share)).collect();
+        Noising {
+            sampling,
+            noise,
+            offset: normal(&[shape[0], shape[1], 1, 1], seed(self.seed, step, 5), device),
+            timesteps: Tensor::from_slice(&timesteps).to_device(device),
+            dropped: Tensor::from_slice(&dropped).to_device(device),
+        }
+    }
+}
+
 /// Noise out of pictures' latents, given their embeddings.
 pub struct Denoise {
     pub samples: Arc<dyn Samples>,
     pub batch: usize,
-    /// Of noise for each picture.
-    pub draws: usize,
-    pub dropped_share: f64,
-    pub seed: u64,
+    pub noise: Noise,
 }
 
 impl Objective for Denoise {
@@ -326,21 +360,40 @@ impl Objective for Denoise {
 
     fn loss(&self, model: &Model, batch: &Pictures, step: u64) -> Loss {
         let device = model.device();
+        let normalised = batch.0.normalised(device).to_kind(model.kind());
+        let embeddings = tch::no_grad(|| model.tower.encode_image(&normalised, model.n_query()));
         let pixels = batch.0.signed(device);
-        let count = batch.1 * self.draws;
-        let shape = latents_shape(model, count, &pixels).expect("pixels have been made with four");
-        let [sampling, noise] = [2, 3].map(|usage| normal(&shape, seed(self.seed, step, usage), device));
-        let mut random = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 4));
-        let last = model.alphas_cumprod.size()[0];
-        let timesteps: Vec<i64> = (0..count).map(|_| random.random_range(0..last)).collect();
-        let dropped: Vec<bool> = (0..count).map(|_| random.random_bool(self.dropped_share)).collect();
-        let noising = Noising {
-            sampling,
-            noise,
-            offset: normal(&[shape[0], shape[1], 1, 1], seed(self.seed, step, 5), device),
-            timesteps: Tensor::from_slice(&timesteps).to_device(device),
-            dropped: Tensor::from_slice(&dropped).to_device(device),
-        };
-        loss::denoise(model, &batch.0.normalised(device), &pixels, &noising)
+        loss::denoise(model, &embeddings, &pixels, &self.noise.draw(model, batch.1, &pixels, step))
+    }
+}
+
+/// The same, given what the llm predicts of a painting document's picture: its predictions are means of what is still
+/// possible, which the tower's embeddings never are.
+pub struct Illustrate {
+    /// Of them every document ends with a picture to paint, its only one.
+    pub elements: NextElement,
+    /// Of the steps, in which the tower's embeddings are given all the same.
+    pub truth_share: f64,
+    pub noise: Noise,
+}
+
+impl Objective for Illustrate {
+    type Batch = Documents;
+
+    fn maker(&self) -> Maker<Documents> {
+        self.elements.maker()
+    }
+
+    fn loss(&self, model: &Model, batch: &Documents, step: u64) -> Loss {
+        let device = model.device();
+        let mut random = ChaCha12Rng::seed_from_u64(seed(self.noise.seed, step, 6));
+        let truly = random.random_bool(self.truth_share);
+        let embeddings = loss::told(model, &batch.layout, &batch.pixels.normalised(device), truly);
+        let painted = batch.layout.painted(i64::from(model.n_query()));
+        let rows = Tensor::from_slice(&painted).to_device(device);
+        let pixels = batch.pixels.signed(device).index_select(0, &rows);
+        let noising = self.noise.draw(model, painted.len(), &pixels, step);
+        let loss = loss::denoise(model, &embeddings, &pixels, &noising);
+        loss.also_as(if truly { "of the tower's" } else { batch.task.name() })
     }
 }

@@ -69,6 +69,9 @@ pub enum ObjectiveConfig {
         /// Of the steps, in which a picture's embeddings are learned from the prompt alone, without those before them.
         #[serde(default)]
         blind_share: f64,
+        /// Of the steps, in which the model's own predictions stand in the place of those before.
+        #[serde(default)]
+        predicted_share: f64,
     },
     Autoencode {
         batch: usize,
@@ -82,6 +85,15 @@ pub enum ObjectiveConfig {
         draws: usize,
         /// Of the pictures whose embeddings are dropped, for guidance.
         dropped_share: f64,
+    },
+    Illustrate {
+        /// Whose documents end with a picture to paint, their only one.
+        tasks: Vec<TaskShare>,
+        #[serde(default = "once")]
+        draws: usize,
+        dropped_share: f64,
+        /// Of the steps, in which the tower's embeddings are given instead of the llm's.
+        truth_share: f64,
     },
 }
 
@@ -144,19 +156,19 @@ impl Stage {
         for (prefix, &share) in &self.train {
             require(share > 0.0, format!("train.`{prefix}` must be above 0, is {share}"));
         }
-        let mut batches = Vec::new();
+        let (mut batches, mut mixture) = (Vec::new(), None);
         let mut share = |name: &str, value: f64, max: f64| {
             require((0.0..=max).contains(&value), format!("{name} must be 0 to {max}, is {value}"));
         };
         match &self.objective {
             ObjectiveConfig::Naming { batch } => batches.push(*batch),
-            ObjectiveConfig::NextElement { tasks, regression_weight, blind_share, .. } => {
+            ObjectiveConfig::NextElement {
+                tasks, regression_weight, blind_share, predicted_share, ..
+            } => {
                 share("regression_weight", *regression_weight, 1e6);
                 share("blind_share", *blind_share, 1.0);
-                batches.extend(tasks.iter().map(|share| share.batch));
-                tasks.iter().for_each(|task| share("tasks.weight", task.weight, 1e6));
-                let sum: f64 = tasks.iter().map(|share| share.weight).sum();
-                require(sum > 0.0, format!("the weights of tasks must add up to more than 0, is {sum}"));
+                share("predicted_share", *predicted_share, 1.0 - blind_share);
+                mixture = Some(tasks);
             }
             ObjectiveConfig::Autoencode { batch, divergence_weight } => {
                 share("divergence_weight", *divergence_weight, 1e6);
@@ -165,6 +177,23 @@ impl Stage {
             ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
                 share("dropped_share", *dropped_share, 1.0);
                 batches.extend([*batch, *draws]);
+            }
+            ObjectiveConfig::Illustrate { tasks, draws, dropped_share, truth_share } => {
+                share("dropped_share", *dropped_share, 1.0);
+                share("truth_share", *truth_share, 1.0);
+                batches.push(*draws);
+                mixture = Some(tasks);
+            }
+        }
+        if let Some(tasks) = mixture {
+            batches.extend(tasks.iter().map(|share| share.batch));
+            tasks.iter().for_each(|task| share("tasks.weight", task.weight, 1e6));
+            let sum: f64 = tasks.iter().map(|share| share.weight).sum();
+            require(sum > 0.0, format!("the weights of tasks must add up to more than 0, is {sum}"));
+        }
+        if let ObjectiveConfig::Illustrate { tasks, .. } = &self.objective {
+            for task in tasks.iter().map(|share| share.task) {
+                require(task.paints(), format!("{} is no task that always paints one picture", task.name()));
             }
         }
         for batch in batches {

@@ -59,6 +59,11 @@ impl Task {
             Self::Clip => "clip",
         }
     }
+
+    /// Whether every document ends with a picture to paint.
+    pub fn paints(self) -> bool {
+        matches!(self, Self::TextToImage | Self::Subject | Self::BoxToImage | Self::Editing)
+    }
 }
 
 /// What a document is drawn from.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// The golden losses'.
-const REGRESSION: Regression = Regression { weight: 1.0, fed_back: true };
+const REGRESSION: Regression = Regression { weight: 1.0, fed_back: FedBack::Truth };
 
 /// The golden base model, trainable.
 fn golden_model() -> (EvaVit, Llama, BTreeMap<String, Tensor>) {
@@ -180,18 +180,22 @@ fn what_is_not_learned_gives_no_gradient() {
     assert!(!variables["decoder.lm.lm_head.weight"].grad().defined());
 }
 
-/// Every picture of the golden batch is learned, so a model that is blind to what it has painted reads none of them.
+/// Every picture of the golden batch is learned, so a model that is blind to what it has painted, or sees its own
+/// predictions of it, reads none of them.
 #[test]
 fn what_is_not_fed_back_is_not_read() {
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
-    let towers_gradient = |fed_back| {
+    let fed = |fed_back| {
         let (tower, llm, variables) = golden_model();
         let loss = next_element((&tower, &llm), &layout, &pixels, Regression { fed_back, ..REGRESSION });
         loss.total.backward();
-        variables["visual.patch_embed.proj.weight"].grad().norm().double_value(&[])
+        let gradient = variables["visual.patch_embed.proj.weight"].grad().norm().double_value(&[]);
+        (loss.total.double_value(&[]), gradient)
     };
-    assert!(towers_gradient(true) > 0.0);
-    assert_eq!(towers_gradient(false), 0.0);
+    let [truth, nothing, predicted] = [FedBack::Truth, FedBack::Nothing, FedBack::Predicted].map(fed);
+    assert!(truth.1 > 0.0);
+    assert_eq!((nothing.1, predicted.1), (0.0, 0.0));
+    assert!(truth.0 != nothing.0 && nothing.0 != predicted.0 && predicted.0 != truth.0);
 }
 
 #[test]

@@ -9,9 +9,11 @@ use tch::{Device, Kind, Tensor};
 use super::*;
 use crate::{
     data::{Background, Document, Layout, Picture, Piece, Queries, Scene, Task},
-    loss::Loss,
+    loss::{self, Loss},
     model::Sections,
-    objective::{Autoencode, Denoise, Maker, NAMES, NamedScene, Naming, NextElement, Samples},
+    objective::{
+        Autoencode, Denoise, Illustrate, Maker, NAMES, NamedScene, Naming, NextElement, Noise, Samples,
+    },
     stage::TaskShare,
 };
 
@@ -87,6 +89,24 @@ fn stage(name: &str, steps: u64, train: &str, average: &str) -> Stage {
     Stage::parse(name, &text).unwrap()
 }
 
+fn averaged(name: &str, steps: u64) -> Stage {
+    stage(name, steps, "unet.", "average_decay = 0.9")
+}
+
+fn documents(task: Task) -> NextElement {
+    NextElement {
+        samples: Arc::new(Toy),
+        tokenizer: tokenizer(),
+        queries: Queries { n_query: 4, v_query: 4 },
+        tasks: vec![TaskShare { task, weight: 1.0, batch: 6 }],
+        text_only: false,
+        regression_weight: 1.0,
+        blind_share: 0.3,
+        predicted_share: 0.3,
+        seed: 5,
+    }
+}
+
 fn run(runs: &Path) -> Run {
     // Tests run side by side.
     tch::set_num_threads(1);
@@ -152,33 +172,41 @@ fn losses_of_every_objective_on_pictures_fall() {
         assert!(losses[losses.len() - 1] < share * losses[0], "{name}: {losses:?}");
         assert!(folder.path().join(name).join("loss.png").exists());
     };
-    let model = model();
+    let (model, fresh) = (model(), model());
     let naming = Naming::new(Arc::clone(&samples), 6, &model);
     assert_eq!(train(&stage("naming", 60, "visual.", ""), &model, &naming, &run).unwrap(), Ended::Finished);
     check("naming", 0.5);
     let autoencode = Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
     train(&stage("vae", 40, "vae.", ""), &model, &autoencode, &run).unwrap();
     check("vae", 0.8);
-    let denoise = Denoise { samples, batch: 2, draws: 1, dropped_share: 0.5, seed: 5 };
-    train(&stage("unet", 60, "unet.", "average_decay = 0.9"), &model, &denoise, &run).unwrap();
+    let noise = Noise { draws: 1, dropped_share: 0.5, seed: 5 };
+    train(&averaged("unet", 60), &model, &Denoise { samples, batch: 2, noise }, &run).unwrap();
     check("unet", 0.97);
+    let illustrate = Illustrate { elements: documents(Task::TextToImage), truth_share: 0.5, noise };
+    train(&averaged("illustrator", 60), &&fresh, &illustrate, &run).unwrap();
+    check("illustrator", 0.97);
+}
+
+#[test]
+fn the_truth_is_told_by_the_tower_and_else_it_is_not() {
+    let model = model();
+    // The odd ones are pictures to paint.
+    let batch = documents(Task::TextToImage).maker()(0);
+    let pixels = batch.pixels.normalised(Device::Cpu);
+    let rows = Tensor::from_slice(&batch.layout.painted(4));
+    assert_eq!(Vec::<i64>::try_from(&rows).unwrap(), [1, 3, 5]);
+    let truth = model.tower.encode_image(&pixels.index_select(0, &rows), 4);
+    let told = |truly| loss::told(&model, &batch.layout, &pixels, truly);
+    assert!(told(true).allclose(&truth, 1e-4, 1e-5, false));
+    assert!(!told(false).allclose(&truth, 1e-1, 1e-1, false) && !told(false).requires_grad());
 }
 
 #[test]
 fn losses_of_documents_fall_with_pictures_and_without() {
     let folder = tempfile::tempdir().unwrap();
     let run = run(folder.path());
-    let documents = |text_only| NextElement {
-        samples: Arc::new(Toy),
-        tokenizer: tokenizer(),
-        queries: Queries { n_query: 4, v_query: 4 },
-        tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
-        text_only,
-        regression_weight: 1.0,
-        blind_share: 0.0,
-        seed: 5,
-    };
-    for (name, text_only, parts) in [("words", true, 3), ("elements", false, 4)] {
+    let documents = |text_only| NextElement { text_only, ..documents(Task::Caption) };
+    for (name, text_only, parts) in [("words", true, 3), ("elements", false, 6)] {
         train(&stage(name, 60, "decoder.lm.", ""), &model(), &documents(text_only), &run).unwrap();
         let losses = losses(folder.path(), name);
         assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{name}: {losses:?}");
@@ -193,22 +221,11 @@ fn losses_of_documents_fall_with_pictures_and_without() {
 #[test]
 fn losses_in_bfloat16_are_those_in_float32() {
     let samples: Arc<dyn Samples> = Arc::new(Toy);
-    let documents = |_: &Model| NextElement {
-        samples: Arc::clone(&samples),
-        tokenizer: tokenizer(),
-        queries: Queries { n_query: 4, v_query: 4 },
-        tasks: vec![TaskShare { task: Task::Caption, weight: 1.0, batch: 6 }],
-        text_only: false,
-        regression_weight: 1.0,
-        blind_share: 0.0,
-        seed: 5,
-    };
+    let documents = |_: &Model| documents(Task::Caption);
     let denoise = |_: &Model| Denoise {
         samples: Arc::clone(&samples),
         batch: 2,
-        draws: 2,
-        dropped_share: 0.5,
-        seed: 5,
+        noise: Noise { draws: 2, dropped_share: 0.5, seed: 5 },
     };
     let naming = |model: &Model| Naming::new(Arc::clone(&samples), 6, model);
     agree("elements", "decoder.lm.", documents);
@@ -265,8 +282,8 @@ fn a_stage_is_trained_by_one_process_at_a_time() {
 fn a_resumed_run_has_the_same_losses_bit_for_bit() {
     let samples: Arc<dyn Samples> = Arc::new(Toy);
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let stage = stage("unet", 45, "unet.", "average_decay = 0.9");
-    let denoise = Denoise { samples, batch: 2, draws: 1, dropped_share: 0.5, seed: 5 };
+    let stage = averaged("unet", 45);
+    let denoise = Denoise { samples, batch: 2, noise: Noise { draws: 1, dropped_share: 0.5, seed: 5 } };
     let straight = model();
     train(&stage, &straight, &denoise, &run(folders[0].path())).unwrap();
 

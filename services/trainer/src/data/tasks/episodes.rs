@@ -59,15 +59,15 @@ pub(super) fn names(draw: &mut Draw, index: u64) -> Document {
 }
 
 /// ` cat this is a dax. dog this is a wug. … cat this is a` → ` dax.`, or without the words between: the next word
-/// after an earlier one is what is learned first.
+/// after an earlier one is what is learned first, and of many rather than of few.
 pub(super) fn names_in_words(draw: &mut Draw, index: u64) -> Document {
-    let length = Length::of(draw, index);
-    let bound = bind(draw, length.names);
-    let words = glossary(draw, &bound, length.glossary);
-    let link = if draw.rng.random_bool(0.5) { LINK } else { "" };
+    let mut length = draw.world.random(draw.split, "length of names in words", index / EPISODES_ALIKE);
+    let link = if length.random_bool(0.3) { LINK } else { "" };
+    let bound = bind(draw, length.random_range(4..=12u32) as usize);
+    let shots = length.random_range(2..=4u32);
     let word =
         |_: &Draw, scene: &Scene| vec![Piece::given(format!(" {}{link}", scene.things[0].concept.name()))];
-    episode(draw, Task::NamesInWords, &bound, (length.shots, words), word)
+    episode(draw, Task::NamesInWords, &bound, (shots, Vec::new()), word)
 }
 
 /// `[img] this is a dax. [img] this is a wug. … [img] this is a` → ` dax.`: so many names, each shown so often, in

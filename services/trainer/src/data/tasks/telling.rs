@@ -120,22 +120,36 @@ pub(super) fn relation(draw: &mut Draw) -> Document {
 
 /// Turns of an interview, at most.
 const TURNS_MAX: usize = 5;
+/// And of one about where things are, which takes each of them at its place and in its box.
+const PLACES_MAX: usize = 8;
 
 /// Several questions about one picture, in the wording of a single one: each is another look for the price of its own
-/// tokens, where a picture with one question takes three times as many.
+/// tokens, where a picture with one question takes three times as many. Half of them ask where each of several things
+/// is: what a question names must be found in the picture, and chance answers half of what is asked of one or two.
 pub(super) fn interview(draw: &mut Draw) -> Document {
     let composer = draw.world.composer(draw.split);
-    let scene = match draw.rng.random_range(0..4u32) {
-        0..2 => composer.pair(&mut draw.rng),
-        2 => composer.corners(&mut draw.rng),
-        _ => composer.any(&mut draw.rng),
+    let (scene, where_only) = match draw.rng.random_range(0..8u32) {
+        0..4 => (composer.corners(&mut draw.rng), true),
+        4..6 => (composer.pair(&mut draw.rng), false),
+        6 => (composer.corners(&mut draw.rng), false),
+        _ => (composer.any(&mut draw.rng), false),
     };
-    let mut turns = turns(&scene);
+    let mut turns = if where_only { whereabouts(&scene) } else { turns(&scene) };
     turns.shuffle(&mut draw.rng);
-    turns.truncate(TURNS_MAX);
+    turns.truncate(if where_only { PLACES_MAX } else { TURNS_MAX });
     let mut pieces = vec![draw.given(&scene)];
     Draw::asked(&mut pieces, turns);
     document(Task::Interview, scene, pieces)
+}
+
+/// Where each thing is, in words and as a box.
+fn whereabouts(scene: &Scene) -> Vec<(String, String)> {
+    let of = |thing: usize| {
+        let place = ask(Asked::Where, scene, thing);
+        let place = place.map(|(question, answer)| (in_short(&question), format!(" {answer}")));
+        place.into_iter().chain([located(&scene.things[thing])])
+    };
+    (0..scene.things.len()).flat_map(of).collect()
 }
 
 /// All that can be asked of a scene, with the answers.

@@ -1,5 +1,7 @@
 //! Documents against the prompts that the llm service lays out, and against what they promise.
 
+use std::collections::HashSet;
+
 use emu2_llm::prompt::{Input, Output, Part, PromptConfig, build};
 use emu2_llm::tokenizer::Special;
 
@@ -155,7 +157,7 @@ fn an_interview_is_of_questions_and_answers() {
             let texts =
                 document.pieces.iter().filter(|piece| matches!(piece, Piece::Text { learn: true, .. }));
             let answers = texts.count();
-            assert!((1..=5).contains(&answers), "{document:?}");
+            assert!((1..=8).contains(&answers), "{document:?}");
             let sequence = sequence(document);
             let ends: Vec<_> = (0..sequence.ids.len()).filter(|&at| sequence.ids[at] == end).collect();
             assert_eq!(ends.len(), answers, "{task:?} {index}");
@@ -182,12 +184,44 @@ fn names_are_shown_as_often_as_asked() {
     }
 }
 
+/// Between the demonstrations and the question, in half of the documents.
+#[test]
+fn a_glossary_tells_each_name_both_ways() {
+    let mut glossaries = 0;
+    for index in (0..320).step_by(16) {
+        let document = WORLD.document(Split::Train, Task::Names, index);
+        let (shown, _question) = document.pieces.split_last_chunk::<3>().unwrap();
+        let is_picture = |piece: &Piece| matches!(piece, Piece::Image { .. });
+        let last = shown.iter().rposition(is_picture).unwrap();
+        let (demonstrations, glossary) = shown.split_at(last + 3);
+        let names: HashSet<_> = demonstrations.iter().skip(2).step_by(3).map(text).collect();
+        let entries: HashSet<_> =
+            glossary.chunks(2).map(|entry| (text(&entry[0]), text(&entry[1]))).collect();
+        if entries.is_empty() {
+            continue;
+        }
+        glossaries += 1;
+        assert_eq!(entries.len(), 2 * names.len(), "{document:?}");
+        for (given, learned) in &entries {
+            assert!(entries.contains(&(learned.clone(), given.clone())), "{entries:?}");
+            assert!(names.contains(given) != names.contains(learned), "{names:?} {entries:?}");
+        }
+    }
+    assert!((5..=15).contains(&glossaries), "{glossaries}");
+}
+
+/// Without its full stop.
+fn text(piece: &Piece) -> String {
+    let Piece::Text { text, .. } = piece else { panic!("{piece:?}") };
+    text.trim_end_matches('.').to_owned()
+}
+
 /// A batch of 16 needs no padding then.
 #[test]
 fn sixteen_episodes_in_a_row_are_equally_long() {
     for task in [Task::Names, Task::NamesInWords] {
         let pieces = |index| WORLD.document(Split::Train, task, index).pieces.len();
-        let mut lengths = std::collections::HashSet::new();
+        let mut lengths = HashSet::new();
         for first in (0..160).step_by(16) {
             let length = pieces(first);
             assert!((first..first + 16).all(|index| pieces(index) == length), "{task:?} from {first}");
