@@ -183,7 +183,7 @@ fn losses_of_every_objective_on_pictures_fall() {
     train(&averaged("unet", 60), &model, &Denoise { samples, batch: 2, noise }, &run).unwrap();
     check("unet", 0.97);
     let illustrate = Illustrate { elements: documents(Task::TextToImage), truth_share: 0.5, noise };
-    train(&averaged("illustrator", 60), &&fresh, &illustrate, &run).unwrap();
+    train(&averaged("illustrator", 60), &fresh, &illustrate, &run).unwrap();
     check("illustrator", 0.97);
 }
 
