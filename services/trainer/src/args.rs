@@ -21,9 +21,9 @@ use crate::{
     eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
-    objective::{Autoencode, Denoise, Illustrate, Naming, NextElement, Noise, Samples},
+    objective::{Autoencode, Denoise, Illustrate, Mixture, Naming, NextElement, Noise, Samples},
     samples::TrainingWorld,
-    stage::{ObjectiveConfig, Stage},
+    stage::{ObjectiveConfig, Stage, TaskShare},
     tour,
     train::{self, Ended, Run},
 };
@@ -269,6 +269,11 @@ fn train_stage(
     let (n_query, v_query) = (model.n_query() as usize, model.tower.config.v_query as usize);
     let samples: Arc<dyn Samples> = Arc::new(TrainingWorld { world, grid_side: n_query.isqrt() });
     let seed = stage.seed;
+    let mixture = |tasks: &[TaskShare], text_only| -> Result<Mixture> {
+        let queries = Queries { n_query, v_query };
+        let (samples, tasks) = (Arc::clone(&samples), tasks.to_vec());
+        Ok(Mixture { samples, tokenizer: ids()?, queries, tasks, text_only, seed })
+    };
     match &stage.objective {
         ObjectiveConfig::Naming { batch } => {
             train::train(stage, model, &Naming::new(samples, *batch, model), run)
@@ -281,15 +286,10 @@ fn train_stage(
             predicted_share,
         } => {
             let objective = NextElement {
-                samples,
-                tokenizer: ids()?,
-                queries: Queries { n_query, v_query },
-                tasks: tasks.clone(),
-                text_only: *text_only,
+                mixture: mixture(tasks, *text_only)?,
                 regression_weight: *regression_weight,
                 blind_share: *blind_share,
                 predicted_share: *predicted_share,
-                seed,
             };
             train::train(stage, model, &objective, run)
         }
@@ -302,17 +302,7 @@ fn train_stage(
         }
         ObjectiveConfig::Illustrate { tasks, draws, dropped_share, truth_share } => {
             let objective = Illustrate {
-                elements: NextElement {
-                    samples,
-                    tokenizer: ids()?,
-                    queries: Queries { n_query, v_query },
-                    tasks: tasks.clone(),
-                    text_only: false,
-                    regression_weight: 0.0,
-                    blind_share: 0.0,
-                    predicted_share: 0.0,
-                    seed,
-                },
+                mixture: mixture(tasks, false)?,
                 truth_share: *truth_share,
                 noise: Noise { draws: *draws, dropped_share: *dropped_share, seed },
             };

@@ -110,6 +110,8 @@ impl<'a> Reading<'a> {
     /// States after the last layer, [(sequences tokens), hidden]
     fn hidden(&self, fed_back: FedBack) -> Tensor {
         let Some(embeddings) = &self.embeddings else { return self.forward(&self.words) };
+        // Where nothing is painted, nothing is fed back, and a second pass would be for nothing.
+        let fed_back = if self.layout.images.is_empty() { FedBack::Truth } else { fed_back };
         let painted = self.rows(&self.layout.images.what);
         let looking_at = |embeddings: &Tensor| {
             let slots = self.rows(&self.layout.slots);

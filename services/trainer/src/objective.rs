@@ -174,19 +174,24 @@ impl Objective for Naming {
     }
 }
 
-/// The next token or embedding of interleaved documents.
-pub struct NextElement {
+/// Where batches of documents come from: one task a batch.
+pub struct Mixture {
     pub samples: Arc<dyn Samples>,
     pub tokenizer: Arc<Tokenizer>,
     pub queries: Queries,
     pub tasks: Vec<TaskShare>,
     pub text_only: bool,
+    /// The stage's.
+    pub seed: u64,
+}
+
+/// The next token or embedding of interleaved documents.
+pub struct NextElement {
+    pub mixture: Mixture,
     pub regression_weight: f64,
     /// Of the steps, in which [`FedBack::Nothing`] and [`FedBack::Predicted`] take the place of the truth.
     pub blind_share: f64,
     pub predicted_share: f64,
-    /// The stage's.
-    pub seed: u64,
 }
 
 pub struct Documents {
@@ -201,10 +206,9 @@ impl Batch for Documents {
     }
 }
 
-impl Objective for NextElement {
-    type Batch = Documents;
-
-    fn maker(&self) -> Maker<Documents> {
+impl Mixture {
+    /// For the loader's threads.
+    pub fn maker(&self) -> Maker<Documents> {
         let (samples, tokenizer) = (Arc::clone(&self.samples), Arc::clone(&self.tokenizer));
         let (queries, tasks, text_only, stage) =
             (self.queries, self.tasks.clone(), self.text_only, self.seed);
@@ -221,10 +225,18 @@ impl Objective for NextElement {
             Documents { task, layout, pixels: pictures.into_iter().collect() }
         })
     }
+}
+
+impl Objective for NextElement {
+    type Batch = Documents;
+
+    fn maker(&self) -> Maker<Documents> {
+        self.mixture.maker()
+    }
 
     fn loss(&self, model: &Model, batch: &Documents, step: u64) -> Loss {
         let pixels = batch.pixels.normalised(model.device());
-        let drawn = ChaCha12Rng::seed_from_u64(seed(self.seed, step, 6)).random_range(0.0..1.0);
+        let drawn = ChaCha12Rng::seed_from_u64(seed(self.mixture.seed, step, 6)).random_range(0.0..1.0);
         let fed_back = match drawn {
             _ if drawn < self.blind_share => FedBack::Nothing,
             _ if drawn < self.blind_share + self.predicted_share => FedBack::Predicted,
@@ -370,8 +382,8 @@ impl Objective for Denoise {
 /// The same, given what the llm predicts of a painting document's picture: its predictions are means of what is still
 /// possible, which the tower's embeddings never are.
 pub struct Illustrate {
-    /// Of them every document ends with a picture to paint, its only one.
-    pub elements: NextElement,
+    /// Whose documents each end with a picture to paint, their only one.
+    pub mixture: Mixture,
     /// Of the steps, in which the tower's embeddings are given all the same.
     pub truth_share: f64,
     pub noise: Noise,
@@ -381,7 +393,7 @@ impl Objective for Illustrate {
     type Batch = Documents;
 
     fn maker(&self) -> Maker<Documents> {
-        self.elements.maker()
+        self.mixture.maker()
     }
 
     fn loss(&self, model: &Model, batch: &Documents, step: u64) -> Loss {

@@ -12,7 +12,8 @@ use crate::{
     loss::{self, Loss},
     model::Sections,
     objective::{
-        Autoencode, Denoise, Illustrate, Maker, NAMES, NamedScene, Naming, NextElement, Noise, Samples,
+        Autoencode, Denoise, Illustrate, Maker, Mixture, NAMES, NamedScene, Naming, NextElement, Noise,
+        Samples,
     },
     stage::TaskShare,
 };
@@ -93,18 +94,20 @@ fn averaged(name: &str, steps: u64) -> Stage {
     stage(name, steps, "unet.", "average_decay = 0.9")
 }
 
-fn documents(task: Task) -> NextElement {
-    NextElement {
+fn mixture(task: Task, text_only: bool) -> Mixture {
+    Mixture {
         samples: Arc::new(Toy),
         tokenizer: tokenizer(),
         queries: Queries { n_query: 4, v_query: 4 },
         tasks: vec![TaskShare { task, weight: 1.0, batch: 6 }],
-        text_only: false,
-        regression_weight: 1.0,
-        blind_share: 0.3,
-        predicted_share: 0.3,
+        text_only,
         seed: 5,
     }
+}
+
+fn captions(text_only: bool) -> NextElement {
+    let mixture = mixture(Task::Caption, text_only);
+    NextElement { mixture, regression_weight: 1.0, blind_share: 0.3, predicted_share: 0.3 }
 }
 
 fn run(runs: &Path) -> Run {
@@ -182,7 +185,7 @@ fn losses_of_every_objective_on_pictures_fall() {
     let noise = Noise { draws: 1, dropped_share: 0.5, seed: 5 };
     train(&averaged("unet", 60), &model, &Denoise { samples, batch: 2, noise }, &run).unwrap();
     check("unet", 0.97);
-    let illustrate = Illustrate { elements: documents(Task::TextToImage), truth_share: 0.5, noise };
+    let illustrate = Illustrate { mixture: mixture(Task::TextToImage, false), truth_share: 0.5, noise };
     train(&averaged("illustrator", 60), &fresh, &illustrate, &run).unwrap();
     check("illustrator", 0.97);
 }
@@ -191,7 +194,7 @@ fn losses_of_every_objective_on_pictures_fall() {
 fn the_truth_is_told_by_the_tower_and_else_it_is_not() {
     let model = model();
     // The odd ones are pictures to paint.
-    let batch = documents(Task::TextToImage).maker()(0);
+    let batch = mixture(Task::TextToImage, false).maker()(0);
     let pixels = batch.pixels.normalised(Device::Cpu);
     let rows = Tensor::from_slice(&batch.layout.painted(4));
     assert_eq!(Vec::<i64>::try_from(&rows).unwrap(), [1, 3, 5]);
@@ -205,9 +208,8 @@ fn the_truth_is_told_by_the_tower_and_else_it_is_not() {
 fn losses_of_documents_fall_with_pictures_and_without() {
     let folder = tempfile::tempdir().unwrap();
     let run = run(folder.path());
-    let documents = |text_only| NextElement { text_only, ..documents(Task::Caption) };
     for (name, text_only, parts) in [("words", true, 3), ("elements", false, 6)] {
-        train(&stage(name, 60, "decoder.lm.", ""), &model(), &documents(text_only), &run).unwrap();
+        train(&stage(name, 60, "decoder.lm.", ""), &model(), &captions(text_only), &run).unwrap();
         let losses = losses(folder.path(), name);
         assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{name}: {losses:?}");
         let text = fs::read_to_string(folder.path().join(name).join("metrics.jsonl")).unwrap();
@@ -221,14 +223,14 @@ fn losses_of_documents_fall_with_pictures_and_without() {
 #[test]
 fn losses_in_bfloat16_are_those_in_float32() {
     let samples: Arc<dyn Samples> = Arc::new(Toy);
-    let documents = |_: &Model| documents(Task::Caption);
+    let captions = |_: &Model| captions(false);
     let denoise = |_: &Model| Denoise {
         samples: Arc::clone(&samples),
         batch: 2,
         noise: Noise { draws: 2, dropped_share: 0.5, seed: 5 },
     };
     let naming = |model: &Model| Naming::new(Arc::clone(&samples), 6, model);
-    agree("elements", "decoder.lm.", documents);
+    agree("elements", "decoder.lm.", captions);
     agree("naming", "visual.", naming);
     let autoencode =
         |_: &Model| Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
