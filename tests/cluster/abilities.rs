@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use emu2_cli::args::Connection;
+use emu2_client::ConnectionArgs;
 use emu2_trainer::eval::{self, Eval};
 use serde_json::Value;
 
@@ -58,7 +58,7 @@ async fn nano_can_do_what_it_was_trained_for() {
     let results = folder.path().join("results.json");
     let asked = Eval {
         addr: None,
-        connection: Connection::default(),
+        connection: ConnectionArgs::default(),
         model_dir: nano(),
         drawings: drawings(),
         concepts: None,

@@ -7,9 +7,9 @@ use std::{
 };
 
 use emu2_bench::processes::free_address;
-use emu2_cli::cluster::ClusterConfig;
 use emu2_nn::golden;
 use emu2_proto::v1;
+use emu2_standalone::cluster::ClusterConfig;
 
 use crate::support::{ask, client, events, finished, fresh_png, greedy, image, shared, start, text};
 

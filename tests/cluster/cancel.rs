@@ -2,9 +2,9 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use emu2_cli::cluster::{Cluster, ClusterConfig};
 use emu2_nn::golden;
 use emu2_proto::v1::{self, generate_event::Event};
+use emu2_standalone::cluster::{Cluster, ClusterConfig};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

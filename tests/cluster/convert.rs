@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use emu2_cli::cluster::ClusterConfig;
 use emu2_nn::golden;
 use emu2_proto::v1;
+use emu2_standalone::cluster::ClusterConfig;
 
 use crate::support::{answer, ask, binary, client, golden_png, greedy, image, shared, start, text};
 

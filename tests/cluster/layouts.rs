@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 
-use emu2_cli::cluster::ClusterConfig;
 use emu2_nn::golden;
 use emu2_proto::v1;
+use emu2_standalone::cluster::ClusterConfig;
 
 use crate::support::{answer, ask, client, draw, golden_png, greedy, image, painted, shared, start, text};
 

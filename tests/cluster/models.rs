@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use emu2_cli::{
-    cluster::{Cluster, ClusterConfig, Member},
-    plan::ModelSource,
-};
 use emu2_nn::golden;
 use emu2_proto::v1::{self, Capability, generate_request::Input};
+use emu2_standalone::{
+    cluster::{Cluster, ClusterConfig, StageEndpoint},
+    plan::ModelSource,
+};
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
@@ -31,7 +31,7 @@ async fn embed(client: &mut Client, model: &str, png: &[u8]) -> v1::EmbedRespons
     client.embed(request).await.unwrap().into_inner()
 }
 
-fn addr(stages: &[Member], model: &str, stage: &str) -> std::net::SocketAddr {
+fn addr(stages: &[StageEndpoint], model: &str, stage: &str) -> std::net::SocketAddr {
     stages.iter().find(|member| member.model == model && member.stage == stage).unwrap().addr
 }
 

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use emu2_cli::cluster::{Cluster, ClusterConfig};
 use emu2_nn::golden;
 use emu2_proto::{
     stage::{
@@ -17,6 +16,7 @@ use emu2_proto::{
     },
     v1::{self, emu2_client::Emu2Client, generate_event::Event, generate_request, part::Kind},
 };
+use emu2_standalone::cluster::{Cluster, ClusterConfig};
 use tch::Tensor;
 use tonic::{
     Status,
@@ -26,7 +26,7 @@ use tonic::{
 /// A cluster that lives as long as the test binary.
 pub(crate) struct Shared {
     pub(crate) addr: SocketAddr,
-    pub(crate) stages: Vec<emu2_cli::cluster::Member>,
+    pub(crate) stages: Vec<emu2_standalone::cluster::StageEndpoint>,
 }
 
 /// The three tiny models in one cluster, started once; every test's runtime may talk to it.

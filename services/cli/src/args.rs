@@ -3,8 +3,8 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use emu2_client::RouterArgs;
 use emu2_router::config::RedisUrl;
-use emu2_serve::tenant::Token;
 
 use crate::parts::BoxArg;
 
@@ -29,7 +29,7 @@ pub enum Command {
     /// A picture's embeddings.
     Embed(Embed),
     /// The models that a cluster serves, and its limits.
-    Models(Server),
+    Models(RouterArgs),
     /// Turn pickled or float32 weights into bfloat16 safetensors; run it again after a stop, and it goes on.
     Convert(Convert),
     /// What a model folder holds, and whether it can be served here.
@@ -38,40 +38,11 @@ pub enum Command {
     Demo(Demo),
 }
 
-/// Which cluster.
-#[derive(Clone, Debug, Default, Args)]
-pub struct Server {
-    /// Address of a router.
-    #[arg(long, env = "EMU2_ADDR", default_value = "http://127.0.0.1:50051")]
-    pub addr: String,
-    #[command(flatten)]
-    pub connection: Connection,
-}
-
-/// How a cluster is called.
-#[derive(Clone, Debug, Default, Args)]
-pub struct Connection {
-    /// Give up after this many seconds; every stage of the cluster stops then.
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<f64>,
-    /// Where the cluster asks for one; the environment is a better place than a command line.
-    #[arg(long, env = "EMU2_TOKEN", hide_env_values = true)]
-    pub token: Option<Token>,
-    /// For https://…: who signs the router's certificate (PEM).
-    #[arg(long, env = "EMU2_CA_FILE", value_name = "FILE")]
-    pub ca_file: Option<PathBuf>,
-    /// Where the router asks for one: a certificate and its key (PEM).
-    #[arg(long, value_name = "FILE", requires_all = ["key_file", "ca_file"])]
-    pub cert_file: Option<PathBuf>,
-    #[arg(long, value_name = "FILE", requires = "cert_file")]
-    pub key_file: Option<PathBuf>,
-}
-
 /// Which cluster and which of its models.
 #[derive(Clone, Debug, Args)]
 pub struct Target {
     #[command(flatten)]
-    pub server: Server,
+    pub server: RouterArgs,
     /// A name from `emu2 models`; default: the first that can do what is asked.
     #[arg(long)]
     pub model: Option<String>,
@@ -201,7 +172,7 @@ pub struct ImageArgs {
 #[derive(Debug, Args)]
 pub struct Embed {
     #[command(flatten)]
-    pub server: Server,
+    pub server: RouterArgs,
     #[arg(long)]
     pub model: Option<String>,
     /// Embeddings wanted [default: the model's]
@@ -261,12 +232,5 @@ mod tests {
         let Command::Up(up) = Cli::parse_from(words).command else { panic!("another command") };
         assert!(!format!("{up:?}").contains("hunter2"));
         assert_eq!(up.redis_url.unwrap().reveal(), "redis://:hunter2@localhost");
-    }
-
-    #[test]
-    fn a_token_is_not_printed() {
-        let words = ["emu2", "models", "--token", "hunter2"];
-        let Command::Models(server) = Cli::parse_from(words).command else { panic!("another command") };
-        assert!(!format!("{server:?}").contains("hunter2"));
     }
 }

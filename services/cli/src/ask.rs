@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use emu2_client::Client;
 use emu2_proto::v1::{
     self, Capability, Role,
     generate_request::{Input, Output},
@@ -13,7 +14,6 @@ use emu2_proto::v1::{
 
 use crate::{
     args::{Ask, Chat, TextArgs},
-    client::Client,
     parts,
     show::{follow, timings},
 };

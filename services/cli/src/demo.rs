@@ -1,33 +1,35 @@
 //! `emu2 demo`: a cluster in this process, tried through its public API.
 
-pub mod tour;
-
 use std::{fs, net::SocketAddr, path::Path};
 
 use anyhow::{Context, Result};
+use emu2_client::{Client, ConnectionArgs, RouterArgs};
 use emu2_proto::v1::{
     self,
     generate_request::{Input, Output},
 };
+use emu2_sheet::{
+    demo::{self, AnswerKind, DemoStep, PromptPart},
+    sheet::{self, Row, Tile},
+};
+use emu2_standalone::{
+    cluster::{Cluster, ClusterConfig},
+    plan::ModelSource,
+};
 
 use crate::{
-    args::{Connection, Demo, Server},
-    client::Client,
-    cluster::{Cluster, ClusterConfig},
+    args::Demo,
     draw::save,
     parts,
-    plan::ModelSource,
-    sheet::{self, Row, Tile},
     show::{Answer, follow, timings},
 };
-use tour::{Piece, Step};
 
 /// All prompts and answers, beside the pictures.
 const SHEET: &str = "sheet.png";
 
 pub async fn demo(args: Demo) -> Result<()> {
     say_what_the_weights_are(&args.model_dir)?;
-    let steps = tour::steps(&args.model_dir, args.photos.as_deref())?;
+    let steps = demo::steps(&args.model_dir, args.photos.as_deref())?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let models = vec![ModelSource::new(args.model_dir.clone(), &args.devices)];
     let mut cluster = Cluster::start(ClusterConfig { models, ..ClusterConfig::local(vec![]) }).await?;
@@ -35,7 +37,7 @@ pub async fn demo(args: Demo) -> Result<()> {
     outcome.and(cluster.stop().await)
 }
 
-async fn show_around(cluster: &mut Cluster, steps: Vec<Step>, args: &Demo) -> Result<()> {
+async fn show_around(cluster: &mut Cluster, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
     eprintln!("loading the cluster's services …");
     cluster.ready().await?;
     println!("the cluster serves at {}", cluster.addr);
@@ -61,21 +63,19 @@ fn say_what_the_weights_are(dir: &Path) -> Result<()> {
 }
 
 /// Every step through the public API; the pictures, and all of it on one sheet, go to the folder `--out`.
-async fn show(addr: SocketAddr, model: String, steps: Vec<Step>, args: &Demo) -> Result<()> {
-    let connection = Connection { timeout: Some(600.0), ..Connection::default() };
-    let server = Server { addr: format!("http://{addr}"), connection };
-    let mut guide = Guide { client: Client::connect(&server).await?, model };
+async fn show(addr: SocketAddr, model: String, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
+    let connection = ConnectionArgs { timeout: Some(600.0), ..ConnectionArgs::default() };
+    let router = RouterArgs { addr: format!("http://{addr}"), connection };
+    let mut guide = Guide { client: Client::connect(&router).await?, model };
     let mut rows = Vec::new();
     for (number, step) in (1..).zip(steps) {
         println!("\n{number}. {}", step.title);
-        let made = match step.answer {
-            tour::Answer::Text => guide.ask(&step).await?,
-            tour::Answer::Picture => {
-                guide.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?
-            }
+        let answer = match step.answer {
+            AnswerKind::Text => guide.ask(&step).await?,
+            AnswerKind::Image => guide.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?,
         };
-        let given = step.prompt.iter().map(tile).collect::<Result<_>>()?;
-        rows.push(Row { title: format!("{number}. {}", step.title), given, made: vec![made] });
+        let prompt = step.prompt.iter().map(tile).collect::<Result<_>>()?;
+        rows.push(Row { title: format!("{number}. {}", step.title), prompt, answer: vec![answer] });
     }
     let sheet = args.out.join(SHEET);
     sheet::draw(&rows).save(&sheet).with_context(|| sheet.display().to_string())?;
@@ -83,19 +83,19 @@ async fn show(addr: SocketAddr, model: String, steps: Vec<Step>, args: &Demo) ->
     Ok(())
 }
 
-fn tile(piece: &Piece) -> Result<Tile> {
+fn tile(piece: &PromptPart) -> Result<Tile> {
     Ok(match piece {
-        Piece::Text(text) => Tile::Text(text.clone()),
-        Piece::Image(path) => {
-            Tile::Picture(image::open(path).with_context(|| path.display().to_string())?.to_rgb8())
+        PromptPart::Text(text) => Tile::Text(text.clone()),
+        PromptPart::Image(path) => {
+            Tile::Image(image::open(path).with_context(|| path.display().to_string())?.to_rgb8())
         }
     })
 }
 
-fn part(piece: &Piece) -> Result<v1::Part> {
+fn part(piece: &PromptPart) -> Result<v1::Part> {
     match piece {
-        Piece::Text(text) => Ok(parts::text(text)),
-        Piece::Image(path) => parts::image(path),
+        PromptPart::Text(text) => Ok(parts::text(text)),
+        PromptPart::Image(path) => parts::image(path),
     }
 }
 
@@ -105,7 +105,7 @@ struct Guide {
 }
 
 impl Guide {
-    async fn ask(&mut self, step: &Step) -> Result<Tile> {
+    async fn ask(&mut self, step: &DemoStep) -> Result<Tile> {
         let answer = self.generate(&step.prompt, Output::Text(v1::TextOutput::default())).await?;
         println!("   answer: {:?}", answer.text);
         if let Some(right) = &step.right {
@@ -115,15 +115,15 @@ impl Guide {
         Ok(Tile::Text(answer.text))
     }
 
-    async fn draw(&mut self, prompt: &[Piece], path: &Path) -> Result<Tile> {
+    async fn draw(&mut self, prompt: &[PromptPart], path: &Path) -> Result<Tile> {
         let answer = self.generate(prompt, Output::Image(v1::ImageOutput::default())).await?;
         save(&answer, path)?;
         println!("   {} (seed {})", path.display(), answer.finished.seed);
         println!("   {}", timings(&answer.finished));
-        tile(&Piece::Image(path.to_owned()))
+        tile(&PromptPart::Image(path.to_owned()))
     }
 
-    async fn generate(&mut self, prompt: &[Piece], output: Output) -> Result<Answer> {
+    async fn generate(&mut self, prompt: &[PromptPart], output: Output) -> Result<Answer> {
         let parts = prompt.iter().map(part).collect::<Result<_>>()?;
         let request = v1::GenerateRequest {
             model: self.model.clone(),

@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
+use emu2_client::Client;
 use emu2_proto::v1::{
     self, Capability,
     generate_request::{Input, Output},
@@ -10,7 +11,6 @@ use emu2_proto::v1::{
 
 use crate::{
     args::{Draw, ImageArgs},
-    client::Client,
     parts,
     show::{Answer, follow, timings},
 };

@@ -3,13 +3,14 @@
 use std::fs;
 
 use anyhow::{Context, Result};
+use emu2_client::Client;
 use emu2_proto::{
     array::{Array, Dtype},
     v1::{self, Capability, part::Kind},
 };
 use safetensors::tensor::TensorView;
 
-use crate::{args::Embed, client::Client, parts};
+use crate::{args::Embed, parts};
 
 pub async fn embed(args: Embed) -> Result<()> {
     let Some(Kind::Image(image)) = parts::image(&args.image)?.kind else { unreachable!("an image part") };

@@ -7,13 +7,12 @@ use std::{
     time::Duration,
 };
 
+use emu2_standalone::cluster::StageEndpoint;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
-
-use crate::cluster::Member;
 
 /// Between two looks at a stage.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -36,7 +35,7 @@ impl Bars {
     }
 
     /// Shows how far these stages are, by their readiness pages; until dropped.
-    pub async fn follow(&self, stages: &[Member]) {
+    pub async fn follow(&self, stages: &[StageEndpoint]) {
         if self.0.is_hidden() {
             return std::future::pending().await;
         }

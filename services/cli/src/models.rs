@@ -1,12 +1,11 @@
 //! `emu2 models`: what a cluster can do.
 
 use anyhow::Result;
+use emu2_client::{Client, RouterArgs};
 use emu2_proto::v1::Capability;
 
-use crate::{args::Server, client::Client};
-
-pub async fn models(server: Server) -> Result<()> {
-    let mut client = Client::connect(&server).await?;
+pub async fn models(router: RouterArgs) -> Result<()> {
+    let mut client = Client::connect(&router).await?;
     for model in client.models().await? {
         let can: Vec<_> = model.capabilities().map(capability_name).collect();
         let ready = if model.ready { "ready" } else { "not ready" };

@@ -6,11 +6,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use emu2_client::explain;
 use emu2_proto::v1::{self, generate_event::Event};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tonic::Streaming;
-
-use crate::client::explain;
 
 /// What a finished request gave.
 #[derive(Debug, Default)]

@@ -9,14 +9,13 @@ use emu2_serve::{
     tenant::{AuthConfig, AuthMode},
     tls::{TlsConfig, TlsMode},
 };
-
-use crate::{
-    args::Up,
+use emu2_standalone::{
     cluster::{Cluster, ClusterConfig},
-    loading::Bars,
     models_file,
     plan::ModelSource,
 };
+
+use crate::{args::Up, loading::Bars};
 
 /// What is served when nobody says what, from the root of the tree.
 const NANO: &str = "deploy/models/nano.toml";

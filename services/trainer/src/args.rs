@@ -10,9 +10,9 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use emu2_cli::sheet::{self, Row};
 use emu2_llm::tokenizer::Tokenizer as Ids;
 use emu2_serve::shutdown::Shutdown;
+use emu2_sheet::sheet::{self, Row};
 
 use crate::{
     checkpoint::Progress,

@@ -1,6 +1,6 @@
 //! Documents as rows of a contact sheet: what is given, then what is learned.
 
-use emu2_cli::sheet::{Row, Tile};
+use emu2_sheet::sheet::{Row, Tile};
 use image::RgbImage;
 
 use crate::data::{Document, Picture, Piece, SIDE, outline};
@@ -9,17 +9,17 @@ use crate::data::{Document, Picture, Piece, SIDE, outline};
 pub fn row(document: &Document) -> Row {
     let title = format!("{} on {}", document.task.name(), document.scene.background.name());
     let Some((last, given)) = document.pieces.split_last() else { return Row { title, ..Row::default() } };
-    Row { title, given: given.iter().flat_map(tiles).collect(), made: tiles(last) }
+    Row { title, prompt: given.iter().flat_map(tiles).collect(), answer: tiles(last) }
 }
 
 fn tiles(piece: &Piece) -> Vec<Tile> {
     match piece {
         Piece::Text { text, .. } => vec![Tile::Text(text.clone())],
-        Piece::Image { picture, .. } => vec![Tile::Picture(rgb(picture))],
+        Piece::Image { picture, .. } => vec![Tile::Image(rgb(picture))],
         Piece::Box { phrase, bounds } => {
-            vec![Tile::Text(phrase.clone()), Tile::Picture(rgb(&outline::picture(*bounds)))]
+            vec![Tile::Text(phrase.clone()), Tile::Image(rgb(&outline::picture(*bounds)))]
         }
-        Piece::Video { frames } => frames.iter().map(|frame| Tile::Picture(rgb(frame))).collect(),
+        Piece::Video { frames } => frames.iter().map(|frame| Tile::Image(rgb(frame))).collect(),
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
         let scene = WORLD.scene(Split::Train, 1);
         let picture = WORLD.picture(&scene);
         let bounds = Bounds { left: 0, top: 0, right: 32, bottom: 32 };
-        let shown = Tile::Picture(rgb(&picture));
+        let shown = Tile::Image(rgb(&picture));
         let video = document(vec![
             Piece::Text { text: "a".to_owned(), learn: false },
             Piece::Box { phrase: "cat".to_owned(), bounds },
@@ -53,13 +53,13 @@ mod tests {
         ]);
         let told = row(&video);
         assert_eq!(told.title, format!("caption on {}", scene.background.name()));
-        assert_eq!(told.made, [Tile::Text(" b".to_owned())]);
-        assert_eq!(told.given.len(), 5);
-        let outline = Tile::Picture(rgb(&outline::picture(bounds)));
-        assert_eq!(told.given[..3], [Tile::Text("a".to_owned()), Tile::Text("cat".to_owned()), outline]);
-        assert_eq!(told.given[3..], [shown.clone(), shown.clone()]);
+        assert_eq!(told.answer, [Tile::Text(" b".to_owned())]);
+        assert_eq!(told.prompt.len(), 5);
+        let outline = Tile::Image(rgb(&outline::picture(bounds)));
+        assert_eq!(told.prompt[..3], [Tile::Text("a".to_owned()), Tile::Text("cat".to_owned()), outline]);
+        assert_eq!(told.prompt[3..], [shown.clone(), shown.clone()]);
         let painted = row(&document(vec![Piece::Image { picture, learn: true }]));
-        assert_eq!((painted.given.len(), painted.made), (0, vec![shown]));
-        assert!(row(&document(Vec::new())).made.is_empty());
+        assert_eq!((painted.prompt.len(), painted.answer), (0, vec![shown]));
+        assert!(row(&document(Vec::new())).answer.is_empty());
     }
 }

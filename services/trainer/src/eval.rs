@@ -17,12 +17,9 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use emu2_cli::{
-    args::{Connection, Server},
-    client::{Client, explain},
-    cluster::{Cluster, ClusterConfig},
-};
+use emu2_client::{Client, ConnectionArgs, RouterArgs, explain};
 use emu2_proto::v1::{self, generate_event::Event};
+use emu2_standalone::cluster::{Cluster, ClusterConfig};
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use image::RgbImage;
 
@@ -48,7 +45,7 @@ pub struct Eval {
     #[arg(long)]
     pub addr: Option<String>,
     #[command(flatten)]
-    pub connection: Connection,
+    pub connection: ConnectionArgs,
     /// What that cluster serves.
     #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
     pub model_dir: PathBuf,
@@ -98,13 +95,13 @@ struct Bench {
 pub async fn eval(args: Eval) -> Result<()> {
     let timeout = args.connection.timeout.or(Some(TIMEOUT_S));
     if let Some(addr) = args.addr.clone() {
-        let connection = Connection { timeout, ..args.connection.clone() };
-        return ask_all(&args, Server { addr, connection }).await;
+        let connection = ConnectionArgs { timeout, ..args.connection.clone() };
+        return ask_all(&args, RouterArgs { addr, connection }).await;
     }
     let cluster = start(&args.model_dir).await?;
     // A token is for the cluster of `--addr`.
-    let connection = Connection { timeout, ..Connection::default() };
-    let outcome = ask_all(&args, Server { addr: format!("http://{}", cluster.addr), connection }).await;
+    let connection = ConnectionArgs { timeout, ..ConnectionArgs::default() };
+    let outcome = ask_all(&args, RouterArgs { addr: format!("http://{}", cluster.addr), connection }).await;
     outcome.and(cluster.stop().await)
 }
 
@@ -114,8 +111,8 @@ async fn start(model_dir: &Path) -> Result<Cluster> {
     Ok(cluster)
 }
 
-async fn ask_all(args: &Eval, server: Server) -> Result<()> {
-    let mut client = Client::connect(&server).await?;
+async fn ask_all(args: &Eval, router: RouterArgs) -> Result<()> {
+    let mut client = Client::connect(&router).await?;
     let concepts = args.concepts.map_or_else(|| crate::args::concepts(&model::nano()), Ok)?;
     let world = World::open(&args.drawings, concepts, args.seed, true)?;
     let styles = [Style::Noto, Style::Fluent, Style::Twemoji];

@@ -63,7 +63,7 @@ fn step((number, title): (usize, &str), document: &Document, pictures: &Path) ->
 
 #[cfg(test)]
 mod tests {
-    use emu2_cli::demo::tour::{self, Answer};
+    use emu2_sheet::demo::{self, AnswerKind};
 
     use super::*;
     use crate::data::tests::WORLD;
@@ -72,11 +72,11 @@ mod tests {
     fn the_demo_reads_what_is_written() {
         let folder = tempfile::tempdir().unwrap();
         write(&WORLD, folder.path()).unwrap();
-        let steps = tour::steps(folder.path(), None).unwrap();
+        let steps = demo::steps(folder.path(), None).unwrap();
         assert_eq!(steps.len(), STEPS.len());
         for (step, (title, ability, _)) in steps.iter().zip(STEPS) {
             assert_eq!(step.title, title);
-            assert_eq!(step.answer == Answer::Picture, ability.painted());
+            assert_eq!(step.answer == AnswerKind::Image, ability.painted());
             assert_eq!(step.right.is_some(), !ability.painted());
         }
     }

@@ -11,7 +11,7 @@ use embedded_graphics::{
     primitives::{Line, Primitive, PrimitiveStyle},
     text::Alignment,
 };
-use emu2_cli::canvas::Canvas;
+use emu2_sheet::canvas::Canvas;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 540;

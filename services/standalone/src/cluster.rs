@@ -17,21 +17,25 @@ use tonic_health::pb::{
 
 use crate::plan::{ModelSource, Plan, Service};
 
-/// What to start.
+/// What a cluster serves, and where its router listens.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
+    /// The models that are served; at least one.
     pub models: Vec<ModelSource>,
-    /// Of the router; port 0 takes a free one.
+    /// Where the router listens; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Where the router's `/metrics`, `/healthz` and `/readyz` listen, if anywhere; port 0 takes a free one.
     pub admin: Option<SocketAddr>,
+    /// The Redis that the router caches in; without one it caches in this process.
     pub redis_url: Option<RedisUrl>,
     /// Who may call the router.
     pub auth: AuthConfig,
+    /// The certificates that the router shows and asks for.
     pub tls: TlsConfig,
 }
 
 impl ClusterConfig {
-    /// On the CPU and free loopback ports, with the cache in process.
+    /// Returns the configuration of a cluster on the CPU and free loopback ports, with its cache in this process.
     pub fn local(model_dirs: Vec<PathBuf>) -> Self {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let cpu = ["cpu".to_owned()];
@@ -57,23 +61,28 @@ impl ClusterConfig {
     }
 }
 
-/// A stage of a model in a running cluster. Models that share an encoder name the same address.
+/// Where a stage of a model listens in a running cluster. Models that share an encoder have the same address for it.
 #[derive(Clone, Debug)]
-pub struct Member {
+pub struct StageEndpoint {
+    /// The name that the model is served under.
     pub model: String,
     /// `encoder`, `llm` or `decoder`.
     pub stage: &'static str,
+    /// The stage's gRPC address.
     pub addr: SocketAddr,
+    /// The address of the stage's admin pages, if it has some.
     pub admin: Option<SocketAddr>,
 }
 
-/// A running cluster; dropping it leaves its services to the runtime, [`Cluster::stop`] ends them in order.
+/// A running cluster. Dropping it aborts its services; [`Cluster::stop`] ends them in order.
 #[derive(Debug)]
 pub struct Cluster {
     /// The router's gRPC address.
     pub addr: SocketAddr,
+    /// The address of the router's admin pages, if it has some.
     pub admin: Option<SocketAddr>,
-    pub stages: Vec<Member>,
+    /// The stages of all models, in the order of the models.
+    pub stages: Vec<StageEndpoint>,
     stop_router: Shutdown,
     stop_stages: Shutdown,
     router: JoinSet<Result<()>>,
@@ -81,7 +90,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts every service; they load while this returns. [`Cluster::ready`] waits for them.
+    /// Starts every service, and returns while they load; [`Cluster::ready`] waits for them.
+    ///
+    /// # Errors
+    ///
+    /// A model folder that cannot be served, weights that do not fit the devices, or an address that is taken.
     pub async fn start(config: ClusterConfig) -> Result<Self> {
         let router = config.router();
         // May read two visual encoders to see whether they are one.
@@ -90,19 +103,23 @@ impl Cluster {
         let mut starting = Starting::default();
         match starting.start(plan, router).await {
             Ok((addr, admin)) => {
-                let Starting { members, stop_router, stop_stages, router, services } = starting;
-                Ok(Self { addr, admin, stages: members, stop_router, stop_stages, router, services })
+                let Starting { endpoints, stop_router, stop_stages, router, services } = starting;
+                Ok(Self { addr, admin, stages: endpoints, stop_router, stop_stages, router, services })
             }
             Err(error) => {
                 starting.stop_stages.begin();
                 // Why it did not start says more than how the rest ended.
-                let _ = all(&mut starting.services).await;
+                let _ = join_all(&mut starting.services).await;
                 Err(error)
             }
         }
     }
 
-    /// Waits until the router serves every model, or for the first service that failed.
+    /// Waits until the router serves every model.
+    ///
+    /// # Errors
+    ///
+    /// A service ended before that.
     pub async fn ready(&mut self) -> Result<()> {
         tokio::select! {
             ready = serving(self.addr) => ready,
@@ -110,17 +127,19 @@ impl Cluster {
         }
     }
 
-    /// Waits for the first service that ends by itself, which a healthy cluster's never do.
+    /// Waits for the first service that ends by itself, which no service of a healthy cluster does; so whatever this
+    /// returns is an error.
     pub async fn failed(&mut self) -> Result<()> {
         failure(&mut self.router, &mut self.services).await
     }
 
-    /// The router first, so that running requests still find their stages.
+    /// Stops the cluster, the router first so that running requests still find their stages; returns the first error
+    /// of a service.
     pub async fn stop(mut self) -> Result<()> {
         self.stop_router.begin();
-        let router = all(&mut self.router).await;
+        let router = join_all(&mut self.router).await;
         self.stop_stages.begin();
-        router.and(all(&mut self.services).await)
+        router.and(join_all(&mut self.services).await)
     }
 }
 
@@ -146,7 +165,7 @@ async fn failure(router: &mut JoinSet<Result<()>>, services: &mut JoinSet<Result
     bail!("a service stopped by itself")
 }
 
-async fn all(services: &mut JoinSet<Result<()>>) -> Result<()> {
+async fn join_all(services: &mut JoinSet<Result<()>>) -> Result<()> {
     let mut outcome = Ok(());
     while let Some(ended) = services.join_next().await {
         outcome = outcome.and(ended.context("a service panicked").flatten());
@@ -154,10 +173,10 @@ async fn all(services: &mut JoinSet<Result<()>>) -> Result<()> {
     outcome
 }
 
-/// What has been started so far.
+/// The services that have been started so far.
 #[derive(Default)]
 struct Starting {
-    members: Vec<Member>,
+    endpoints: Vec<StageEndpoint>,
     stop_router: Shutdown,
     stop_stages: Shutdown,
     router: JoinSet<Result<()>>,
@@ -165,7 +184,7 @@ struct Starting {
 }
 
 impl Starting {
-    /// The addresses of the router, gRPC and admin.
+    /// Starts the services of a plan, then a router before them; returns the router's gRPC and admin addresses.
     async fn start(
         &mut self,
         plan: Plan,
@@ -181,7 +200,7 @@ impl Starting {
                 [("encoder", Some(model.encoder)), ("llm", Some(model.llm)), ("decoder", model.decoder)];
             for (stage, place) in stages {
                 let Some((addr, admin)) = place.map(|place| places[place]) else { continue };
-                self.members.push(Member { model: model.name.clone(), stage, addr, admin });
+                self.endpoints.push(StageEndpoint { model: model.name.clone(), stage, addr, admin });
             }
             let endpoint = |place: usize| vec![format!("http://{}", places[place].0)];
             router_models.push(ModelConfig {

@@ -17,21 +17,23 @@ use emu2_serve::{
 use tch::{Device, Kind};
 use tokio::task::JoinSet;
 
-/// A model folder, and where its stages compute.
+/// A model folder, the name it is served under, and the devices its stages compute on.
 #[derive(Clone, Debug)]
 pub struct ModelSource {
-    /// In any layout, or `random:SIZE`.
+    /// A folder in any of the published layouts, or `random:SIZE` for weights out of a seed.
     pub dir: PathBuf,
-    /// Default: what the folder calls itself.
+    /// The name under which it is served; by default the folder's own.
     pub name: Option<String>,
-    /// One device each for encoder and decoder; the llm's layers are spread over its.
+    /// The device of the encoder: `cpu` or `cuda:N`; one.
     pub encoder: Vec<String>,
+    /// The devices over which the llm's layers are spread; at least one.
     pub llm: Vec<String>,
+    /// The device of the decoder; one.
     pub decoder: Vec<String>,
 }
 
 impl ModelSource {
-    /// As upstream's multi-GPU placement: only the llm's layers are spread, everything else is on the first device.
+    /// Returns a source that is placed as upstream places a model on several GPUs: only the llm's layers are spread, everything else is on the first device.
     pub fn new(dir: PathBuf, devices: &[String]) -> Self {
         let first: Vec<_> = devices.iter().take(1).cloned().collect();
         Self { dir, name: None, encoder: first.clone(), llm: devices.to_vec(), decoder: first }

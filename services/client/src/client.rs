@@ -1,4 +1,4 @@
-//! A connection to any cluster's public API.
+//! A connection to a cluster's public API.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use crate::args::{Connection, Server};
+use crate::args::{ConnectionArgs, RouterArgs};
 
-/// Frames of answers that this client accepts; a router's own limit may be lower.
+/// Largest message that this client sends or accepts; a router's own limit may be lower.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
 
-/// A connected client with the caller's deadline.
+/// A connection to a router; every request carries the caller's deadline and token.
 #[derive(Clone, Debug)]
 pub struct Client {
     api: Emu2Client<Channel>,
@@ -26,11 +26,17 @@ pub struct Client {
 }
 
 impl Client {
-    pub async fn connect(Server { addr, connection }: &Server) -> Result<Self> {
+    /// Connects to the router at an address.
+    ///
+    /// # Errors
+    ///
+    /// A timeout that is negative or not finite, a token with characters that no token has, TLS files that cannot be
+    /// read, or no router at the address.
+    pub async fn connect(RouterArgs { addr, connection }: &RouterArgs) -> Result<Self> {
         let timeout = connection.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
         let bearer = |token: &Token| token.bearer().context("--token has characters that no token has");
         let authorization = connection.token.as_ref().map(bearer).transpose()?;
-        let Connection { ca_file, cert_file, key_file, .. } = connection.clone();
+        let ConnectionArgs { ca_file, cert_file, key_file, .. } = connection.clone();
         let tls = ClientTlsConfig { ca_file, cert_file, key_file, server_name: None };
         let channel = Connector::open(&tls)?.connect(addr).await;
         let channel =
@@ -41,22 +47,29 @@ impl Client {
         Ok(Self { api, timeout, authorization })
     }
 
+    /// Starts a generation; returns its events as they come. Failures read as [`explain`] words them.
     pub async fn generate(&mut self, request: v1::GenerateRequest) -> Result<Streaming<v1::GenerateEvent>> {
         let request = self.request(request);
         Ok(self.api.generate(request).await.map_err(explain)?.into_inner())
     }
 
+    /// Returns the embeddings of one image.
     pub async fn embed(&mut self, request: v1::EmbedRequest) -> Result<v1::EmbedResponse> {
         let request = self.request(request);
         Ok(self.api.embed(request).await.map_err(explain)?.into_inner())
     }
 
+    /// Returns the models that the cluster serves.
     pub async fn models(&mut self) -> Result<Vec<v1::Model>> {
         let request = self.request(v1::ListModelsRequest {});
         Ok(self.api.list_models(request).await.map_err(explain)?.into_inner().models)
     }
 
-    /// The model asked for, or the first that can do what is needed.
+    /// Returns `name` if there is one, else the name of the first model with the capability.
+    ///
+    /// # Errors
+    ///
+    /// The call failed, or no model of the cluster has the capability.
     pub async fn pick(&mut self, name: Option<&str>, capability: v1::Capability) -> Result<String> {
         if let Some(name) = name {
             return Ok(name.to_owned());
@@ -81,7 +94,7 @@ impl Client {
     }
 }
 
-/// A status as a person reads it: the code, what is wrong, and the id to quote.
+/// Words a status for a person: its code, its message, when to try again, and the id of the request to quote.
 pub fn explain(status: Status) -> anyhow::Error {
     let details = status.get_error_details();
     let mut text = format!("{:?}: {}", status.code(), status.message());

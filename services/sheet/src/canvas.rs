@@ -1,4 +1,4 @@
-//! A picture to draw lines and words on.
+//! An image on which lines and words are drawn.
 
 use embedded_graphics::{
     Drawable, Pixel,
@@ -10,21 +10,24 @@ use embedded_graphics::{
 };
 use image::{Rgb, RgbImage};
 
+/// An RGB image that `embedded-graphics` draws on; whatever lies outside of it is left out.
 #[derive(Debug)]
 pub struct Canvas(pub RgbImage);
 
 impl Canvas {
+    /// Returns a white canvas of `width` × `height` pixels.
     pub fn white(width: u32, height: u32) -> Self {
         Self(RgbImage::from_pixel(width, height, Rgb([255; 3])))
     }
 
-    /// One line; `at`: where its baseline begins, is centred or ends.
+    /// Draws one line of text in black. Its baseline begins at `at`, is centred there or ends there, as `alignment`
+    /// says.
     pub fn label(&mut self, text: &str, font: &MonoFont<'_>, at: Point, alignment: Alignment) {
         let style = MonoTextStyle::new(font, Rgb888::BLACK);
         Text::with_alignment(text, at, style, alignment).draw(self).expect("infallible");
     }
 
-    /// Several lines; `at`: their top left.
+    /// Draws lines of text in black, with the top left corner of the first at `at`.
     pub fn paragraph(&mut self, text: &str, font: &MonoFont<'_>, at: Point) {
         let place = TextStyleBuilder::new().baseline(Baseline::Top).build();
         let style = MonoTextStyle::new(font, Rgb888::BLACK);
@@ -42,7 +45,6 @@ impl DrawTarget for Canvas {
     type Color = Rgb888;
     type Error = std::convert::Infallible;
 
-    /// What lies outside is left out.
     fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Self::Error> {
         for Pixel(Point { x, y }, colour) in pixels {
             let inside = u32::try_from(x).ok().zip(u32::try_from(y).ok());

@@ -33,7 +33,11 @@ struct Entry {
     decoder: Option<Vec<String>>,
 }
 
-/// The models of a file; `devices`: of a stage that names none.
+/// Reads the models of a file. A stage that names no devices takes `devices`; relative folders lie beside the file.
+///
+/// # Errors
+///
+/// The file cannot be read, is not of this form, or names no model.
 pub fn read(path: &Path, devices: &[String]) -> Result<Vec<ModelSource>> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let file = Config::builder().add_source(File::from_str(&text, FileFormat::Toml)).build();

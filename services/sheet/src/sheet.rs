@@ -1,4 +1,4 @@
-//! A contact sheet: prompts and what came of them, as one picture.
+//! A contact sheet: prompts and their answers side by side in one image.
 
 use embedded_graphics::{
     Drawable,
@@ -14,50 +14,58 @@ use image::{
 
 use crate::canvas::Canvas;
 
-/// Pixels of a tile's side, and between tiles. Text that needs more is as high as it needs.
+/// Pixels of a tile's side. A tile whose text needs more is as high as its text.
 const TILE: u32 = 128;
+/// Pixels between tiles.
 const GAP: u32 = 8;
-/// Tiles beside each other.
+/// Tiles in a line; a row with more goes on in another line.
 const COLUMNS: usize = 8;
-/// Of a title above its tiles.
+/// Pixels that a title takes above its tiles.
 const TITLE: u32 = 20;
-/// Of the font: a letter's width and height, and how many letters fit a tile.
+/// Width and height of a letter of [`FONT_7X13`], in pixels.
 const LETTER: (u32, u32) = (7, 13);
+/// Letters in a line of a tile's text.
 const LETTERS: usize = ((TILE - GAP) / LETTER.0) as usize;
-/// Around what was given, and around what came of it.
-const GIVEN: Rgb888 = Rgb888::new(210, 210, 210);
-const MADE: Rgb888 = Rgb888::new(30, 140, 60);
+/// Frames of a prompt's tiles, and of an answer's.
+const PROMPT_FRAME: Rgb888 = Rgb888::new(210, 210, 210);
+const ANSWER_FRAME: Rgb888 = Rgb888::new(30, 140, 60);
 
+/// One cell of a sheet.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Tile {
+    /// Text, wrapped to the width of a tile.
     Text(String),
-    Picture(RgbImage),
+    /// An image, scaled to fit the tile.
+    Image(RgbImage),
 }
 
-/// A prompt's tiles in their order, then the answer's.
+/// One prompt with its answer.
 #[derive(Debug, Clone, Default)]
 pub struct Row {
+    /// The heading above the tiles.
     pub title: String,
-    pub given: Vec<Tile>,
-    pub made: Vec<Tile>,
+    /// The parts of the prompt, in order; their frames are grey.
+    pub prompt: Vec<Tile>,
+    /// The parts of the answer, which follow the prompt; their frames are green.
+    pub answer: Vec<Tile>,
 }
 
-/// Tiles beside each other, with the colours of their frames.
+/// The tiles of a line, with the colours of their frames.
 type Line<'a> = [(&'a Tile, Rgb888)];
 
 impl Tile {
     fn height(&self) -> u32 {
         match self {
             Self::Text(text) => TILE.max(wrapped(text).lines().count() as u32 * LETTER.1 + GAP),
-            Self::Picture(_) => TILE,
+            Self::Image(_) => TILE,
         }
     }
 }
 
 impl Row {
     fn tiles(&self) -> Vec<(&Tile, Rgb888)> {
-        let given = self.given.iter().map(|tile| (tile, GIVEN));
-        given.chain(self.made.iter().map(|tile| (tile, MADE))).collect()
+        let prompt = self.prompt.iter().map(|tile| (tile, PROMPT_FRAME));
+        prompt.chain(self.answer.iter().map(|tile| (tile, ANSWER_FRAME))).collect()
     }
 
     fn height(&self) -> u32 {
@@ -69,6 +77,7 @@ fn height(line: &Line<'_>) -> u32 {
     line.iter().map(|(tile, _)| tile.height()).max().unwrap_or_default()
 }
 
+/// Draws rows below each other; returns the sheet, eight tiles wide and as high as its rows.
 pub fn draw(rows: &[Row]) -> RgbImage {
     let sheet_height = rows.iter().map(Row::height).sum::<u32>() + GAP;
     let mut canvas = Canvas::white(GAP + COLUMNS as u32 * (TILE + GAP), sheet_height);
@@ -96,8 +105,8 @@ impl Canvas {
             Tile::Text(text) => {
                 self.paragraph(&wrapped(text), &FONT_7X13, point(left + GAP / 2, top + GAP / 2))
             }
-            Tile::Picture(picture) => {
-                let fitted = fitted(picture);
+            Tile::Image(image) => {
+                let fitted = fitted(image);
                 let (left, top) = (left + (TILE - fitted.width()) / 2, top + (TILE - fitted.height()) / 2);
                 imageops::replace(&mut self.0, &fitted, left.into(), top.into());
             }
@@ -107,16 +116,16 @@ impl Canvas {
     }
 }
 
-/// As large as a tile allows, in its own shape.
-fn fitted(picture: &RgbImage) -> RgbImage {
-    let longer = picture.width().max(picture.height()).max(1);
+/// Returns the image scaled to fit a tile, its aspect ratio kept.
+fn fitted(image: &RgbImage) -> RgbImage {
+    let longer = image.width().max(image.height()).max(1);
     let side = |pixels: u32| (pixels * TILE / longer).max(1);
-    // Small pictures keep their pixels.
+    // Small images keep their pixels.
     let filter = if longer < TILE { FilterType::Nearest } else { FilterType::Triangle };
-    imageops::resize(picture, side(picture.width()), side(picture.height()), filter)
+    imageops::resize(image, side(image.width()), side(image.height()), filter)
 }
 
-/// Broken between words, and inside those that are longer than a line.
+/// Returns the text broken into lines between words, and inside words that are longer than a line.
 fn wrapped(text: &str) -> String {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
@@ -148,8 +157,8 @@ mod tests {
     const COLOUR: Rgb<u8> = Rgb([10, 200, 30]);
     const WHITE: Rgb<u8> = Rgb([255; 3]);
 
-    fn picture(width: u32, height: u32) -> Tile {
-        Tile::Picture(RgbImage::from_pixel(width, height, COLOUR))
+    fn image(width: u32, height: u32) -> Tile {
+        Tile::Image(RgbImage::from_pixel(width, height, COLOUR))
     }
 
     fn text(text: &str) -> Tile {
@@ -173,8 +182,8 @@ mod tests {
 
     #[test]
     fn tiles_stand_side_by_side_and_then_below() {
-        let few = Row { title: "few".to_owned(), given: vec![text("what?")], made: vec![picture(4, 4)] };
-        let many = Row { given: vec![text("no"); 8], made: vec![picture(4, 4)], ..Row::default() };
+        let few = Row { title: "few".to_owned(), prompt: vec![text("what?")], answer: vec![image(4, 4)] };
+        let many = Row { prompt: vec![text("no"); 8], answer: vec![image(4, 4)], ..Row::default() };
         let sheet = draw(&[few, many]);
         let rows = [TITLE + TILE + GAP, TITLE + 2 * (TILE + GAP)];
         assert_eq!(sheet.dimensions(), (GAP + COLUMNS as u32 * (TILE + GAP), rows[0] + rows[1] + GAP));
@@ -188,12 +197,12 @@ mod tests {
 
     #[test]
     fn words_and_frames_are_drawn() {
-        let row = Row { given: vec![text("what?")], made: vec![text("")], ..Row::default() };
+        let row = Row { prompt: vec![text("what?")], answer: vec![text("")], ..Row::default() };
         let sheet = draw(&[row]);
         let top = GAP + TITLE;
         assert!(dark_rows(&sheet, 0, top..top + LETTER.1 + GAP) > 5, "the question");
         assert_eq!(dark_rows(&sheet, 1, top..top + TILE), 0, "no answer");
-        for (column, frame) in [(0, GIVEN), (1, MADE)] {
+        for (column, frame) in [(0, PROMPT_FRAME), (1, ANSWER_FRAME)] {
             let corner = *sheet.get_pixel(GAP + column * (TILE + GAP) - 1, top - 1);
             assert_eq!(corner, Rgb([frame.r(), frame.g(), frame.b()]));
         }
@@ -204,8 +213,8 @@ mod tests {
         let long = "many words ".repeat(20);
         let lines = wrapped(&long).lines().count() as u32;
         assert!(lines * LETTER.1 > TILE, "{lines} lines");
-        let first = Row { given: vec![text(&long), picture(4, 4)], ..Row::default() };
-        let second = Row { given: vec![picture(4, 4)], ..Row::default() };
+        let first = Row { prompt: vec![text(&long), image(4, 4)], ..Row::default() };
+        let second = Row { prompt: vec![image(4, 4)], ..Row::default() };
         let sheet = draw(&[first, second]);
         let top = GAP + TITLE;
         let below = top + lines * LETTER.1 + GAP;
@@ -217,8 +226,8 @@ mod tests {
     }
 
     #[test]
-    fn pictures_keep_their_shape() {
-        let row = Row { given: vec![picture(20, 10), picture(200, 800)], ..Row::default() };
+    fn images_keep_their_shape() {
+        let row = Row { prompt: vec![image(20, 10), image(200, 800)], ..Row::default() };
         let sheet = draw(&[row]);
         let at =
             |column: u32, x: u32, y: u32| *sheet.get_pixel(GAP + column * (TILE + GAP) + x, GAP + TITLE + y);
