@@ -88,7 +88,7 @@ deny: $(CARGO_DENY)
 buf: $(BUF)
 	$(BUF) lint proto
 
-# No cluster is needed, and none is asked: see "On Kubernetes" in the README for what that leaves open.
+# No cluster is needed, and none is asked: helm/emu2/README.md says what that leaves open.
 chart: $(CHART_TOOLS)/installed
 	$(CHART_TOOLS)/bin/hadolint deploy/Dockerfile
 	$(CHART_TOOLS)/bin/python deploy/tools/check_chart.py

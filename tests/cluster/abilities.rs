@@ -15,8 +15,9 @@ use crate::support::binary;
 /// Of each ability; the same scenes and seeds every time.
 const CASES: u64 = 20;
 
-/// What nano scores at least on these cases. `make eval` measures with fifteen times as many (README); this is far
-/// enough below that rounding on another processor breaks nothing, and far above what a model that lost it scores.
+/// What nano scores at least on these cases. `make eval` measures with fifteen times as many
+/// (deploy/models/nano/README.md); this is far enough below that rounding on another processor breaks nothing, and far
+/// above what a model that lost it scores.
 const LEAST: [(&str, &str, f64); 17] = [
     ("name", "right", 0.85),
     ("count", "right", 0.85),

@@ -1,5 +1,5 @@
 //! What happens when something fails, with real processes: routers between clients and mock stages that are killed,
-//! paused, restarted, or too slow. The README's failure table names these tests.
+//! paused, restarted, or too slow. The table in services/router/README.md names these tests.
 //!
 //! | file | what fails |
 //! |---|---|

@@ -151,7 +151,7 @@ impl Report {
     }
 }
 
-/// In Markdown, as the README shows it.
+/// The report is Markdown, as `deploy/models/nano/README.md` shows it.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
