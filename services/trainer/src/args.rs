@@ -21,11 +21,18 @@ use crate::{
     eval::{self, Eval},
     export::{self, Source},
     model::{self, Model, Sections},
-    objective::{Autoencode, Denoise, Illustrate, Mixture, Naming, NextElement, Noise, Samples},
-    samples::TrainingWorld,
-    stage::{ObjectiveConfig, Stage, TaskShare},
+    objective::{
+        autoencode::Autoencode,
+        denoise::Denoise,
+        documents::{DocumentMixture, TaskShare},
+        illustrate::Illustrate,
+        naming::Naming,
+        next_element::NextElement,
+    },
+    samples::{SampleSource, TrainingWorld},
+    stage::{ObjectiveConfig, Stage},
     tour,
-    train::{self, Ended, Run},
+    train::{self, Run, StageOutcome},
 };
 
 /// Documents on one sheet: those with most pictures take 6 MB each.
@@ -160,7 +167,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Train(args) => train(args),
         Command::Tokenizer(args) => tokenizer(args),
         Command::Tour(Tour { drawings, out, seed }) => {
-            tour::write(&World::open(&drawings, concepts(&model::nano())?, seed, false)?, &out)
+            tour::write(&World::open(&drawings, model::concept_count(&model::nano())?, seed, false)?, &out)
         }
         Command::Eval(args) => {
             tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(eval::eval(args))
@@ -174,7 +181,7 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn data(args: Data) -> Result<()> {
-    let world = World::open(&args.drawings, concepts(&model::nano())?, args.seed, false)?;
+    let world = World::open(&args.drawings, model::concept_count(&model::nano())?, args.seed, false)?;
     make_folder(&args.out)?;
     for task in Task::ALL {
         let documents = (0..args.count).map(|index| world.document(Split::Train, task, index));
@@ -231,21 +238,19 @@ fn train(args: Train) -> Result<()> {
         run.before = source.before(&stage.name)?;
         let model =
             source.model(&sections, &stages[..index], args.seed, (device, stage.precision.kind(device)))?;
-        let world = World::open(&args.drawings, concepts(&sections)?, stage.seed, false)?;
+        let world = World::open(&args.drawings, model::concept_count(&sections)?, stage.seed, false)?;
         let ids = || trained_ids(&args.places, &sections);
         // No success: who runs this, a Job of Kubernetes for one, is to start it again.
-        let ended = train_stage(stage, &model, world, ids, &run)?;
-        ensure!(ended == Ended::Finished, "{} was stopped; the same command goes on from there", stage.name);
+        let outcome = train_stage(stage, &model, world, ids, &run)?;
+        ensure!(
+            outcome == StageOutcome::Finished,
+            "{} was stopped; the same command goes on from there",
+            stage.name
+        );
         println!("{}: finished", stage.name);
     }
     print!("{}", source.times(stages.iter().filter(wanted))?);
     Ok(())
-}
-
-/// How many concepts a model learns, which its configuration says.
-pub(crate) fn concepts(sections: &Sections) -> Result<usize> {
-    let concepts = sections.get("concepts").and_then(serde_json::Value::as_u64);
-    Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
 }
 
 /// The tokenizer, which must give as many ids as the model has rows for.
@@ -265,48 +270,32 @@ fn train_stage(
     world: World,
     ids: impl Fn() -> Result<Arc<Ids>>,
     run: &Run,
-) -> Result<Ended> {
+) -> Result<StageOutcome> {
     let (n_query, v_query) = (model.n_query() as usize, model.tower.config.v_query as usize);
-    let samples: Arc<dyn Samples> = Arc::new(TrainingWorld { world, grid_side: n_query.isqrt() });
+    let source: Arc<dyn SampleSource> = Arc::new(TrainingWorld { world, grid_side: n_query.isqrt() });
     let seed = stage.seed;
-    let mixture = |tasks: &[TaskShare], text_only| -> Result<Mixture> {
+    let mixture = |tasks: &[TaskShare], text_only| -> Result<DocumentMixture> {
         let queries = Queries { n_query, v_query };
-        let (samples, tasks) = (Arc::clone(&samples), tasks.to_vec());
-        Ok(Mixture { samples, tokenizer: ids()?, queries, tasks, text_only, seed })
+        let (source, tasks) = (Arc::clone(&source), tasks.to_vec());
+        Ok(DocumentMixture { source, tokenizer: ids()?, queries, tasks, text_only, seed })
     };
     match &stage.objective {
-        ObjectiveConfig::Naming { batch } => {
-            train::train(stage, model, &Naming::new(samples, *batch, model), run)
+        &ObjectiveConfig::Naming(config) => {
+            train::train(stage, model, &Naming::new(config, source, model), run)
         }
-        ObjectiveConfig::NextElement {
-            tasks,
-            text_only,
-            regression_weight,
-            blind_share,
-            predicted_share,
-        } => {
-            let objective = NextElement {
-                mixture: mixture(tasks, *text_only)?,
-                regression_weight: *regression_weight,
-                blind_share: *blind_share,
-                predicted_share: *predicted_share,
-            };
-            train::train(stage, model, &objective, run)
+        ObjectiveConfig::NextElement(config) => {
+            let mixture = mixture(&config.tasks, config.text_only)?;
+            train::train(stage, model, &NextElement::new(config, mixture), run)
         }
-        &ObjectiveConfig::Autoencode { batch, divergence_weight } => {
-            train::train(stage, model, &Autoencode { samples, batch, divergence_weight, seed }, run)
+        &ObjectiveConfig::Autoencode(config) => {
+            train::train(stage, model, &Autoencode { config, source, seed }, run)
         }
-        &ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
-            let noise = Noise { draws, dropped_share, seed };
-            train::train(stage, model, &Denoise { samples, batch, noise }, run)
+        &ObjectiveConfig::Denoise(config) => {
+            train::train(stage, model, &Denoise::new(config, source, seed), run)
         }
-        ObjectiveConfig::Illustrate { tasks, draws, dropped_share, truth_share } => {
-            let objective = Illustrate {
-                mixture: mixture(tasks, false)?,
-                truth_share: *truth_share,
-                noise: Noise { draws: *draws, dropped_share: *dropped_share, seed },
-            };
-            train::train(stage, model, &objective, run)
+        ObjectiveConfig::Illustrate(config) => {
+            let mixture = mixture(&config.tasks, false)?;
+            train::train(stage, model, &Illustrate::new(config, mixture), run)
         }
     }
 }

@@ -113,7 +113,7 @@ async fn start(model_dir: &Path) -> Result<Cluster> {
 
 async fn ask_all(args: &Eval, router: RouterArgs) -> Result<()> {
     let mut client = Client::connect(&router).await?;
-    let concepts = args.concepts.map_or_else(|| crate::args::concepts(&model::nano()), Ok)?;
+    let concepts = args.concepts.map_or_else(|| model::concept_count(&model::nano()), Ok)?;
     let world = World::open(&args.drawings, concepts, args.seed, true)?;
     let styles = [Style::Noto, Style::Fluent, Style::Twemoji];
     let bench = Bench {

@@ -6,10 +6,10 @@
 //! | [`data`] | drawings → scenes → documents, endless and seeded; no torch |
 //! | [`documents`] | documents on a contact sheet, for who wants to see the data |
 //! | [`stage`] | one stage of training, as its file says |
-//! | [`objective`], [`samples`] | a stage's batches: which samples, and what is drawn for them |
+//! | [`objective`] | what is minimised: each objective's configuration, batches and loss |
+//! | [`samples`] | training samples by number |
 //! | [`layout`], [`pixels`] | samples as the models read them |
 //! | [`model`] | all parts of Emu2 over one store of variables: the services' own code |
-//! | [`loss`] | what is minimised |
 //! | [`optimizer`] | AdamW, the learning rate's course, running averages |
 //! | [`train`] | a stage at work |
 //! | [`checkpoint`], [`log`] | what is kept of it, and how it goes |
@@ -26,7 +26,6 @@ pub mod export;
 pub mod judge;
 pub mod layout;
 pub mod log;
-pub mod loss;
 pub mod model;
 pub mod objective;
 pub mod optimizer;

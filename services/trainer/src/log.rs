@@ -14,10 +14,23 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
-use crate::{checkpoint::Progress, stage::Stage, train::StepDone};
+use crate::{checkpoint::Progress, stage::Stage};
 
 /// Steps that a line is the mean of.
 const EVERY: u64 = 20;
+
+/// What one step of training measured.
+#[derive(Debug)]
+pub struct StepMetrics {
+    /// The parts of the loss and accuracies, by name.
+    pub parts: Vec<(&'static str, f64)>,
+    /// The loss that was minimised.
+    pub loss: f64,
+    /// The norm of all gradients together, before clipping.
+    pub gradient_norm: f64,
+    /// The learning rate of weights whose share is 1.
+    pub learning_rate: f64,
+}
 
 /// One line of the log: means over the steps since the one before.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -88,7 +101,7 @@ impl Log {
         })
     }
 
-    pub fn step(&mut self, progress: Progress, step: &StepDone, waited: Duration) -> Result<()> {
+    pub fn step(&mut self, progress: Progress, step: &StepMetrics, waited: Duration) -> Result<()> {
         let sums = &mut self.sums;
         sums.steps += 1;
         sums.loss += step.loss;

@@ -28,6 +28,15 @@ pub fn nano() -> Sections {
     serde_json::from_str(include_str!("../nano.json")).expect("the committed file is an object")
 }
 
+/// Returns how many concepts a model learns, as its configuration says.
+///
+/// # Errors
+/// When the configuration has no such number.
+pub fn concept_count(sections: &Sections) -> Result<usize> {
+    let concepts = sections.get("concepts").and_then(Value::as_u64);
+    Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
+}
+
 /// Every part, with its variables.
 #[derive(Debug)]
 pub struct Model {

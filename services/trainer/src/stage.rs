@@ -6,39 +6,52 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use tch::{Device, Kind};
 
-use crate::{data::Task, optimizer::OptimizerConfig};
+use crate::{
+    objective::{
+        autoencode::AutoencodeConfig, denoise::DenoiseConfig, illustrate::IllustrateConfig,
+        naming::NamingConfig, next_element::NextElementConfig,
+    },
+    optimizer::OptimizerConfig,
+};
 
+/// One stage of training: what is trained, towards what, for how long.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// The file's name without its ending; stages build on those whose names sort before.
+    /// The name of its file without the ending; a stage builds on those whose names sort before its own.
     #[serde(skip)]
     pub name: String,
-    /// Of the samples and of what is drawn for them.
+    /// The seed of the samples and of every random choice of a step.
     pub seed: u64,
+    /// The number of optimizer steps.
     pub steps: u64,
+    /// The type that forward and backward passes compute in.
     #[serde(default)]
     pub precision: Precision,
-    /// How the names of the weights begin that are trained, and their share of the learning rate.
+    /// The weights that are trained: prefixes of their names, each with its share of the learning rate.
     pub train: BTreeMap<String, f64>,
+    /// What is minimised.
     pub objective: ObjectiveConfig,
+    /// How the weights are moved.
     pub optimizer: OptimizerConfig,
 }
 
-/// What a stage computes in. Its optimizer and its checkpoints keep float32 in either case, and so does what the next
-/// stage begins with.
+/// The type that a stage computes in. Its optimizer and its checkpoints keep float32 in either case, and so does what
+/// the next stage begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum Precision {
+    /// 32-bit floating point.
     #[default]
     #[serde(rename = "float32")]
     Float32,
-    /// On a GPU and on a processor with AVX512_BF16, where products take half the time; on other processors it is
-    /// float32 after all.
+    /// bfloat16 on a GPU and on a processor with AVX512_BF16, where products take half the time; float32 on other
+    /// processors.
     #[serde(rename = "bfloat16")]
     Bfloat16,
 }
 
 impl Precision {
+    /// Returns the type that is computed in on a device.
     pub fn kind(self, device: Device) -> Kind {
         match self {
             // Without those instructions products take up to 70 times as long as in float32.
@@ -50,76 +63,49 @@ impl Precision {
     }
 }
 
-/// What is minimised; see [`crate::loss`]. `batch`: samples of a step.
+/// Section `[objective.NAME]` of a stage: what is minimised, and over which samples.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case")]
 pub enum ObjectiveConfig {
-    Naming {
-        batch: usize,
-    },
-    NextElement {
-        /// One task a step, drawn by weight: sequences of one task are about as long as each other.
-        tasks: Vec<TaskShare>,
-        /// The texts alone, all of them learned: the language before the pictures.
-        #[serde(default)]
-        text_only: bool,
-        /// Of the embeddings' error against the tokens' cross-entropy; the paper gives none.
-        #[serde(default = "one")]
-        regression_weight: f64,
-        /// Of the steps, in which a picture's embeddings are learned from the prompt alone, without those before them.
-        #[serde(default)]
-        blind_share: f64,
-        /// Of the steps, in which the model's own predictions stand in the place of those before.
-        #[serde(default)]
-        predicted_share: f64,
-    },
-    Autoencode {
-        batch: usize,
-        /// Of the latents' divergence from standard normal.
-        divergence_weight: f64,
-    },
-    Denoise {
-        batch: usize,
-        /// Of noise for each picture: what it costs to encode it is paid once.
-        #[serde(default = "once")]
-        draws: usize,
-        /// Of the pictures whose embeddings are dropped, for guidance.
-        dropped_share: f64,
-    },
-    Illustrate {
-        /// Whose documents end with a picture to paint, their only one.
-        tasks: Vec<TaskShare>,
-        #[serde(default = "once")]
-        draws: usize,
-        dropped_share: f64,
-        /// Of the steps, in which the tower's embeddings are given instead of the llm's.
-        truth_share: f64,
-    },
+    /// Trains the tower to name what stands where.
+    Naming(NamingConfig),
+    /// Trains the llm, and whatever else is named, to predict the next token or embedding.
+    NextElement(NextElementConfig),
+    /// Trains the VAE to encode images and decode them again.
+    Autoencode(AutoencodeConfig),
+    /// Trains the UNet to denoise latents, given the tower's embeddings.
+    Denoise(DenoiseConfig),
+    /// Trains the UNet to denoise latents, given the llm's predictions.
+    Illustrate(IllustrateConfig),
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TaskShare {
-    pub task: Task,
-    pub weight: f64,
-    pub batch: usize,
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-fn once() -> usize {
-    1
+impl ObjectiveConfig {
+    fn problems(&self) -> Vec<String> {
+        match self {
+            Self::Naming(config) => config.problems(),
+            Self::NextElement(config) => config.problems(),
+            Self::Autoencode(config) => config.problems(),
+            Self::Denoise(config) => config.problems(),
+            Self::Illustrate(config) => config.problems(),
+        }
+    }
 }
 
 impl Stage {
+    /// Reads a stage from its TOML file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or [`Self::parse`] refuses it.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let name = path.file_stem().and_then(|name| name.to_str()).context("a stage's file has no name")?;
         Self::parse(name, &text).with_context(|| format!("stage {}", path.display()))
     }
 
+    /// Parses a stage from TOML.
+    ///
+    /// # Errors
+    /// When a key is unknown or missing, or values are out of range: every mistake is told with its value.
     pub fn parse(name: &str, text: &str) -> Result<Self> {
         let stage = Self { name: name.to_owned(), ..toml::from_str(text)? };
         let problems = stage.problems();
@@ -127,7 +113,10 @@ impl Stage {
         Ok(stage)
     }
 
-    /// All stages of a folder, in order.
+    /// Reads every `.toml` file of a folder, in the order of their names.
+    ///
+    /// # Errors
+    /// When the folder holds no stage, or one is refused.
     pub fn read_all(folder: &Path) -> Result<Vec<Self>> {
         let files = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
         let mut paths = Vec::new();
@@ -156,49 +145,7 @@ impl Stage {
         for (prefix, &share) in &self.train {
             require(share > 0.0, format!("train.`{prefix}` must be above 0, is {share}"));
         }
-        let (mut batches, mut mixture) = (Vec::new(), None);
-        let mut share = |name: &str, value: f64, max: f64| {
-            require((0.0..=max).contains(&value), format!("{name} must be 0 to {max}, is {value}"));
-        };
-        match &self.objective {
-            ObjectiveConfig::Naming { batch } => batches.push(*batch),
-            ObjectiveConfig::NextElement {
-                tasks, regression_weight, blind_share, predicted_share, ..
-            } => {
-                share("regression_weight", *regression_weight, 1e6);
-                share("blind_share", *blind_share, 1.0);
-                share("predicted_share", *predicted_share, 1.0 - blind_share);
-                mixture = Some(tasks);
-            }
-            ObjectiveConfig::Autoencode { batch, divergence_weight } => {
-                share("divergence_weight", *divergence_weight, 1e6);
-                batches.push(*batch);
-            }
-            ObjectiveConfig::Denoise { batch, draws, dropped_share } => {
-                share("dropped_share", *dropped_share, 1.0);
-                batches.extend([*batch, *draws]);
-            }
-            ObjectiveConfig::Illustrate { tasks, draws, dropped_share, truth_share } => {
-                share("dropped_share", *dropped_share, 1.0);
-                share("truth_share", *truth_share, 1.0);
-                batches.push(*draws);
-                mixture = Some(tasks);
-            }
-        }
-        if let Some(tasks) = mixture {
-            batches.extend(tasks.iter().map(|share| share.batch));
-            tasks.iter().for_each(|task| share("tasks.weight", task.weight, 1e6));
-            let sum: f64 = tasks.iter().map(|share| share.weight).sum();
-            require(sum > 0.0, format!("the weights of tasks must add up to more than 0, is {sum}"));
-        }
-        if let ObjectiveConfig::Illustrate { tasks, .. } = &self.objective {
-            for task in tasks.iter().map(|share| share.task) {
-                require(task.paints(), format!("{} is no task that always paints one picture", task.name()));
-            }
-        }
-        for batch in batches {
-            require((1..=65_536).contains(&batch), format!("batch must be 1 to 65536, is {batch}"));
-        }
+        problems.extend(self.objective.problems());
         problems
     }
 }
@@ -220,7 +167,7 @@ mod tests {
             seed = 1
             steps = 0
             train = { "visual." = 0.0 }
-            objective = { autoencode = { batch = 0, divergence_weight = -1.0 } }
+            objective = { autoencode = { batch = 0, kl_weight = -1.0 } }
             optimizer = { learning_rate = 0.0, warm_up_steps = 1, betas = [0.9, 1.0], clip = 1.0 }
         "#;
         let error = Stage::parse("bad", text).unwrap_err().to_string();
@@ -229,7 +176,9 @@ mod tests {
         {
             assert!(error.contains(part), "{part} not in {error}");
         }
-        let error = Stage::parse("bad", &text.replace("seed", "sead")).unwrap_err().to_string();
-        assert!(error.contains("sead"), "{error}");
+        for (key, misspelt) in [("seed", "sead"), ("kl_weight", "kl_wait")] {
+            let error = Stage::parse("bad", &text.replace(key, misspelt)).unwrap_err().to_string();
+            assert!(error.contains(misspelt), "{error}");
+        }
     }
 }

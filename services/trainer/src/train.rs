@@ -16,9 +16,9 @@ use emu2_serve::shutdown::Shutdown;
 use crate::{
     checkpoint::{self, Progress},
     data::Loader,
-    log::Log,
+    log::{Log, StepMetrics},
     model::Model,
-    objective::{Batch, Objective},
+    objective::interface::{Batch, Objective},
     optimizer::AdamW,
     stage::Stage,
 };
@@ -44,12 +44,13 @@ pub struct Run {
     pub bar: bool,
 }
 
-/// How a stage's turn ended.
+/// Whether a stage has taken all of its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum StageOutcome {
+    /// The stage has taken its last step.
     Finished,
-    /// Before its last step.
-    Stopped,
+    /// Its deadline or a signal came before that; its checkpoint is saved.
+    Interrupted,
 }
 
 impl Run {
@@ -59,20 +60,20 @@ impl Run {
 }
 
 /// Trains from the stage's last checkpoint, or from the model as it is.
-pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<Ended> {
+pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<StageOutcome> {
     let folder = run.runs.join(&stage.name);
     let _lock = lock(&folder)?;
     let checkpoint = run.checkpoint(&stage.name);
     let mut state = State::begin(stage, model, objective, (&checkpoint, run.before))?;
     let mut log = Log::open(&folder, stage, state.progress, run.bar)?;
-    let mut batches = Loader::start(run.loader_threads, AHEAD, state.progress.steps, objective.maker());
+    let mut batches = Loader::start(run.loader_threads, AHEAD, state.progress.steps, objective.batch_fn());
     let mut saved = Instant::now();
     while state.progress.steps < stage.steps {
         let timed_out = run.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         if timed_out || run.shutdown.is_begun() {
             state.save()?;
             log.plot()?;
-            return Ok(Ended::Stopped);
+            return Ok(StageOutcome::Interrupted);
         }
         let started = Instant::now();
         let batch = batches.next().context("a thread that makes batches has failed")?;
@@ -88,7 +89,7 @@ pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Ru
     }
     state.save()?;
     log.plot()?;
-    Ok(Ended::Finished)
+    Ok(StageOutcome::Finished)
 }
 
 /// Held while a stage is trained: two processes would overwrite each other's checkpoints.
@@ -103,15 +104,6 @@ fn lock(folder: &Path) -> Result<File> {
             Err(error).with_context(|| format!("cannot lock {}", folder.display()))
         }
     }
-}
-
-/// What one step did.
-#[derive(Debug)]
-pub struct StepDone {
-    pub parts: Vec<(&'static str, f64)>,
-    pub loss: f64,
-    pub gradient_norm: f64,
-    pub learning_rate: f64,
 }
 
 struct State<'a> {
@@ -155,7 +147,7 @@ impl<'a> State<'a> {
         model: &Model,
         objective: &O,
         batch: &O::Batch,
-    ) -> StepDone {
+    ) -> StepMetrics {
         let step = self.progress.steps;
         let learning_rate = stage.optimizer.rate(step, stage.steps, self.progress.restarted);
         let loss = objective.loss(model, batch, step);
@@ -163,7 +155,7 @@ impl<'a> State<'a> {
         let gradient_norm = self.optimizer.step(learning_rate);
         self.progress.steps += 1;
         self.progress.samples += batch.samples() as u64;
-        StepDone {
+        StepMetrics {
             loss: loss.total.double_value(&[]),
             parts: loss.parts.iter().map(|(name, value)| (*name, value.double_value(&[]))).collect(),
             gradient_norm,

@@ -9,19 +9,25 @@ use tch::{Device, Kind, Tensor};
 use super::*;
 use crate::{
     data::{Background, Document, Layout, Picture, Piece, Queries, Scene, Task},
-    loss::{self, Loss},
     model::Sections,
     objective::{
-        Autoencode, Denoise, Illustrate, Maker, Mixture, NAMES, NamedScene, Naming, NextElement, Noise,
-        Samples,
+        autoencode::{Autoencode, AutoencodeConfig},
+        denoise::{Denoise, NoiseSampler},
+        documents::{DocumentMixture, TaskShare},
+        illustrate::Illustrate,
+        interface::BatchFn,
+        llm_pass::{ConditionSource, condition_embeddings},
+        loss::Loss,
+        naming::{Naming, NamingConfig},
+        next_element::NextElement,
     },
-    stage::TaskShare,
+    samples::{LabelledScene, NO_CONCEPT, SampleSource},
 };
 
 /// Pictures of one colour, the left half brighter where the first concept "stands".
 struct Toy;
 
-impl Samples for Toy {
+impl SampleSource for Toy {
     /// A caption, or for odd numbers a picture to paint.
     fn document(&self, task: Task, number: u64) -> Document {
         let shade = ["dark", "grey", "bright"][number as usize % 3];
@@ -41,19 +47,22 @@ impl Samples for Toy {
         Document { task, pieces, scene, ends: true }
     }
 
-    fn scene(&self, number: u64) -> NamedScene {
+    fn scene(&self, number: u64) -> LabelledScene {
         let background = number % 3;
         let shade = 60 * background as u8;
         let pixel = |index: usize| if (index / 3) % 64 < 32 { shade + 80 } else { shade };
-        NamedScene {
+        LabelledScene {
             picture: Picture::new((0..Picture::BYTES).map(pixel).collect()),
-            names: vec![0, NAMES, 0, NAMES],
+            names: vec![0, NO_CONCEPT, 0, NO_CONCEPT],
             boxes: vec![[0.0, 0.0, 0.5, 1.0]; 4],
             background: background as i64,
             count: 1,
         }
     }
 }
+
+const NAMING: NamingConfig = NamingConfig { batch: 6 };
+const AUTOENCODE: AutoencodeConfig = AutoencodeConfig { batch: 2, kl_weight: 1e-4 };
 
 fn tokenizer() -> Arc<Tokenizer> {
     let path = emu2_nn::golden::model_dir("emu2-chat").join("tokenizer.model");
@@ -94,9 +103,9 @@ fn averaged(name: &str, steps: u64) -> Stage {
     stage(name, steps, "unet.", "average_decay = 0.9")
 }
 
-fn mixture(task: Task, text_only: bool) -> Mixture {
-    Mixture {
-        samples: Arc::new(Toy),
+fn mixture(task: Task, text_only: bool) -> DocumentMixture {
+    DocumentMixture {
+        source: Arc::new(Toy),
         tokenizer: tokenizer(),
         queries: Queries { n_query: 4, v_query: 4 },
         tasks: vec![TaskShare { task, weight: 1.0, batch: 6 }],
@@ -107,7 +116,7 @@ fn mixture(task: Task, text_only: bool) -> Mixture {
 
 fn captions(text_only: bool) -> NextElement {
     let mixture = mixture(Task::Caption, text_only);
-    NextElement { mixture, regression_weight: 1.0, blind_share: 0.3, predicted_share: 0.3 }
+    NextElement { mixture, regression_weight: 1.0, blind_share: 0.3, scheduled_sampling_share: 0.3 }
 }
 
 fn run(runs: &Path) -> Run {
@@ -154,8 +163,8 @@ struct Interrupted<O> {
 impl<O: Objective> Objective for Interrupted<O> {
     type Batch = O::Batch;
 
-    fn maker(&self) -> Maker<O::Batch> {
-        self.objective.maker()
+    fn batch_fn(&self) -> BatchFn<O::Batch> {
+        self.objective.batch_fn()
     }
 
     fn loss(&self, model: &Model, batch: &O::Batch, step: u64) -> Loss {
@@ -169,39 +178,43 @@ impl<O: Objective> Objective for Interrupted<O> {
 #[test]
 fn losses_of_every_objective_on_pictures_fall() {
     let folder = tempfile::tempdir().unwrap();
-    let (run, samples): (_, Arc<dyn Samples>) = (run(folder.path()), Arc::new(Toy));
+    let (run, samples): (_, Arc<dyn SampleSource>) = (run(folder.path()), Arc::new(Toy));
     let check = |name: &str, share: f64| {
         let losses = losses(folder.path(), name);
         assert!(losses[losses.len() - 1] < share * losses[0], "{name}: {losses:?}");
         assert!(folder.path().join(name).join("loss.png").exists());
     };
     let (model, fresh) = (model(), model());
-    let naming = Naming::new(Arc::clone(&samples), 6, &model);
-    assert_eq!(train(&stage("naming", 60, "visual.", ""), &model, &naming, &run).unwrap(), Ended::Finished);
+    let naming = Naming::new(NAMING, Arc::clone(&samples), &model);
+    assert_eq!(
+        train(&stage("naming", 60, "visual.", ""), &model, &naming, &run).unwrap(),
+        StageOutcome::Finished
+    );
     check("naming", 0.5);
-    let autoencode = Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
+    let autoencode = Autoencode { config: AUTOENCODE, source: Arc::clone(&samples), seed: 5 };
     train(&stage("vae", 40, "vae.", ""), &model, &autoencode, &run).unwrap();
     check("vae", 0.8);
-    let noise = Noise { draws: 1, dropped_share: 0.5, seed: 5 };
-    train(&averaged("unet", 60), &model, &Denoise { samples, batch: 2, noise }, &run).unwrap();
+    let noise = NoiseSampler { draws: 1, condition_dropout: 0.5, seed: 5 };
+    train(&averaged("unet", 60), &model, &Denoise { source: samples, batch: 2, noise }, &run).unwrap();
     check("unet", 0.97);
-    let illustrate = Illustrate { mixture: mixture(Task::TextToImage, false), truth_share: 0.5, noise };
+    let illustrate = Illustrate { mixture: mixture(Task::TextToImage, false), tower_share: 0.5, noise };
     train(&averaged("illustrator", 60), &fresh, &illustrate, &run).unwrap();
     check("illustrator", 0.97);
 }
 
 #[test]
-fn the_truth_is_told_by_the_tower_and_else_it_is_not() {
+fn the_tower_conditions_with_the_true_image_and_the_llm_with_its_own() {
     let model = model();
     // The odd ones are pictures to paint.
-    let batch = mixture(Task::TextToImage, false).maker()(0);
+    let batch = mixture(Task::TextToImage, false).batch_fn()(0);
     let pixels = batch.pixels.normalised(Device::Cpu);
     let rows = Tensor::from_slice(&batch.layout.painted(4));
     assert_eq!(Vec::<i64>::try_from(&rows).unwrap(), [1, 3, 5]);
     let truth = model.tower.encode_image(&pixels.index_select(0, &rows), 4);
-    let told = |truly| loss::told(&model, &batch.layout, &pixels, truly);
-    assert!(told(true).allclose(&truth, 1e-4, 1e-5, false));
-    assert!(!told(false).allclose(&truth, 1e-1, 1e-1, false) && !told(false).requires_grad());
+    let embeddings = |source| condition_embeddings(&model, &batch.layout, &pixels, source);
+    let predicted = embeddings(ConditionSource::Llm);
+    assert!(embeddings(ConditionSource::Tower).allclose(&truth, 1e-4, 1e-5, false));
+    assert!(!predicted.allclose(&truth, 1e-1, 1e-1, false) && !predicted.requires_grad());
 }
 
 #[test]
@@ -222,18 +235,17 @@ fn losses_of_documents_fall_with_pictures_and_without() {
 /// Whatever the processor has instructions for.
 #[test]
 fn losses_in_bfloat16_are_those_in_float32() {
-    let samples: Arc<dyn Samples> = Arc::new(Toy);
+    let samples: Arc<dyn SampleSource> = Arc::new(Toy);
     let captions = |_: &Model| captions(false);
     let denoise = |_: &Model| Denoise {
-        samples: Arc::clone(&samples),
+        source: Arc::clone(&samples),
         batch: 2,
-        noise: Noise { draws: 2, dropped_share: 0.5, seed: 5 },
+        noise: NoiseSampler { draws: 2, condition_dropout: 0.5, seed: 5 },
     };
-    let naming = |model: &Model| Naming::new(Arc::clone(&samples), 6, model);
+    let naming = |model: &Model| Naming::new(NAMING, Arc::clone(&samples), model);
     agree("elements", "decoder.lm.", captions);
     agree("naming", "visual.", naming);
-    let autoencode =
-        |_: &Model| Autoencode { samples: Arc::clone(&samples), batch: 2, divergence_weight: 1e-4, seed: 5 };
+    let autoencode = |_: &Model| Autoencode { config: AUTOENCODE, source: Arc::clone(&samples), seed: 5 };
     agree("unet", "unet.", denoise);
     agree("vae", "vae.", autoencode);
 }
@@ -255,10 +267,10 @@ fn agree<O: Objective>(name: &str, train_prefix: &str, objective: impl Fn(&Model
 fn a_narrow_stage_begins_with_wide_weights() {
     let (folder, wide) = (tempfile::tempdir().unwrap(), weights(&model(), "visual."));
     let narrow = model().computing_in(Kind::BFloat16).unwrap();
-    let naming = Naming::new(Arc::new(Toy), 6, &narrow);
+    let naming = Naming::new(NAMING, Arc::new(Toy), &narrow);
     let run = Run { deadline: Some(Instant::now()), ..run(folder.path()) };
     let stage = stage("naming", 9, "visual.", "average_decay = 0.9");
-    assert_eq!(train(&stage, &narrow, &naming, &run).unwrap(), Ended::Stopped);
+    assert_eq!(train(&stage, &narrow, &naming, &run).unwrap(), StageOutcome::Interrupted);
     let next = model();
     for (_, mut value) in next.variables() {
         let _ = tch::no_grad(|| value.zero_());
@@ -272,7 +284,7 @@ fn a_stage_is_trained_by_one_process_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let held = lock(&folder.path().join("naming")).unwrap();
     let model = model();
-    let naming = Naming::new(Arc::new(Toy), 6, &model);
+    let naming = Naming::new(NAMING, Arc::new(Toy), &model);
     let once = || train(&stage("naming", 1, "visual.", ""), &model, &naming, &run(folder.path()));
     let error = once().unwrap_err().to_string();
     assert!(error.contains("another process") && error.contains("naming"), "{error}");
@@ -282,20 +294,24 @@ fn a_stage_is_trained_by_one_process_at_a_time() {
 
 #[test]
 fn a_resumed_run_has_the_same_losses_bit_for_bit() {
-    let samples: Arc<dyn Samples> = Arc::new(Toy);
+    let samples: Arc<dyn SampleSource> = Arc::new(Toy);
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let stage = averaged("unet", 45);
-    let denoise = Denoise { samples, batch: 2, noise: Noise { draws: 1, dropped_share: 0.5, seed: 5 } };
+    let denoise = Denoise {
+        source: samples,
+        batch: 2,
+        noise: NoiseSampler { draws: 1, condition_dropout: 0.5, seed: 5 },
+    };
     let straight = model();
     train(&stage, &straight, &denoise, &run(folders[0].path())).unwrap();
 
     // A signal in the 20th step; the model that goes on is a new one.
     let first = run(folders[1].path());
     let interrupted = Interrupted { objective: denoise, step: 19, shutdown: first.shutdown.clone() };
-    assert_eq!(train(&stage, &model(), &interrupted, &first).unwrap(), Ended::Stopped);
+    assert_eq!(train(&stage, &model(), &interrupted, &first).unwrap(), StageOutcome::Interrupted);
     let denoise = interrupted.objective;
     let second = model();
-    assert_eq!(train(&stage, &second, &denoise, &run(folders[1].path())).unwrap(), Ended::Finished);
+    assert_eq!(train(&stage, &second, &denoise, &run(folders[1].path())).unwrap(), StageOutcome::Finished);
 
     assert_eq!(losses(folders[0].path(), "unet"), losses(folders[1].path(), "unet"));
     for (one, other) in weights(&straight, "unet.").iter().zip(weights(&second, "unet.")) {

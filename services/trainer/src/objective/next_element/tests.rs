@@ -7,17 +7,16 @@ use emu2_nn::{
     golden::{self, Golden, assert_close},
 };
 use serde_json::Value;
-use tch::{IndexOp, nn::VarStore};
+use tch::{Device, IndexOp, Kind, nn::VarStore};
 
 use super::*;
 use crate::{
     layout::Predictions,
-    model::nano,
     optimizer::{AdamW, OptimizerConfig},
 };
 
 /// The golden losses'.
-const REGRESSION: Regression = Regression { weight: 1.0, fed_back: FedBack::Truth };
+const REGRESSION: Regression = Regression { weight: 1.0, input: EmbeddingInput::TeacherForcing };
 
 /// The golden base model, trainable.
 fn golden_model() -> (EvaVit, Llama, BTreeMap<String, Tensor>) {
@@ -86,7 +85,7 @@ fn losses_and_gradients_are_the_official_ones() {
         if case == "frozen_vision" {
             freeze_tower(&variables);
         }
-        let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
+        let loss = next_element_loss((&tower, &llm), &layout, &pixels, REGRESSION);
         let want = &numbers["lm"][case];
         let parts: BTreeMap<_, _> =
             loss.parts.iter().map(|(name, value)| (*name, value.double_value(&[]))).collect();
@@ -117,7 +116,7 @@ fn the_tower_is_trained_step_after_step() {
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
     let bias = &variables["visual.blocks.0.attn.q_bias"];
     let gradients = [(); 2].map(|()| {
-        next_element((&tower, &llm), &layout, &pixels, REGRESSION).total.backward();
+        next_element_loss((&tower, &llm), &layout, &pixels, REGRESSION).total.backward();
         let gradient = bias.grad().copy();
         let _ = bias.grad().zero_();
         gradient
@@ -146,7 +145,7 @@ fn steps_of_the_optimizer_are_torchs() {
     };
     let mut optimizer = AdamW::new(config.clone(), trained.collect());
     for (step, want) in want["trajectory"].as_array().unwrap().iter().enumerate() {
-        let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
+        let loss = next_element_loss((&tower, &llm), &layout, &pixels, REGRESSION);
         let total = loss.total.double_value(&[]);
         assert_relative(&format!("step {step}"), total, number(&want["ce"]) + number(&want["mse"]), 1e-4);
         loss.total.backward();
@@ -167,63 +166,34 @@ fn what_is_not_learned_gives_no_gradient() {
     let (tower, llm, variables) = golden_model();
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
     let names = |loss: &Loss| loss.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>();
-    let loss = next_element((&tower, &llm), &layout, &pixels, Regression { weight: 0.0, ..REGRESSION });
+    let loss = next_element_loss((&tower, &llm), &layout, &pixels, Regression { weight: 0.0, ..REGRESSION });
     assert_eq!(names(&loss), ["token_accuracy", "cross_entropy"]);
     loss.total.backward();
     assert!(!variables["project_down.weight"].grad().defined());
 
     let (tower, llm, variables) = golden_model();
     let layout = Layout { text: Predictions::default(), ..layout };
-    let loss = next_element((&tower, &llm), &layout, &pixels, REGRESSION);
+    let loss = next_element_loss((&tower, &llm), &layout, &pixels, REGRESSION);
     assert_eq!(names(&loss), ["mean_squared_error"]);
     loss.total.backward();
     assert!(!variables["decoder.lm.lm_head.weight"].grad().defined());
 }
 
-/// Every picture of the golden batch is learned, so a model that is blind to what it has painted, or sees its own
-/// predictions of it, reads none of them.
+/// Every image of the golden batch is learned, so without teacher forcing the model reads none of the tower's
+/// embeddings.
 #[test]
-fn what_is_not_fed_back_is_not_read() {
+fn only_teacher_forcing_reads_the_images_to_predict() {
     let (layout, pixels) = golden_batch(&golden::file("train.safetensors"));
-    let fed = |fed_back| {
+    let fed = |input| {
         let (tower, llm, variables) = golden_model();
-        let loss = next_element((&tower, &llm), &layout, &pixels, Regression { fed_back, ..REGRESSION });
+        let loss = next_element_loss((&tower, &llm), &layout, &pixels, Regression { input, ..REGRESSION });
         loss.total.backward();
         let gradient = variables["visual.patch_embed.proj.weight"].grad().norm().double_value(&[]);
         (loss.total.double_value(&[]), gradient)
     };
-    let [truth, nothing, predicted] = [FedBack::Truth, FedBack::Nothing, FedBack::Predicted].map(fed);
-    assert!(truth.1 > 0.0);
-    assert_eq!((nothing.1, predicted.1), (0.0, 0.0));
-    assert!(truth.0 != nothing.0 && nothing.0 != predicted.0 && predicted.0 != truth.0);
-}
-
-#[test]
-fn boxes_count_where_something_is_named() {
-    let _no_grad = tch::no_grad_guard();
-    let model = Model::new(&nano(), 0, Device::Cpu).unwrap();
-    let queries = i64::from(model.n_query());
-    let float = (Kind::Float, Device::Cpu);
-    // Of zeros: every box is predicted as 0, 0, 0, 0.
-    let head = |classes: i64| Linear {
-        weight: Tensor::zeros([classes, model.tower.config.width], float),
-        bias: Some(Tensor::zeros([classes], float)),
-    };
-    let heads = NamingHeads { names: head(3), boxes: head(4), background: head(2), count: head(2) };
-    let pixels = Tensor::zeros([2, 3, 64, 64], float);
-    let zeros = |count| Tensor::zeros([count], (Kind::Int64, Device::Cpu));
-    let error = |named: &[i64]| {
-        let boxes = Tensor::full([2 * queries, 4], 9.0, float);
-        let covered = Tensor::zeros([2 * queries], (Kind::Bool, Device::Cpu));
-        for &query in named {
-            boxes.get(query).copy_(&Tensor::from_slice(&[0.0_f32, 0.2, 0.4, 0.2]));
-            let _ = covered.get(query).fill_(1);
-        }
-        let truth =
-            Named { names: zeros(2 * queries), boxes, covered, backgrounds: zeros(2), counts: zeros(2) };
-        let parts = naming(&model, &heads, &pixels, &truth).parts;
-        parts.iter().find(|(name, _)| *name == "box_error").unwrap().1.double_value(&[])
-    };
-    assert!((error(&[0, 5, 17]) - 0.2).abs() < 1e-6, "{}", error(&[0, 5, 17]));
-    assert_eq!(error(&[]), 0.0);
+    let inputs = [EmbeddingInput::TeacherForcing, EmbeddingInput::Blind, EmbeddingInput::ScheduledSampling];
+    let [teacher, blind, sampled] = inputs.map(fed);
+    assert!(teacher.1 > 0.0);
+    assert_eq!((blind.1, sampled.1), (0.0, 0.0));
+    assert!(teacher.0 != blind.0 && blind.0 != sampled.0 && sampled.0 != teacher.0);
 }
