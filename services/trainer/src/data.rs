@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`concept`] | the things, by name |
 //! | [`atlas`], [`drawings`] | how each looks, in every style |
+//! | [`background`] | the colours that scenes stand on |
 //! | [`scene`] | what is where on which background, and its pixels |
 //! | [`compose`], [`held_out`] | scenes at random; what training never shows |
 //! | [`world`] | all of that opened, and the random numbers of each sample |
@@ -18,6 +19,7 @@
 //! | [`loader`] | worker threads that make batches ahead |
 
 pub mod atlas;
+pub mod background;
 pub mod compose;
 pub mod concept;
 pub mod describe;
@@ -36,14 +38,15 @@ pub mod vocabulary;
 pub mod world;
 
 pub use atlas::{Atlas, Style};
+pub use background::Background;
 pub use compose::{Composer, Novelty};
 pub use concept::Concept;
 pub use document::{Document, Piece, Task};
 pub use drawings::Drawings;
 pub use loader::Loader;
 pub use picture::{Picture, SIDE};
-pub use scene::{Background, Bounds, Layout, Place, Relation, Scene, Thing};
+pub use scene::{Bounds, Layout, Place, Relation, Scene, Thing};
 pub use sequence::{PictureSlot, Queries, Sequence};
 pub use tasks::Ability;
 pub use vocabulary::Vocabulary;
-pub use world::{Labels, Split, World};
+pub use world::{Split, World};

@@ -2,11 +2,13 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`context`] | what cases are made and judged with |
 //! | [`case`] | one question: the request, and what the answer is worth |
 //! | [`record`] | answers as JSON lines, from which an evaluation goes on where it ended |
 //! | [`report`] | the table, with intervals, baselines and bars |
 
 pub mod case;
+pub mod context;
 pub mod record;
 pub mod report;
 
@@ -29,7 +31,8 @@ use crate::{
     judge::Judge,
     model,
 };
-use case::{Case, Column, Painting};
+use case::{Case, Column};
+use context::{EvalContext, ImageSettings};
 use record::{Record, Records};
 
 /// A judge that is right about fewer real scenes is not used.
@@ -83,15 +86,6 @@ pub struct Eval {
     pub only: Option<String>,
 }
 
-/// Everything that cases are made and judged with.
-struct Bench {
-    world: World,
-    judge: Judge,
-    text_model: String,
-    image_model: String,
-    painting: Painting,
-}
-
 pub async fn eval(args: Eval) -> Result<()> {
     let timeout = args.connection.timeout.or(Some(TIMEOUT_S));
     if let Some(addr) = args.addr.clone() {
@@ -116,14 +110,14 @@ async fn ask_all(args: &Eval, router: RouterArgs) -> Result<()> {
     let concepts = args.concepts.map_or_else(|| model::concept_count(&model::nano()), Ok)?;
     let world = World::open(&args.drawings, concepts, args.seed, true)?;
     let styles = [Style::Noto, Style::Fluent, Style::Twemoji];
-    let bench = Bench {
+    let context = EvalContext {
         judge: Judge::new(world.drawings(), concepts, &styles),
         world,
         text_model: client.pick(None, v1::Capability::Text).await?,
         image_model: client.pick(None, v1::Capability::Image).await?,
-        painting: Painting { steps: args.steps, guidance_scale: args.guidance_scale },
+        image_settings: ImageSettings { steps: args.steps, guidance_scale: args.guidance_scale },
     };
-    let judge_scores = judge_scores(&bench);
+    let judge_scores = judge_scores(&context);
     ensure!(
         judge_scores.iter().all(|(_, score)| *score >= JUDGE_SCORE_MIN),
         "the judge is right about {judge_scores:?} of real scenes, needs {JUDGE_SCORE_MIN}"
@@ -135,7 +129,7 @@ async fn ask_all(args: &Eval, router: RouterArgs) -> Result<()> {
         indicatif::ProgressStyle::with_template("{wide_bar} {pos}/{len} {eta}")
             .context("the bar's template is right")?,
     );
-    let answers = stream::iter(open).map(|case| answer(&bench, client.clone(), case));
+    let answers = stream::iter(open).map(|case| answer(&context, client.clone(), case));
     let mut answers = answers.buffer_unordered(args.concurrency.max(1));
     while let Some(record) = answers.try_next().await? {
         records.add(record)?;
@@ -175,9 +169,9 @@ fn cases(args: &Eval) -> impl Iterator<Item = Case> + '_ {
     })
 }
 
-async fn answer(bench: &Bench, mut client: Client, case: Case) -> Result<Record> {
-    let document = case.document(&bench.world);
-    let request = case.request(bench, &document)?;
+async fn answer(context: &EvalContext, mut client: Client, case: Case) -> Result<Record> {
+    let document = case.document(&context.world);
+    let request = case.request(context, &document)?;
     let events = client.generate(request).await.with_context(|| format!("{case:?}"))?;
     let (text, picture) = whole(events.map_err(explain)).await.with_context(|| format!("{case:?}"))?;
     let picture = match picture {
@@ -187,7 +181,7 @@ async fn answer(bench: &Bench, mut client: Client, case: Case) -> Result<Record>
         None => None,
     };
     let scores = match &picture {
-        Some(picture) => case.painted(&document, &bench.judge.look(&scaled(picture))),
+        Some(picture) => case.painted(&document, &context.judge.look(&scaled(picture))),
         None => case.told(&document, &text),
     };
     Ok(Record { case, text: picture.is_none().then_some(text), scores })
@@ -219,13 +213,13 @@ fn scaled(picture: &RgbImage) -> RgbImage {
 }
 
 /// Shares of real scenes whose thing, count and background the judge finds.
-fn judge_scores(bench: &Bench) -> [(&'static str, f64); 3] {
+fn judge_scores(context: &EvalContext) -> [(&'static str, f64); 3] {
     let mut right = [("object", 0.0), ("count", 0.0), ("background", 0.0)];
     for index in 0..JUDGED_SCENES {
-        let mut rng = bench.world.random(Split::Test, "judged", index);
-        let composer = bench.world.composer(Split::Test);
+        let mut rng = context.world.random(Split::Test, "judged", index);
+        let composer = context.world.composer(Split::Test);
         let scene = if index % 2 == 0 { composer.single(&mut rng) } else { composer.spread(&mut rng) };
-        let verdict = bench.judge.look(&rgb(&bench.world.picture(&scene)));
+        let verdict = context.judge.look(&rgb(&context.world.picture(&scene)));
         let (concept, count) = scene.counts()[0];
         let found = [
             verdict.concept() == Some(concept),

@@ -12,7 +12,7 @@ use image::{RgbaImage, imageops};
 use resvg::{tiny_skia, usvg};
 use serde::Deserialize;
 
-use super::{Concept, concept::CONCEPTS_MAX};
+use crate::data::concept::{CONCEPTS_MAX, Concept};
 
 /// Pixels of a drawing's longer side as kept on disk; no scene draws larger.
 pub const DRAWING_SIDE: u32 = 96;

@@ -3,8 +3,14 @@
 use rand::{Rng, seq::IndexedRandom, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{
-    Background, Bounds, Concept, Drawings, Layout, Place, Relation, SIDE, Scene, Style, Thing, held_out,
+use crate::data::{
+    atlas::Style,
+    background::Background,
+    concept::Concept,
+    drawings::Drawings,
+    held_out,
+    picture::SIDE,
+    scene::{Bounds, Layout, Place, Relation, Scene, Thing},
 };
 
 /// Which compositions a scene may have.

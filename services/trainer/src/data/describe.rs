@@ -1,6 +1,6 @@
 //! Scenes in words.
 
-use super::{Bounds, Layout, Place, Scene};
+use crate::data::scene::{Bounds, Layout, Place, Scene};
 
 /// Coordinates in text reach from 0 to this.
 const COORDINATE_MAX: f32 = 224.0;

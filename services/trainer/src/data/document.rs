@@ -2,7 +2,10 @@
 
 use serde::Deserialize;
 
-use super::{Bounds, Picture, Scene};
+use crate::data::{
+    picture::Picture,
+    scene::{Bounds, Scene},
+};
 
 /// What a document teaches; each has its own weight in a mixture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
@@ -35,6 +38,50 @@ pub enum Task {
     Editing,
     /// Frames of one moving thing, and the motion in words.
     Clip,
+}
+
+impl Task {
+    pub const ALL: [Self; 14] = [
+        Self::Caption,
+        Self::Question,
+        Self::Relation,
+        Self::Interview,
+        Self::Grounding,
+        Self::Names,
+        Self::NamesInWords,
+        Self::Tuples,
+        Self::Circle,
+        Self::TextToImage,
+        Self::Subject,
+        Self::BoxToImage,
+        Self::Editing,
+        Self::Clip,
+    ];
+
+    /// In logs; also names the random numbers that its documents draw.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Caption => "caption",
+            Self::Question => "question",
+            Self::Relation => "relation",
+            Self::Interview => "interview",
+            Self::Grounding => "grounding",
+            Self::Names => "names",
+            Self::NamesInWords => "names in words",
+            Self::Tuples => "tuples",
+            Self::Circle => "circle",
+            Self::TextToImage => "text to image",
+            Self::Subject => "subject",
+            Self::BoxToImage => "box to image",
+            Self::Editing => "editing",
+            Self::Clip => "clip",
+        }
+    }
+
+    /// Whether every document ends with a picture to paint.
+    pub fn paints(self) -> bool {
+        matches!(self, Self::TextToImage | Self::Subject | Self::BoxToImage | Self::Editing)
+    }
 }
 
 /// In order. It begins with `<s>`, which is not among the pieces. The last piece is the answer to those before it.

@@ -4,7 +4,11 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::{Atlas, Background, Concept, Style};
+use crate::data::{
+    atlas::{Atlas, Style},
+    background::Background,
+    concept::Concept,
+};
 
 /// A pixel is told from a background if some channel differs by this much, of 255.
 const DISTANCE_MIN: u8 = 48;

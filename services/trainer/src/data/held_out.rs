@@ -1,7 +1,7 @@
 //! What training never shows, so that it can be asked for: a tenth of the pairs of things, a tenth of how many of
 //! which thing, and a whole style. By names alone, so that it is the same for every seed and number of concepts.
 
-use super::{Concept, Scene, Style};
+use crate::data::{atlas::Style, concept::Concept, scene::Scene};
 
 /// One in so many.
 const ONE_IN: u64 = 10;

@@ -4,7 +4,10 @@ use emu2_encoder::preprocess::{decode::Rgb, resize};
 use emu2_proto::v1;
 use emu2_router::drawing;
 
-use super::{Bounds, Picture, SIDE};
+use crate::data::{
+    picture::{Picture, SIDE},
+    scene::Bounds,
+};
 
 /// White outline on black.
 pub fn picture(bounds: Bounds) -> Picture {

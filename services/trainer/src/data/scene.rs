@@ -1,62 +1,12 @@
 //! A scene: what is where on which background; and its pixels.
 
-use super::{Concept, Drawings, Picture, SIDE, Style, atlas::Sprite};
-
-/// Named colours of backgrounds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Background {
-    Red,
-    Yellow,
-    Green,
-    Blue,
-    Purple,
-    Pink,
-    White,
-    Black,
-}
-
-impl Background {
-    pub const ALL: [Self; 8] = [
-        Self::Red,
-        Self::Yellow,
-        Self::Green,
-        Self::Blue,
-        Self::Purple,
-        Self::Pink,
-        Self::White,
-        Self::Black,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Red => "red",
-            Self::Yellow => "yellow",
-            Self::Green => "green",
-            Self::Blue => "blue",
-            Self::Purple => "purple",
-            Self::Pink => "pink",
-            Self::White => "white",
-            Self::Black => "black",
-        }
-    }
-
-    pub fn index(self) -> usize {
-        self as usize
-    }
-
-    pub fn rgb(self) -> [u8; 3] {
-        match self {
-            Self::Red => [190, 40, 50],
-            Self::Yellow => [245, 225, 120],
-            Self::Green => [60, 150, 85],
-            Self::Blue => [60, 110, 200],
-            Self::Purple => [125, 70, 165],
-            Self::Pink => [250, 185, 210],
-            Self::White => [245, 245, 245],
-            Self::Black => [25, 25, 30],
-        }
-    }
-}
+use crate::data::{
+    atlas::{Sprite, Style},
+    background::Background,
+    concept::Concept,
+    drawings::Drawings,
+    picture::{Picture, SIDE},
+};
 
 /// Where in the picture something is, by the centre of its bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

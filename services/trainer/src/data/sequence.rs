@@ -3,7 +3,11 @@
 
 use emu2_llm::tokenizer::{Special, Tokenizer};
 
-use super::{Document, Picture, Piece, outline};
+use crate::data::{
+    document::{Document, Piece},
+    outline,
+    picture::Picture,
+};
 
 const IMG: &str = "[IMG]";
 const IMG_END: &str = "[/IMG]";

@@ -10,7 +10,12 @@ use emu2_llm::tokenizer::Tokenizer as Published;
 use prost::Message;
 use serde_json::{Value, json};
 
-use super::{Concept, Piece, Split, Task, World, tasks::episodes::NAMES};
+use crate::data::{
+    concept::Concept,
+    document::{Piece, Task},
+    tasks::episodes::NAMES,
+    world::{Split, World},
+};
 
 /// Stands for a space inside pieces.
 const SPACE: char = '\u{2581}';

@@ -6,7 +6,14 @@ use anyhow::{Result, ensure};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Background, Composer, Concept, Drawings, Novelty, Picture, Scene, Style, concept::CONCEPTS_MAX};
+use crate::data::{
+    atlas::Style,
+    compose::{Composer, Novelty},
+    concept::CONCEPTS_MAX,
+    drawings::Drawings,
+    picture::Picture,
+    scene::Scene,
+};
 
 /// Which samples; those of different splits never draw the same random numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,14 +30,6 @@ pub struct World {
     drawings: Drawings,
     concepts: u16,
     seed: u64,
-}
-
-/// What is in a scene, for learning to name it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Labels {
-    /// Each concept once, and how often it is there (1 to 4).
-    pub counts: Vec<(Concept, u32)>,
-    pub background: Background,
 }
 
 impl World {
@@ -83,11 +82,5 @@ impl World {
         hasher.update(&self.seed.to_le_bytes()).update(&index.to_le_bytes()).update(&[split as u8]);
         hasher.update(stream.as_bytes());
         ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
-    }
-}
-
-impl Scene {
-    pub fn labels(&self) -> Labels {
-        Labels { counts: self.counts(), background: self.background }
     }
 }

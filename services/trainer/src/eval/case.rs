@@ -7,7 +7,7 @@ use emu2_proto::v1::{self, part::Kind};
 use image::ImageFormat;
 use serde::{Deserialize, Serialize};
 
-use super::Bench;
+use super::context::EvalContext;
 use crate::{
     data::{Ability, Bounds, Document, Picture, Piece, SIDE, Scene, Split, World, describe},
     documents::rgb,
@@ -56,13 +56,6 @@ pub struct Case {
     pub index: u64,
 }
 
-/// How pictures are painted.
-#[derive(Debug, Clone, Copy)]
-pub struct Painting {
-    pub steps: u32,
-    pub guidance_scale: f32,
-}
-
 /// From 0 to 1 each, by name.
 pub type Scores = BTreeMap<String, f64>;
 
@@ -72,10 +65,10 @@ impl Case {
         world.case(self.column.split(), self.ability, self.index)
     }
 
-    pub(super) fn request(&self, bench: &Bench, document: &Document) -> Result<v1::GenerateRequest> {
+    pub(super) fn request(&self, context: &EvalContext, document: &Document) -> Result<v1::GenerateRequest> {
         let (_, given) = document.pieces.split_last().context("a document has pieces")?;
         let other = (self.column == Column::Shuffled)
-            .then(|| Case { index: self.index + 1, ..*self }.document(&bench.world));
+            .then(|| Case { index: self.index + 1, ..*self }.document(&context.world));
         let mut others = other.iter().flat_map(|other| &other.pieces).filter(|piece| pictured(piece)).cycle();
         let mut parts = Vec::new();
         for piece in given {
@@ -87,8 +80,8 @@ impl Case {
         }
         let output = if self.ability.painted() {
             v1::generate_request::Output::Image(v1::ImageOutput {
-                steps: Some(bench.painting.steps),
-                guidance_scale: Some(bench.painting.guidance_scale),
+                steps: Some(context.image_settings.steps),
+                guidance_scale: Some(context.image_settings.guidance_scale),
                 ..Default::default()
             })
         } else {
@@ -99,7 +92,7 @@ impl Case {
                 ..Default::default()
             })
         };
-        let model = if self.ability.painted() { &bench.image_model } else { &bench.text_model };
+        let model = if self.ability.painted() { &context.image_model } else { &context.text_model };
         Ok(v1::GenerateRequest {
             model: model.clone(),
             input: Some(v1::generate_request::Input::Prompt(v1::Prompt { parts })),

@@ -2,11 +2,16 @@
 
 use rand::Rng;
 
-use super::{
-    Draw, clips, document, episodes, painting,
-    telling::{self, Asked},
+use crate::data::{
+    document::{Document, Task},
+    tasks::{
+        clips,
+        draw::{Draw, document},
+        episodes, painting,
+        telling::{self, Asked},
+    },
+    world::{Split, World},
 };
-use crate::data::{Document, Split, Task, World};
 
 /// Demonstrations of each name that are tried.
 pub const SHOTS: [u32; 5] = [0, 1, 2, 4, 8];

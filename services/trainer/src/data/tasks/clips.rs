@@ -5,8 +5,12 @@ use rand::{
     seq::{IndexedRandom, SliceRandom},
 };
 
-use super::{Draw, document};
-use crate::data::{Bounds, Document, Piece, Place, SIDE, Scene, Task};
+use crate::data::{
+    document::{Document, Piece, Task},
+    picture::SIDE,
+    scene::{Bounds, Place, Scene},
+    tasks::draw::{Draw, document},
+};
 
 /// Frames of a clip, as upstream samples.
 pub const FRAMES: usize = 8;

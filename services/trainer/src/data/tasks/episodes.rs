@@ -5,8 +5,13 @@ use rand::{
     seq::{IndexedRandom, SliceRandom},
 };
 
-use super::{Draw, document};
-use crate::data::{Concept, Document, Layout, Piece, Scene, Task, describe};
+use crate::data::{
+    concept::Concept,
+    describe,
+    document::{Document, Piece, Task},
+    scene::{Layout, Scene},
+    tasks::draw::{Draw, document},
+};
 
 /// Words that mean nothing until an episode says what.
 pub const NAMES: [&str; 32] = [

@@ -2,8 +2,16 @@
 
 use rand::{Rng, seq::IndexedRandom};
 
-use super::{Draw, document};
-use crate::data::{Composer, Document, Layout, Piece, Place, Scene, Split, Style, Task, describe, held_out};
+use crate::data::{
+    atlas::Style,
+    compose::Composer,
+    describe,
+    document::{Document, Piece, Task},
+    held_out,
+    scene::{Layout, Place, Scene},
+    tasks::draw::{Draw, document},
+    world::Split,
+};
 
 /// Share of pictures that are told by nothing: what guidance is measured from.
 const UNTOLD: f64 = 0.05;

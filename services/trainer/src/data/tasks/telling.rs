@@ -6,8 +6,12 @@ use rand::{
     seq::{IndexedRandom, SliceRandom},
 };
 
-use super::{Draw, document};
-use crate::data::{Document, Layout, Piece, Place, Scene, Task, Thing, describe};
+use crate::data::{
+    describe,
+    document::{Document, Piece, Task},
+    scene::{Layout, Place, Scene, Thing},
+    tasks::draw::{Draw, document},
+};
 
 /// Upstream's wording.
 const DESCRIBE: &str = "Describe the image in details:";

@@ -6,7 +6,7 @@ use emu2_llm::prompt::{Input, Output, Part, PromptConfig, build};
 use emu2_llm::tokenizer::Special;
 
 use super::*;
-use crate::data::{Queries, Sequence, held_out, tests::WORLD, vocabulary::tests::TOKENIZER};
+use crate::data::{Piece, Queries, Sequence, held_out, tests::WORLD, vocabulary::tests::TOKENIZER};
 
 const QUERIES: Queries = Queries { n_query: 4, v_query: 2 };
 const CONFIG: PromptConfig = PromptConfig { n_query: 4, v_query: 2, max_positions: 2_048 };
