@@ -33,11 +33,11 @@ CHART_TOOLS := $(TOOLS)/chart-$(shell sha256sum deploy/tools/requirements.txt | 
 MODEL_DIR ?=
 
 demo: libtorch
-	cargo build --package emu2-cli
+	cargo build --package emu2-cli --package emu2-local
 	$(BIN)/emu2 demo --out out/demo $(if $(MODEL_DIR),--model-dir $(MODEL_DIR) --photos "$$(python3 deploy/fetch/photo.py)")
 
 up: libtorch
-	cargo build --package emu2-cli
+	cargo build --package emu2-cli --package emu2-local
 	$(BIN)/emu2 up $(if $(MODEL_DIR),--model-dir $(MODEL_DIR))
 
 local: build redis

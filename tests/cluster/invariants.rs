@@ -37,8 +37,8 @@ fn dependencies(package: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_router_builds_without_libtorch() {
-    for package in ["emu2-proto", "emu2-serve", "emu2-router"] {
+fn the_router_and_the_client_build_without_libtorch() {
+    for package in ["emu2-proto", "emu2-serve", "emu2-router", "emu2-sheet", "emu2-client", "emu2-cli"] {
         let needs = dependencies(package);
         assert!(!needs.contains("tch") && !needs.contains("torch-sys"), "{package} depends on tch");
     }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use emu2_client::Client;
+use emu2_client::{
+    Client, follow,
+    parts::{image_part, text},
+};
 use emu2_proto::v1::{
     self, Capability, Role,
     generate_request::{Input, Output},
@@ -14,13 +17,13 @@ use emu2_proto::v1::{
 
 use crate::{
     args::{Ask, Chat, TextArgs},
-    parts,
-    show::{follow, timings},
+    parts::from_words,
 };
 
-pub async fn ask(args: Ask) -> Result<()> {
-    let prompt = v1::Prompt { parts: parts::from_words(&args.parts)? };
-    let mut client = Client::connect(&args.target.server).await?;
+/// Asks for a text and prints it.
+pub(crate) async fn ask(args: Ask) -> Result<()> {
+    let prompt = v1::Prompt { parts: from_words(&args.parts)? };
+    let mut client = Client::connect(&args.target.router).await?;
     let model = client.pick(args.target.model.as_deref(), Capability::Text).await?;
     let request = v1::GenerateRequest {
         model,
@@ -31,39 +34,37 @@ pub async fn ask(args: Ask) -> Result<()> {
     };
     let answer = follow(client.generate(request).await?, true).await?;
     println!();
-    eprintln!("{}", timings(&answer.finished));
+    eprintln!("{}", answer.timings());
     Ok(())
 }
 
-/// A dialogue on standard input. Greedy unless told, so that answers stream.
-pub async fn chat(args: Chat) -> Result<()> {
-    let mut client = Client::connect(&args.target.server).await?;
+/// Holds a dialogue on standard input. Answers are greedy unless --beams asks for more, so that they stream.
+pub(crate) async fn chat(args: Chat) -> Result<()> {
+    let mut client = Client::connect(&args.target.router).await?;
     let model = client.pick(args.target.model.as_deref(), Capability::Chat).await?;
-    let text = v1::TextOutput { num_beams: Some(args.text.beams.unwrap_or(1)), ..text_output(&args.text) };
+    let output = v1::TextOutput { num_beams: Some(args.text.beams.unwrap_or(1)), ..text_output(&args.text) };
     let mut turns: Vec<v1::Turn> = Vec::new();
     let mut attached = Vec::new();
     while let Some(line) = read_line(&model).await? {
         if let Some(path) = line.strip_prefix("/image ") {
-            match parts::image(Path::new(path.trim())) {
+            match image_part(Path::new(path.trim())) {
                 Ok(image) => attached.push(image),
                 Err(error) => eprintln!("{error:#}"),
             }
             continue;
         }
-        let mut said = std::mem::take(&mut attached);
-        said.push(parts::text(line));
-        turns.push(v1::Turn { role: Role::User.into(), parts: said });
+        let mut parts = std::mem::take(&mut attached);
+        parts.push(text(line));
+        turns.push(v1::Turn { role: Role::User.into(), parts });
         let request = v1::GenerateRequest {
             model: model.clone(),
             input: Some(Input::Chat(v1::Chat { turns: turns.clone(), system_message: args.system.clone() })),
-            output: Some(Output::Text(text)),
+            output: Some(Output::Text(output)),
             seed: args.target.seed,
             ..Default::default()
         };
         match answer(&mut client, request).await {
-            Ok(text) => {
-                turns.push(v1::Turn { role: Role::Assistant.into(), parts: vec![parts::text(text)] });
-            }
+            Ok(reply) => turns.push(v1::Turn { role: Role::Assistant.into(), parts: vec![text(reply)] }),
             // The dialogue goes on without the turn that failed.
             Err(error) => {
                 turns.pop();
@@ -80,7 +81,7 @@ async fn answer(client: &mut Client, request: v1::GenerateRequest) -> Result<Str
     Ok(answer.text)
 }
 
-/// The next line that is not empty; none at the end of input.
+/// Returns the next line that is not empty; none at the end of input.
 async fn read_line(model: &str) -> Result<Option<String>> {
     let prompt = format!("{model}> ");
     let read = move || -> std::io::Result<Option<String>> {

@@ -1,9 +1,7 @@
-//! `emu2 draw`: paints a picture.
+//! `emu2 draw`: generates an image.
 
-use std::{fs, path::Path};
-
-use anyhow::{Context, Result};
-use emu2_client::Client;
+use anyhow::Result;
+use emu2_client::{Client, follow, parts::image_part};
 use emu2_proto::v1::{
     self, Capability,
     generate_request::{Input, Output},
@@ -11,15 +9,14 @@ use emu2_proto::v1::{
 
 use crate::{
     args::{Draw, ImageArgs},
-    parts,
-    show::{Answer, follow, timings},
+    parts::{for_drawing, from_words},
 };
 
-pub async fn draw(args: Draw) -> Result<()> {
-    let words = parts::from_words(&args.parts)?;
-    let images = args.images.iter().map(|path| parts::image(path)).collect::<Result<_>>()?;
-    let prompt = v1::Prompt { parts: parts::for_drawing(words, images, &args.boxes)? };
-    let mut client = Client::connect(&args.target.server).await?;
+pub(crate) async fn draw(args: Draw) -> Result<()> {
+    let words = from_words(&args.parts)?;
+    let images = args.images.iter().map(|path| image_part(path)).collect::<Result<_>>()?;
+    let prompt = v1::Prompt { parts: for_drawing(words, images, &args.boxes)? };
+    let mut client = Client::connect(&args.target.router).await?;
     let model = client.pick(args.target.model.as_deref(), Capability::Image).await?;
     let request = v1::GenerateRequest {
         model,
@@ -29,18 +26,9 @@ pub async fn draw(args: Draw) -> Result<()> {
         ..Default::default()
     };
     let answer = follow(client.generate(request).await?, false).await?;
-    save(&answer, &args.output)?;
-    eprintln!("{} seed {}, {}", args.output.display(), answer.finished.seed, timings(&answer.finished));
+    answer.save_image(&args.output)?;
+    eprintln!("{} seed {}, {}", args.output.display(), answer.finished.seed, answer.timings());
     Ok(())
-}
-
-/// Writes the painted picture.
-pub fn save(answer: &Answer, path: &Path) -> Result<()> {
-    let image = answer.image.as_ref().context("the answer holds no picture")?;
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    }
-    fs::write(path, &image.png).with_context(|| path.display().to_string())
 }
 
 fn image_output(args: &ImageArgs) -> v1::ImageOutput {

@@ -1,20 +1,20 @@
-//! `emu2 embed`: what a cluster sees in a picture.
+//! `emu2 embed`: the visual encoder's embeddings of an image.
 
 use std::fs;
 
 use anyhow::{Context, Result};
-use emu2_client::Client;
+use emu2_client::{Client, parts::image};
 use emu2_proto::{
     array::{Array, Dtype},
-    v1::{self, Capability, part::Kind},
+    v1::{self, Capability},
 };
 use safetensors::tensor::TensorView;
 
-use crate::{args::Embed, parts};
+use crate::args::Embed;
 
-pub async fn embed(args: Embed) -> Result<()> {
-    let Some(Kind::Image(image)) = parts::image(&args.image)?.kind else { unreachable!("an image part") };
-    let mut client = Client::connect(&args.server).await?;
+pub(crate) async fn embed(args: Embed) -> Result<()> {
+    let image = image(&args.image)?;
+    let mut client = Client::connect(&args.router).await?;
     let model = client.pick(args.model.as_deref(), Capability::Embed).await?;
     let response = client
         .embed(v1::EmbedRequest { model, image: Some(image), n_query: args.n_query, ..Default::default() })

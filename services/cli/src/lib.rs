@@ -1,24 +1,40 @@
-//! The command `emu2`: the whole cluster in one process, and the client a person uses.
+//! The command `emu2`: asks a cluster through its public API, and executes `emu2-local` for everything else.
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`args`] | the command line |
-//! | [`loading`] | how far the stages of a cluster in this process are, on a terminal |
-//! | [`parts`] | command-line words → parts of a prompt |
-//! | [`show`] | events of a running request → a terminal |
-//! | [`convert`] | `emu2 convert`: published weights to what is served |
-//! | [`inspect`] | `emu2 inspect`: what a folder holds, and whether it can be served |
-//! | [`up`], [`ask`], [`draw`], [`embed`], [`models`], [`demo`] | the other commands |
+//! | `args` | the command line |
+//! | `parts` | words of the command line → parts of a prompt |
+//! | `ask`, `draw`, `embed`, `models` | the commands that ask a cluster |
+//! | `local` | executes `emu2-local`, which needs libtorch and therefore starts slowly |
 
-pub mod args;
-pub mod ask;
-pub mod convert;
-pub mod demo;
-pub mod draw;
-pub mod embed;
-pub mod inspect;
-pub mod loading;
-pub mod models;
-pub mod parts;
-pub mod show;
-pub mod up;
+#![warn(missing_docs)]
+
+use anyhow::Result;
+
+mod args;
+mod ask;
+mod draw;
+mod embed;
+mod local;
+mod models;
+mod parts;
+
+pub use args::Cli;
+use args::Command;
+
+/// Runs a command to its end; one that `emu2-local` executes does not return on Unix, unless it cannot be executed.
+///
+/// # Errors
+///
+/// The reason why the command failed, in words for a person.
+pub fn run(cli: Cli) -> Result<()> {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match cli.command {
+        Command::Up(_) | Command::Convert(_) | Command::Inspect(_) | Command::Demo(_) => local::execute(),
+        Command::Ask(args) => runtime()?.block_on(ask::ask(args)),
+        Command::Chat(args) => runtime()?.block_on(ask::chat(args)),
+        Command::Draw(args) => runtime()?.block_on(draw::draw(args)),
+        Command::Embed(args) => runtime()?.block_on(embed::embed(args)),
+        Command::Models(router) => runtime()?.block_on(models::models(router)),
+    }
+}

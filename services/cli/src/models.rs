@@ -1,10 +1,10 @@
-//! `emu2 models`: what a cluster can do.
+//! `emu2 models`: the models that a cluster serves, and its limits.
 
 use anyhow::Result;
 use emu2_client::{Client, RouterArgs};
 use emu2_proto::v1::Capability;
 
-pub async fn models(router: RouterArgs) -> Result<()> {
+pub(crate) async fn models(router: RouterArgs) -> Result<()> {
     let mut client = Client::connect(&router).await?;
     for model in client.models().await? {
         let can: Vec<_> = model.capabilities().map(capability_name).collect();
@@ -16,7 +16,7 @@ pub async fn models(router: RouterArgs) -> Result<()> {
         );
         println!("  positions   {}", model.max_positions);
         if model.default_height > 0 {
-            println!("  paints      {} × {} unless asked", model.default_height, model.default_width);
+            println!("  images      {} × {} unless asked", model.default_height, model.default_width);
         }
         for (stage, digest) in [
             ("encoder", &model.encoder_digest),
@@ -29,7 +29,7 @@ pub async fn models(router: RouterArgs) -> Result<()> {
         }
         if let Some(limits) = model.limits {
             println!(
-                "  limits      {} MiB a message, {} parts, {} pictures of {} megapixels, {} new tokens, {} beams",
+                "  limits      {} MiB a message, {} parts, {} images of {} megapixels, {} new tokens, {} beams",
                 limits.max_message_bytes >> 20,
                 limits.max_parts,
                 limits.max_images,

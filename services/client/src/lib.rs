@@ -4,11 +4,16 @@
 //! |---|---|
 //! | [`args`] | which cluster is called and how, as arguments of a command line |
 //! | [`client`] | the connection: requests with the caller's deadline and token, failures as a person reads them |
+//! | [`parts`] | texts and image files as parts of a prompt |
+//! | [`answer`] | the events of a request → its answer, with progress on a terminal |
 
 #![warn(missing_docs)]
 
+pub mod answer;
 pub mod args;
 pub mod client;
+pub mod parts;
 
+pub use answer::{Answer, follow};
 pub use args::{ConnectionArgs, RouterArgs};
 pub use client::{Client, explain};

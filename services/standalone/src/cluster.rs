@@ -98,7 +98,7 @@ impl Cluster {
     pub async fn start(config: ClusterConfig) -> Result<Self> {
         let router = config.router();
         // May read two visual encoders to see whether they are one.
-        let plan = tokio::task::spawn_blocking(move || Plan::of(&config.models)).await;
+        let plan = tokio::task::spawn_blocking(move || Plan::new(&config.models)).await;
         let plan = plan.context("planning the cluster panicked")??;
         let mut starting = Starting::default();
         match starting.start(plan, router).await {
@@ -191,18 +191,18 @@ impl Starting {
         mut router: emu2_router::config::Config,
     ) -> Result<(SocketAddr, Option<SocketAddr>)> {
         let mut router_models = Vec::with_capacity(plan.models.len());
-        let mut places = Vec::with_capacity(plan.services.len());
+        let mut addresses = Vec::with_capacity(plan.services.len());
         for service in plan.services {
-            places.push(self.service(service).await?);
+            addresses.push(self.service(service).await?);
         }
         for model in plan.models {
             let stages =
                 [("encoder", Some(model.encoder)), ("llm", Some(model.llm)), ("decoder", model.decoder)];
-            for (stage, place) in stages {
-                let Some((addr, admin)) = place.map(|place| places[place]) else { continue };
+            for (stage, index) in stages {
+                let Some((addr, admin)) = index.map(|index| addresses[index]) else { continue };
                 self.endpoints.push(StageEndpoint { model: model.name.clone(), stage, addr, admin });
             }
-            let endpoint = |place: usize| vec![format!("http://{}", places[place].0)];
+            let endpoint = |index: usize| vec![format!("http://{}", addresses[index].0)];
             router_models.push(ModelConfig {
                 name: model.name,
                 encoder: endpoint(model.encoder),

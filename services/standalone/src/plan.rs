@@ -33,22 +33,23 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
-    /// Returns a source that is placed as upstream places a model on several GPUs: only the llm's layers are spread, everything else is on the first device.
+    /// Returns a source that is placed as upstream places a model on several GPUs: the llm's layers are spread over all
+    /// devices, everything else is on the first.
     pub fn new(dir: PathBuf, devices: &[String]) -> Self {
         let first: Vec<_> = devices.iter().take(1).cloned().collect();
         Self { dir, name: None, encoder: first.clone(), llm: devices.to_vec(), decoder: first }
     }
 }
 
-/// Every service to start, and which of them make up each model.
+/// The services of a cluster, and which of them make up each model.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) services: Vec<Service>,
     pub(crate) models: Vec<PlannedModel>,
 }
 
-/// A model's stages as places in [`Plan::services`]; models with the same visual weights share an encoder, and names
-/// of one folder everything.
+/// A model's stages as indices into [`Plan::services`]. Models with the same visual weights share an encoder, and models
+/// of the same folder share every stage.
 #[derive(Debug)]
 pub(crate) struct PlannedModel {
     pub(crate) name: String,
@@ -66,48 +67,53 @@ pub(crate) enum Service {
 }
 
 impl Plan {
-    /// Reads every folder's names, but no weights, except to see whether two visual encoders are the same.
-    pub(crate) fn of(sources: &[ModelSource]) -> Result<Self> {
+    /// Plans a cluster of these models. Reads the names of every folder's tensors, but no weights, except to see whether
+    /// two visual encoders are the same.
+    ///
+    /// # Errors
+    ///
+    /// A folder that cannot be served, two models of one name, a device that is absent, or too little memory.
+    pub(crate) fn new(sources: &[ModelSource]) -> Result<Self> {
         let mut plan = Self::default();
-        let mut room = Room::default();
-        let mut folders: Vec<Folder> = Vec::new();
+        let mut memory = MemoryDemand::default();
+        let mut folders: Vec<ModelFolder> = Vec::new();
         for source in sources {
-            let folder = Folder::open(source)?;
-            if let Some(twin) = folders.iter().find(|known| known.name == folder.name) {
-                let (one, other) = (twin.dir.path().display(), source.dir.display());
+            let folder = ModelFolder::open(source)?;
+            if let Some(namesake) = folders.iter().find(|known| known.name == folder.name) {
+                let (one, other) = (namesake.dir.path().display(), source.dir.display());
                 bail!(
                     "two models are called `{}` ({one} and {other}): give one another name in a file of --models",
                     folder.name
                 );
             }
-            if let Some(place) = folders.iter().position(|known| known.is(&folder)) {
-                plan.models.push(PlannedModel { name: folder.name.clone(), ..plan.models[place] });
+            if let Some(index) = folders.iter().position(|known| known.is_same(&folder)) {
+                plan.models.push(PlannedModel { name: folder.name.clone(), ..plan.models[index] });
                 folders.push(folder);
                 continue;
             }
             let shared = folders.iter().position(|known| known.has_encoder_of(&folder));
             let encoder = match shared {
-                Some(place) => {
-                    let (model, with) = (&folder.name, &folders[place].name);
+                Some(index) => {
+                    let (model, with) = (&folder.name, &folders[index].name);
                     tracing::info!(model, with, "the same visual weights: one encoder serves both");
-                    plan.models[place].encoder
+                    plan.models[index].encoder
                 }
                 None => {
-                    room.take(&[(folder.encoder, folder.bytes(&[Part::Visual], folder.encoder))]);
+                    memory.add(&[(folder.encoder, folder.bytes(&[Part::Visual], folder.encoder))]);
                     plan.add(Service::encoder(source))
                 }
             };
             let kind = device::compute_kind(folder.llm[0]);
-            room.take(&emu2_llm::load::room(&folder.dir, &folder.llm, kind)?);
+            memory.add(&emu2_llm::load::room(&folder.dir, &folder.llm, kind)?);
             let llm = plan.add(Service::llm(source));
             let decoder = folder.decoder.map(|device| {
-                room.take(&[(device, folder.bytes(&[Part::Unet, Part::Vae], device))]);
+                memory.add(&[(device, folder.bytes(&[Part::Unet, Part::Vae], device))]);
                 plan.add(Service::decoder(source))
             });
             plan.models.push(PlannedModel { name: folder.name.clone(), encoder, llm, decoder });
             folders.push(folder);
         }
-        room.check()?;
+        memory.check()?;
         plan.divide_cores();
         plan.check()?;
         Ok(plan)
@@ -139,18 +145,18 @@ impl Plan {
     }
 }
 
-/// A model folder that has what serving takes.
-struct Folder {
+/// An opened model folder that has every part that serving takes, with its devices.
+struct ModelFolder {
     name: String,
     dir: Rc<ModelDir>,
     vision: VisionConfig,
     encoder: Device,
     llm: Vec<Device>,
-    /// Absent in a model that only writes.
+    /// The decoder's device; none for a model that generates only text.
     decoder: Option<Device>,
 }
 
-impl Folder {
+impl ModelFolder {
     fn open(source: &ModelSource) -> Result<Self> {
         let dir = ModelDir::open(&source.dir)?;
         for (part, name) in [(Part::Visual, "visual encoder"), (Part::Llm, "llm")] {
@@ -165,7 +171,7 @@ impl Folder {
             device::open(names).with_context(|| format!("the devices of {}", source.dir.display()))
         };
         let mut vision: VisionConfig = dir.section("vision")?;
-        // Each request's, not the encoder's.
+        // Requests choose these; they make no difference between encoders.
         (vision.n_query, vision.v_query) = (1, 1);
         Ok(Self {
             name: source.name.clone().unwrap_or_else(|| dir.name().to_owned()),
@@ -177,13 +183,13 @@ impl Folder {
         })
     }
 
-    /// Whether both are one folder in the same place, under two names.
-    fn is(&self, other: &Self) -> bool {
+    /// Returns whether both are one folder on the same devices, under two names.
+    fn is_same(&self, other: &Self) -> bool {
         self.dir.path() == other.dir.path()
             && (self.encoder, &self.llm, self.decoder) == (other.encoder, &other.llm, other.decoder)
     }
 
-    /// Whether one encoder can serve both: it computes the same for them, in the same place.
+    /// Returns whether one encoder can serve both: the same weights, on the same device.
     fn has_encoder_of(&self, other: &Self) -> bool {
         self.encoder == other.encoder
             && self.vision == other.vision
@@ -196,12 +202,12 @@ impl Folder {
     }
 }
 
-/// What all stages together take: each alone sees the others' memory as free.
+/// The memory that all stages together take on each device; each alone would see the others' as free.
 #[derive(Default)]
-struct Room(Vec<(Device, u64)>);
+struct MemoryDemand(Vec<(Device, u64)>);
 
-impl Room {
-    fn take(&mut self, needed: &[(Device, u64)]) {
+impl MemoryDemand {
+    fn add(&mut self, needed: &[(Device, u64)]) {
         self.0.extend_from_slice(needed);
     }
 

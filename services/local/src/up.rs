@@ -17,10 +17,10 @@ use emu2_standalone::{
 
 use crate::{args::Up, loading::Bars};
 
-/// What is served when nobody says what, from the root of the tree.
+/// The models that are served where none are named; relative to the root of the tree.
 const NANO: &str = "deploy/models/nano.toml";
 
-pub async fn up(args: Up) -> Result<()> {
+pub(crate) async fn up(args: Up) -> Result<()> {
     let log = TelemetryConfig {
         log: args.log.clone(),
         otlp_endpoint: args.otlp_endpoint.clone(),
@@ -70,11 +70,11 @@ async fn serve(config: ClusterConfig, bars: &Bars) -> Result<()> {
         outcome = run(&mut cluster, bars) => outcome,
         () = shutdown.begun() => Ok(()),
     };
-    // Why it ends goes before what the rest says of its end.
+    // The error that ended it comes before those of its services' ends.
     outcome.and(cluster.stop().await)
 }
 
-/// Until a service ends by itself.
+/// Waits until the cluster is ready, then until a service ends by itself.
 async fn run(cluster: &mut Cluster, bars: &Bars) -> Result<()> {
     let stages = cluster.stages.clone();
     tokio::select! {

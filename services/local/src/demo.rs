@@ -3,7 +3,10 @@
 use std::{fs, net::SocketAddr, path::Path};
 
 use anyhow::{Context, Result};
-use emu2_client::{Client, ConnectionArgs, RouterArgs};
+use emu2_client::{
+    Answer, Client, ConnectionArgs, RouterArgs, follow,
+    parts::{image_part, text},
+};
 use emu2_proto::v1::{
     self,
     generate_request::{Input, Output},
@@ -17,18 +20,13 @@ use emu2_standalone::{
     plan::ModelSource,
 };
 
-use crate::{
-    args::Demo,
-    draw::save,
-    parts,
-    show::{Answer, follow, timings},
-};
+use crate::args::Demo;
 
-/// All prompts and answers, beside the pictures.
+/// The contact sheet of all prompts and answers, in the folder of the images.
 const SHEET: &str = "sheet.png";
 
-pub async fn demo(args: Demo) -> Result<()> {
-    say_what_the_weights_are(&args.model_dir)?;
+pub(crate) async fn demo(args: Demo) -> Result<()> {
+    print_weights(&args.model_dir)?;
     let steps = demo::steps(&args.model_dir, args.photos.as_deref())?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let models = vec![ModelSource::new(args.model_dir.clone(), &args.devices)];
@@ -48,13 +46,13 @@ async fn show_around(cluster: &mut Cluster, steps: Vec<DemoStep>, args: &Demo) -
     }
 }
 
-fn say_what_the_weights_are(dir: &Path) -> Result<()> {
+fn print_weights(dir: &Path) -> Result<()> {
     let config = dir.join("config.json");
     let config = fs::read(&config).with_context(|| config.display().to_string())?;
     let config: serde_json::Value = serde_json::from_slice(&config)?;
     if config["trained"] == serde_json::Value::Bool(false) {
         println!(
-            "These weights are tiny and random: answers and pictures mean nothing, every step is the real one."
+            "These weights are tiny and random: answers and images mean nothing, every step is the real one."
         );
     } else {
         println!("Weights of {}", dir.display());
@@ -62,17 +60,17 @@ fn say_what_the_weights_are(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Every step through the public API; the pictures, and all of it on one sheet, go to the folder `--out`.
+/// Sends every prompt through the public API; the images, and a sheet of prompts and answers, go to the folder `--out`.
 async fn show(addr: SocketAddr, model: String, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
     let connection = ConnectionArgs { timeout: Some(600.0), ..ConnectionArgs::default() };
     let router = RouterArgs { addr: format!("http://{addr}"), connection };
-    let mut guide = Guide { client: Client::connect(&router).await?, model };
+    let mut asker = Asker { client: Client::connect(&router).await?, model };
     let mut rows = Vec::new();
     for (number, step) in (1..).zip(steps) {
         println!("\n{number}. {}", step.title);
         let answer = match step.answer {
-            AnswerKind::Text => guide.ask(&step).await?,
-            AnswerKind::Image => guide.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?,
+            AnswerKind::Text => asker.ask(&step).await?,
+            AnswerKind::Image => asker.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?,
         };
         let prompt = step.prompt.iter().map(tile).collect::<Result<_>>()?;
         rows.push(Row { title: format!("{number}. {}", step.title), prompt, answer: vec![answer] });
@@ -83,8 +81,8 @@ async fn show(addr: SocketAddr, model: String, steps: Vec<DemoStep>, args: &Demo
     Ok(())
 }
 
-fn tile(piece: &PromptPart) -> Result<Tile> {
-    Ok(match piece {
+fn tile(part: &PromptPart) -> Result<Tile> {
+    Ok(match part {
         PromptPart::Text(text) => Tile::Text(text.clone()),
         PromptPart::Image(path) => {
             Tile::Image(image::open(path).with_context(|| path.display().to_string())?.to_rgb8())
@@ -92,44 +90,45 @@ fn tile(piece: &PromptPart) -> Result<Tile> {
     })
 }
 
-fn part(piece: &PromptPart) -> Result<v1::Part> {
-    match piece {
-        PromptPart::Text(text) => Ok(parts::text(text)),
-        PromptPart::Image(path) => parts::image(path),
+fn request_part(part: &PromptPart) -> Result<v1::Part> {
+    match part {
+        PromptPart::Text(literal) => Ok(text(literal)),
+        PromptPart::Image(path) => image_part(path),
     }
 }
 
-struct Guide {
+/// A client of the demo's cluster.
+struct Asker {
     client: Client,
     model: String,
 }
 
-impl Guide {
+impl Asker {
     async fn ask(&mut self, step: &DemoStep) -> Result<Tile> {
         let answer = self.generate(&step.prompt, Output::Text(v1::TextOutput::default())).await?;
         println!("   answer: {:?}", answer.text);
         if let Some(right) = &step.right {
             println!("   right:  {right:?}");
         }
-        println!("   {}", timings(&answer.finished));
+        println!("   {}", answer.timings());
         Ok(Tile::Text(answer.text))
     }
 
     async fn draw(&mut self, prompt: &[PromptPart], path: &Path) -> Result<Tile> {
         let answer = self.generate(prompt, Output::Image(v1::ImageOutput::default())).await?;
-        save(&answer, path)?;
+        answer.save_image(path)?;
         println!("   {} (seed {})", path.display(), answer.finished.seed);
-        println!("   {}", timings(&answer.finished));
+        println!("   {}", answer.timings());
         tile(&PromptPart::Image(path.to_owned()))
     }
 
     async fn generate(&mut self, prompt: &[PromptPart], output: Output) -> Result<Answer> {
-        let parts = prompt.iter().map(part).collect::<Result<_>>()?;
+        let parts = prompt.iter().map(request_part).collect::<Result<_>>()?;
         let request = v1::GenerateRequest {
             model: self.model.clone(),
             input: Some(Input::Prompt(v1::Prompt { parts })),
             output: Some(output),
-            // The same demo shows the same pictures.
+            // The same demo shows the same images.
             seed: Some(7),
             ..Default::default()
         };

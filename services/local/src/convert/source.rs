@@ -15,31 +15,33 @@ use super::{
     pickle::{self, Stored},
 };
 
-/// Bytes of a piece; a multiple of every dtype's size.
+/// Bytes that are read at once; a multiple of every dtype's width.
 const PIECE_BYTES: usize = 4 << 20;
-/// Largest header of a safetensors file.
+/// Bytes that the header of a safetensors file may have.
 const MAX_HEADER_BYTES: u64 = 64 << 20;
-/// A view that does not lie in order is gathered in memory; Emu2's checkpoints have none, and its largest tensor
-/// has 860 MB.
+/// Bytes that a view which is not contiguous may have, because it is gathered in memory; Emu2's checkpoints have no such
+/// view, and their largest tensor has 860 MB.
 const MAX_GATHERED_BYTES: u64 = 4 << 30;
 
+/// A file of weights whose tensors are known, but not read.
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) path: PathBuf,
     file: Readable,
-    /// By name.
+    /// The tensors of the file by name.
     pub(super) tensors: BTreeMap<String, Tensor>,
 }
 
+/// A tensor of a file, and where its values lie.
 #[derive(Debug)]
 pub(super) struct Tensor {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    /// All its bytes, and for a view those between.
+    /// The bytes of the file that hold its values; those of a view may hold others between them.
     range: Range<u64>,
-    /// In values; None: they lie in order.
+    /// Strides in values; none for a contiguous tensor.
     strides: Option<Vec<usize>>,
-    /// Of the range.
+    /// The CRC-32 of the range, where the file has one for exactly this range.
     crc: Option<u32>,
 }
 
@@ -54,9 +56,9 @@ impl Source {
         open().with_context(|| path.display().to_string())
     }
 
-    /// Hands over the values of a tensor in order, piece by piece.
+    /// Reads the values of a tensor in row-major order; `take` receives them piece by piece, in the tensor's dtype.
     pub(super) fn read(&self, tensor: &Tensor, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let Some(strides) = &tensor.strides else { return self.read_in_order(tensor, take) };
+        let Some(strides) = &tensor.strides else { return self.read_contiguous(tensor, take) };
         let bytes = self.file.read(tensor.range.clone(), MAX_GATHERED_BYTES)?;
         let width = width(tensor.dtype).expect("it was checked when the file was opened");
         let mut piece = Vec::with_capacity(PIECE_BYTES);
@@ -81,7 +83,7 @@ impl Source {
         take(&piece)
     }
 
-    fn read_in_order(&self, tensor: &Tensor, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn read_contiguous(&self, tensor: &Tensor, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let Range { mut start, end } = tensor.range;
         let mut piece = vec![0; PIECE_BYTES.min((end - start) as usize)];
         let mut crc = crc32fast::Hasher::new();
@@ -107,7 +109,7 @@ impl Tensor {
     }
 }
 
-/// Bytes of a value; None for what no published checkpoint holds.
+/// Returns the bytes of one value; none for a dtype that no published checkpoint holds.
 pub(super) fn width(dtype: Dtype) -> Option<usize> {
     Some(match dtype {
         Dtype::F64 | Dtype::I64 => 8,
@@ -133,7 +135,7 @@ fn pickled(file: &Readable) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
-/// Checks that a tensor lies in its storage, which the file may claim anything of.
+/// Locates a tensor in its storage, after checking everything that the pickle claims of both.
 fn in_storage(stored: &Stored<'_>, entry: &Entry) -> Result<Tensor> {
     const OUTSIDE: &str = "does not lie in its storage";
     let Stored { storage, offset, shape, strides } = stored;
@@ -157,21 +159,21 @@ fn in_storage(stored: &Stored<'_>, entry: &Entry) -> Result<Tensor> {
     let end = span.and_then(|span| offset.checked_add(span)).filter(|&end| end <= storage.values);
     let end = end.context(OUTSIDE)?;
     // The sides of what is empty are bounded by nothing.
-    let in_order = count == 0 || is_in_order(shape, strides);
+    let contiguous = count == 0 || is_contiguous(shape, strides);
     let range = entry.range.start + offset * width..entry.range.start + end * width;
     // PyTorch can be told to write no checksums.
-    let crc = (in_order && range == entry.range && entry.crc != 0).then_some(entry.crc);
+    let crc = (contiguous && range == entry.range && entry.crc != 0).then_some(entry.crc);
     let strides = strides.iter().map(|&stride| stride as usize).collect();
     Ok(Tensor {
         dtype: storage.dtype,
         shape: shape.iter().map(|&side| side as usize).collect(),
         range,
-        strides: (!in_order).then_some(strides),
+        strides: (!contiguous).then_some(strides),
         crc,
     })
 }
 
-fn is_in_order(shape: &[u64], strides: &[u64]) -> bool {
+fn is_contiguous(shape: &[u64], strides: &[u64]) -> bool {
     let mut expected = 1;
     shape.iter().zip(strides).rev().all(|(&side, &stride)| {
         let fits = side == 1 || stride == expected;

@@ -20,14 +20,14 @@ const END_64: u32 = 0x0606_4b50;
 const END_64_BYTES: u64 = 56;
 const LOCATOR_64: u32 = 0x0706_4b50;
 const LOCATOR_64_BYTES: u64 = 20;
-/// Written in place of what does not fit 32 bits.
+/// The placeholder for a value that does not fit 32 bits; the value itself stands in the ZIP64 extra field.
 const ELSEWHERE: u32 = u32::MAX;
 /// Largest directory that is read: Emu2's largest shard has a hundred entries of some 100 bytes.
 const MAX_DIRECTORY_BYTES: u64 = 16 << 20;
 /// Largest pickle that is read; that of a whole Emu2 has 200 kB.
 const MAX_PICKLE_BYTES: u64 = 16 << 20;
 
-/// Where an entry lies, and the checksum of its bytes.
+/// The byte range of an entry in the file, and the CRC-32 of its bytes.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub(super) range: Range<u64>,
@@ -41,7 +41,7 @@ pub(super) struct Archive {
     storages: BTreeMap<String, Listed>,
 }
 
-/// An entry as the directory lists it.
+/// An entry as the central directory lists it.
 #[derive(Clone, Debug)]
 struct Listed {
     name: String,
@@ -86,7 +86,7 @@ impl Archive {
 }
 
 impl Listed {
-    /// Reads the header before the bytes: only it says where they start.
+    /// Finds an entry's bytes by the local header before them: only that says where they start.
     fn locate(&self, file: &Readable) -> Result<Entry> {
         let header = file.exact(self.header, LOCAL_BYTES, LOCAL_BYTES)?;
         ensure!(u32_at(&header, 0) == LOCAL, "{}: no entry where the directory says", self.name);

@@ -7,6 +7,7 @@
 //! | `archive`, `pickle` | torch.save's zip file, and its pickle, of which no code is run |
 //! | `shard` | writes one shard |
 //! | `record` | what is finished, with checksums |
+//! | `progress` | what happens, and how it is shown |
 //!
 //! Nothing is held but a piece of one tensor, so memory does not depend on the model. Each shard is written aside,
 //! synced, renamed and recorded; whatever stops a conversion, the same command goes on at the first shard that is
@@ -37,15 +38,20 @@ mod source;
 mod tests;
 
 use plan::{Input, Plan};
-use progress::Progress;
+use progress::{Event, Progress, Watch, shard_count};
 use record::Record;
 
-/// Largest shard, unless a tensor alone has more: what a published 10 GB float32 shard becomes.
+/// Bytes of the largest shard, unless a tensor alone has more: what a published 10 GB float32 shard becomes.
 const SHARD_BYTES: u64 = 5_000_000_000;
-/// For what is written beside shards, and for what a file system needs for itself, in each file and in all.
+/// Bytes that are left for what a file system needs for itself, for each file and once more for all.
 const SLACK_BYTES: u64 = 64 << 10;
 
-pub async fn convert(args: args::Convert) -> Result<()> {
+/// Converts published weights, or goes on with a conversion that was stopped.
+///
+/// # Errors
+///
+/// The source cannot be read or served, OUT holds something else, or has no room.
+pub(crate) async fn convert(args: args::Convert) -> Result<()> {
     tokio::task::spawn_blocking(move || {
         let started = Instant::now();
         let mut progress = Progress::default();
@@ -53,7 +59,7 @@ pub async fn convert(args: args::Convert) -> Result<()> {
         let done = conversion.run(&mut |event| progress.show(event))?;
         let output = conversion.output.display();
         let (shards, bytes, took) =
-            (shards(done.shards), DecimalBytes(done.bytes), HumanDuration(started.elapsed()));
+            (shard_count(done.shards), DecimalBytes(done.bytes), HumanDuration(started.elapsed()));
         let kept = match done.kept {
             0 => String::new(),
             kept => format!(", {kept} of them verified from an earlier run"),
@@ -69,21 +75,27 @@ pub async fn convert(args: args::Convert) -> Result<()> {
     .context("the conversion panicked")?
 }
 
-/// What a conversion would read and write; its files have been opened, their values not read.
+/// What a conversion would read and write. Its files were opened, but their values were not read.
 pub(crate) struct Outline {
     pub(crate) files: usize,
     pub(crate) tensors: Vec<Outlined>,
     pub(crate) written_bytes: u64,
 }
 
+/// A tensor of an outline.
 pub(crate) struct Outlined {
-    /// Behind the name of its part's folder, in a diffusers folder.
+    /// The tensor's name; in a diffusers folder, with the name of its part's folder in front.
     pub(crate) name: String,
     pub(crate) dtype: String,
     pub(crate) values: u64,
     pub(crate) bytes: u64,
 }
 
+/// Returns the outline of a conversion of a folder or file.
+///
+/// # Errors
+///
+/// It holds no weights, or weights that could not be converted.
 pub(crate) fn outline(input: &Path) -> Result<Outline> {
     let input = Input::find(input)?;
     let plan = Plan::make(&input, Path::new(""), SHARD_BYTES)?;
@@ -102,7 +114,7 @@ pub(crate) fn outline(input: &Path) -> Result<Outline> {
     Ok(Outline { files: plan.sources.len(), tensors, written_bytes })
 }
 
-/// What is to be done.
+/// A conversion that is to be done.
 #[derive(Debug)]
 struct Conversion {
     input: PathBuf,
@@ -110,32 +122,14 @@ struct Conversion {
     shard_bytes: u64,
 }
 
-/// What was done.
+/// The sums of a conversion that was done.
 #[derive(Debug, PartialEq)]
 struct Done {
     shards: usize,
-    /// Of these: found finished and sound.
+    /// How many of the shards an earlier run had finished.
     kept: usize,
     bytes: u64,
 }
-
-/// What happens, as it happens.
-#[derive(Debug)]
-enum Event<'a> {
-    Planned {
-        shards: usize,
-        bytes: u64,
-    },
-    Verifying(&'a Path),
-    /// A finished shard is not what it was.
-    Damaged(&'a Path),
-    Converting(&'a Path),
-    /// Bytes of OUT, written or verified.
-    Advanced(u64),
-    Finished,
-}
-
-type Watch<'a> = &'a mut dyn FnMut(Event<'_>);
 
 impl Conversion {
     fn run(&self, watch: Watch<'_>) -> Result<Done> {
@@ -163,7 +157,7 @@ impl Conversion {
         Ok(Done { shards: plan.shards.len(), kept, bytes })
     }
 
-    /// What is read, and the folder that is written, which is made.
+    /// Returns what is read, and the folder that is written, which is created if it does not exist.
     fn places(&self) -> Result<(Input, PathBuf)> {
         let input = Input::find(&self.input)?;
         refuse_foreign(&input)?;
@@ -174,7 +168,7 @@ impl Conversion {
         Ok((input, output))
     }
 
-    /// A full disk is not the end: says what stays and how to go on.
+    /// Adds to the error of a full disk what stays there and how to go on.
     fn explain(&self, error: anyhow::Error, finished: usize, all: usize) -> anyhow::Error {
         let full = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|error| {
             let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
@@ -186,12 +180,13 @@ impl Conversion {
         error.context(format!(
             "no space left in {}: {finished} of {} are finished and stay; make room and run the same command again",
             self.output.display(),
-            shards(all)
+            shard_count(all)
         ))
     }
 }
 
-/// Says at once what serving would say after hours. That it finds pickles, or something damaged, is not for it to say.
+/// Refuses at once a folder of another model, which serving would refuse after hours of conversion. Whether pickles are
+/// sound is not checked here.
 fn refuse_foreign(input: &Input) -> Result<()> {
     match ModelDir::open(&input.folder) {
         Err(foreign @ CheckpointError::Foreign { .. }) if input.file.is_none() => Err(foreign.into()),
@@ -199,7 +194,8 @@ fn refuse_foreign(input: &Input) -> Result<()> {
     }
 }
 
-/// Two conversions into one folder would overwrite each other's files. Held until the file is dropped.
+/// Locks a folder, because two conversions into it would overwrite each other's files. The lock is held until the file
+/// is dropped.
 fn lock(output: &Path) -> Result<File> {
     let shown = || output.display().to_string();
     let folder = File::open(output).with_context(shown)?;
@@ -212,7 +208,7 @@ fn lock(output: &Path) -> Result<File> {
     }
 }
 
-/// Which shards need not be written. What an interrupted run left half-written goes.
+/// Returns which shards are finished and sound. Removes files that an interrupted run left half-written.
 fn verify(output: &Path, plan: &Plan, record: &mut Record, watch: Watch<'_>) -> Result<Vec<bool>> {
     let mut verified = Vec::new();
     for shard in &plan.shards {
@@ -236,7 +232,7 @@ fn verify(output: &Path, plan: &Plan, record: &mut Record, watch: Watch<'_>) -> 
     Ok(verified)
 }
 
-/// Refuses at once what would fail after hours.
+/// Refuses at once a conversion that would run out of space after hours.
 fn check_space(output: &Path, plan: &Plan, sound: &[bool]) -> Result<()> {
     let left = plan.shards.iter().zip(sound).filter(|(_, sound)| !**sound);
     let left =
@@ -254,7 +250,7 @@ fn check_space(output: &Path, plan: &Plan, sound: &[bool]) -> Result<()> {
     Ok(())
 }
 
-/// Indexes, configurations, tokenizers.
+/// Writes indexes, and copies configurations and tokenizers.
 fn write_rest(input: &Path, output: &Path, plan: &Plan) -> Result<()> {
     for (path, index) in &plan.indexes {
         let text = serde_json::to_string_pretty(index).expect("its keys are texts");
@@ -267,8 +263,4 @@ fn write_rest(input: &Path, output: &Path, plan: &Plan) -> Result<()> {
         record::write(&copy, &bytes)?;
     }
     Ok(())
-}
-
-fn shards(count: usize) -> String {
-    format!("{count} shard{}", if count == 1 { "" } else { "s" })
 }

@@ -1,4 +1,4 @@
-//! How far a conversion is: a bar on a terminal, lines elsewhere.
+//! The events of a conversion, and how they are shown: a bar on a terminal, lines elsewhere.
 
 use std::{
     io::IsTerminal,
@@ -8,11 +8,30 @@ use std::{
 
 use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{Event, shards};
-
-/// Between lines where there is no terminal.
+/// Time between lines where there is no terminal.
 const PERIOD: Duration = Duration::from_secs(30);
 
+/// An event of a conversion.
+#[derive(Debug)]
+pub(super) enum Event<'a> {
+    /// The plan is made: so many shards with so many bytes in all.
+    Planned { shards: usize, bytes: u64 },
+    /// A shard of an earlier run is compared with its checksum.
+    Verifying(&'a Path),
+    /// A shard of an earlier run does not have its checksum.
+    Damaged(&'a Path),
+    /// A shard is written.
+    Converting(&'a Path),
+    /// So many bytes more were written or verified.
+    Advanced(u64),
+    /// The shard that was verified or written is finished.
+    Finished,
+}
+
+/// A callback that hears of every event.
+pub(super) type Watch<'a> = &'a mut dyn FnMut(Event<'_>);
+
+/// The progress bar of a conversion.
 #[derive(Debug)]
 pub(super) struct Progress {
     bar: ProgressBar,
@@ -34,7 +53,7 @@ impl Progress {
                     "{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} eta {eta}";
                 self.bar.set_style(ProgressStyle::with_template(style).expect("the template is well formed"));
                 self.bar.enable_steady_tick(Duration::from_millis(200));
-                self.say(&format!("{} in {}", shards(count), DecimalBytes(bytes)));
+                self.say(&format!("{} in {}", shard_count(count), DecimalBytes(bytes)));
             }
             Event::Verifying(shard) => self.begin("verifying", shard),
             Event::Converting(shard) => self.begin("converting", shard),
@@ -79,4 +98,9 @@ impl Default for Progress {
     fn default() -> Self {
         Self { bar: ProgressBar::hidden(), told: Instant::now() }
     }
+}
+
+/// Returns a number of shards in words, such as "1 shard".
+pub(super) fn shard_count(count: usize) -> String {
+    format!("{count} shard{}", if count == 1 { "" } else { "s" })
 }

@@ -24,12 +24,17 @@ use tch::{Device, Kind};
 
 use crate::{args, convert};
 
-/// How many mistakes of a stage are spelled out, and how many unknown names.
+/// Mistakes of a stage, and unknown names, that are spelled out at most.
 const MAX_PROBLEMS: usize = 10;
-/// Between two lines where there is no terminal.
+/// Percent between two lines of progress where standard error is no terminal.
 const STEP_PERCENT: u8 = 10;
 
-pub async fn inspect(args: args::Inspect) -> Result<()> {
+/// Prints what a model folder holds.
+///
+/// # Errors
+///
+/// The folder cannot be read, or cannot be served on the devices.
+pub(crate) async fn inspect(args: args::Inspect) -> Result<()> {
     tokio::task::spawn_blocking(move || {
         let can_be_served = report(&args, &mut std::io::stdout().lock())?;
         ensure!(can_be_served, "{} cannot be served as it is", args.dir.display());
@@ -39,7 +44,7 @@ pub async fn inspect(args: args::Inspect) -> Result<()> {
     .context("the inspection panicked")?
 }
 
-/// Whether it can be served.
+/// Writes the report of a folder; returns whether it can be served.
 fn report(args: &args::Inspect, out: &mut impl Write) -> Result<bool> {
     let dir = match ModelDir::open_for(&args.dir, Reading::Names, Progress::default()) {
         Err(CheckpointError::Pickled { .. }) => return pickled(&args.dir, out).map(|()| false),
@@ -83,7 +88,7 @@ fn report(args: &args::Inspect, out: &mut impl Write) -> Result<bool> {
     Ok(can_be_served)
 }
 
-/// A service, and the parts that it is built from.
+/// A stage of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stage {
     Encoder,
@@ -91,12 +96,14 @@ enum Stage {
     Decoder,
 }
 
-/// Whether a folder serves as a stage.
+/// Whether a folder holds what a stage is built from.
 #[derive(Debug)]
 enum Verdict {
+    /// Everything is there, and fits.
     Sound,
-    /// Nothing of it is here.
+    /// The folder holds nothing of the stage.
     Absent,
+    /// Names that are missing, misshapen or left over, in sentences.
     Wrong(Vec<String>),
 }
 
@@ -129,7 +136,7 @@ impl Stage {
         }
     }
 
-    /// As its service does; the digest, or all that is wrong.
+    /// Builds the stage as its service does; returns the digest of its weights, or everything that is wrong.
     fn build(self, dir: &Rc<ModelDir>, kind: Kind) -> Result<String, Vec<String>> {
         let each = |error| match error {
             CheckpointError::Mismatch { problems, .. } => problems,
@@ -170,7 +177,7 @@ impl Verdict {
     }
 }
 
-/// What a cluster could do with the folder; None: it could not be started.
+/// Returns the capabilities of a cluster that serves the folder; none if it could not be started.
 fn serves(dir: &ModelDir, verdicts: &[(Stage, Verdict); 3]) -> Option<Vec<&'static str>> {
     let [encoder, llm, decoder] = verdicts.each_ref().map(|(_, verdict)| verdict);
     let mut serves = match (encoder, llm) {
@@ -188,7 +195,7 @@ fn serves(dir: &ModelDir, verdicts: &[(Stage, Verdict); 3]) -> Option<Vec<&'stat
     Some(serves)
 }
 
-/// Reads everything, a tensor at a time.
+/// Writes the digests of the sound stages' weights, which are read a tensor at a time.
 fn digests(
     args: &args::Inspect,
     verdicts: &[(Stage, Verdict); 3],
@@ -207,7 +214,7 @@ fn digests(
     Ok(())
 }
 
-/// A bar on a terminal, lines elsewhere.
+/// Returns the progress of reading weights: a bar on a terminal, lines elsewhere.
 fn reading() -> Progress {
     if !std::io::stderr().is_terminal() {
         return Progress::observed(|percent| {
@@ -228,7 +235,7 @@ fn reading() -> Progress {
     })
 }
 
-/// What a row of the table sums up.
+/// The sums of one part's tensors.
 #[derive(Debug, Default)]
 struct Row {
     tensors: u64,
@@ -255,7 +262,7 @@ fn table(rows: Vec<(String, Row)>, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// Whether it fits the embedding table, the llm says.
+/// Writes what the folder has of a tokenizer; whether it fits the embedding table, the llm's verdict says.
 fn tokenizer(dir: &ModelDir, out: &mut impl Write) -> Result<()> {
     match (dir.tokenizer_bytes(), dir.added_tokens()) {
         (Ok(bytes), Ok(added)) => {
@@ -278,7 +285,7 @@ fn unknown(names: &[String], out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// As downloaded: what the pickles hold, and what comes next.
+/// Writes the report of a folder of pickles, as published: what they hold, and the command that converts them.
 fn pickled(dir: &Path, out: &mut impl Write) -> Result<()> {
     let outline = convert::outline(dir)?;
     let mut rows: BTreeMap<String, Row> = BTreeMap::new();
@@ -297,7 +304,8 @@ fn pickled(dir: &Path, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of all weights, if they fit as `emu2 up` places them: layers of the llm on all devices, the rest on the first.
+/// Returns the bytes of all weights, if they fit as `emu2 up` places them: the llm's layers on all devices, the rest on
+/// the first.
 fn room(dir: &ModelDir, devices: &[Device], kind: Kind) -> Result<u64> {
     let mut shares = Vec::new();
     for part in Part::ALL.into_iter().filter(|&part| dir.has(part)) {

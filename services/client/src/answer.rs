@@ -1,25 +1,56 @@
-//! Events of a running request → a terminal: text as it comes, progress bars for long work.
+//! Follows the events of a request to its answer: text as it comes, progress bars for long work.
 
 use std::{
+    fs,
     io::{IsTerminal, Write},
+    path::Path,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use emu2_client::explain;
 use emu2_proto::v1::{self, generate_event::Event};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tonic::Streaming;
 
-/// What a finished request gave.
+use crate::client::explain;
+
+/// The answer to a finished request.
 #[derive(Debug, Default)]
 pub struct Answer {
+    /// The generated text; empty where an image was asked for.
     pub text: String,
+    /// The generated image; none where text was asked for.
     pub image: Option<v1::ImageResult>,
+    /// The request's last event: reason, usage, timings, seed.
     pub finished: v1::Finished,
 }
 
-/// Follows a request to its end; `echo` prints text as it comes.
+impl Answer {
+    /// Writes the generated image to a PNG file, and makes the folder that the file lies in.
+    ///
+    /// # Errors
+    ///
+    /// The answer has no image, or the file cannot be written.
+    pub fn save_image(&self, path: &Path) -> Result<()> {
+        let image = self.image.as_ref().context("the answer has no image")?;
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        }
+        fs::write(path, &image.png).with_context(|| path.display().to_string())
+    }
+
+    /// Words in one line how long the request took, and where that time went.
+    pub fn timings(&self) -> String {
+        timings(&self.finished)
+    }
+}
+
+/// Follows a request to its end, with progress on standard error; returns its answer. With `echo`, text is printed on
+/// standard output as it comes.
+///
+/// # Errors
+///
+/// The request failed, or its stream ended before the answer was finished.
 pub async fn follow(mut events: Streaming<v1::GenerateEvent>, echo: bool) -> Result<Answer> {
     let mut answer = Answer::default();
     let mut progress = Progress::new();
@@ -33,8 +64,8 @@ pub async fn follow(mut events: Streaming<v1::GenerateEvent>, echo: bool) -> Res
                 }
                 answer.text += &delta.text;
             }
-            Some(Event::EmbeddingProgress(at)) => progress.at("embeddings", at.done, at.total),
-            Some(Event::DenoiseProgress(at)) => progress.at("denoising", at.step, at.steps),
+            Some(Event::EmbeddingProgress(at)) => progress.advance("embeddings", at.done, at.total),
+            Some(Event::DenoiseProgress(at)) => progress.advance("denoising", at.step, at.steps),
             Some(Event::Image(image)) => answer.image = Some(image),
             Some(Event::Finished(finished)) => {
                 progress.clear();
@@ -48,8 +79,7 @@ pub async fn follow(mut events: Streaming<v1::GenerateEvent>, echo: bool) -> Res
     bail!("the stream ended before the answer was finished")
 }
 
-/// One line: where a request's time went.
-pub fn timings(finished: &v1::Finished) -> String {
+fn timings(finished: &v1::Finished) -> String {
     let timings = finished.timings.unwrap_or_default();
     let stages = [
         ("encode", timings.encode_ms),
@@ -65,7 +95,7 @@ pub fn timings(finished: &v1::Finished) -> String {
     format!("{:.0} ms ({})", timings.total_ms, spent.join(", "))
 }
 
-/// The bar of the stage that is running; on no terminal, a line for every tenth.
+/// The progress bar of the stage that is running; where standard error is no terminal, a line for every tenth.
 struct Progress {
     stage: &'static str,
     bar: ProgressBar,
@@ -77,7 +107,7 @@ impl Progress {
         Self { stage: "", bar: ProgressBar::hidden(), tenths: 0 }
     }
 
-    fn at(&mut self, stage: &'static str, done: u32, total: u32) {
+    fn advance(&mut self, stage: &'static str, done: u32, total: u32) {
         if self.stage != stage {
             self.clear();
             *self = Self { stage, bar: bar(stage, total), tenths: 0 };

@@ -4,6 +4,7 @@ use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
 
 use anyhow::{Result, ensure};
 
+/// A file that is open for reading, and its length when it was opened.
 #[derive(Debug)]
 pub(super) struct Readable {
     file: File,
@@ -22,7 +23,11 @@ impl Readable {
         self.bytes
     }
 
-    /// All of a range, if it is no longer than `limit`.
+    /// Reads a range of bytes.
+    ///
+    /// # Errors
+    ///
+    /// The range is longer than `limit`, or ends behind the end of the file.
     pub(super) fn read(&self, range: Range<u64>, limit: u64) -> Result<Vec<u8>> {
         self.exact(range.start, range.end.saturating_sub(range.start), limit)
     }

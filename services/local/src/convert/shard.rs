@@ -51,7 +51,7 @@ pub(super) fn write(
     })
 }
 
-/// Whether a shard still is what was written.
+/// Returns whether a shard's bytes still have their checksum; `advance` hears of the bytes read.
 pub(super) fn is_sound(path: &Path, finished: &Finished, mut advance: impl FnMut(u64)) -> Result<bool> {
     if !fs::metadata(path).is_ok_and(|metadata| metadata.len() == finished.bytes) {
         return Ok(false);
@@ -73,7 +73,7 @@ pub(super) fn is_sound(path: &Path, finished: &Finished, mut advance: impl FnMut
     sound.with_context(|| path.display().to_string())
 }
 
-/// What is written, and its checksum.
+/// A file that is written, with the checksum and the number of the bytes so far.
 struct Hashed<'a> {
     file: &'a mut File,
     hasher: blake3::Hasher,
@@ -88,7 +88,7 @@ impl Hashed<'_> {
     }
 }
 
-/// The length of the header, and the header, such that values start aligned.
+/// Returns the length of the safetensors header and the header, padded so that values start aligned.
 fn header(shard: &Shard, source: &Source) -> Vec<u8> {
     let mut header = Map::new();
     // What transformers expects in a file of its own.
@@ -108,7 +108,7 @@ fn header(shard: &Shard, source: &Source) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()
 }
 
-/// To the nearest, ties to even, as PyTorch rounds.
+/// Rounds values to bfloat16: to the nearest, ties to even, as PyTorch does.
 fn narrow_to_bf16(dtype: Dtype, wide: &[u8], narrow: &mut Vec<u8>) {
     fn each<const N: usize>(wide: &[u8], narrow: &mut Vec<u8>, round: impl Fn([u8; N]) -> bf16) {
         narrow.clear();

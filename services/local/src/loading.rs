@@ -1,4 +1,4 @@
-//! How far the stages of a cluster in this process are with loading: a bar for each on a terminal. Elsewhere the
+//! Progress bars of the stages that load in a cluster of this process. Where standard error is no terminal, the
 //! stages' own log lines tell.
 
 use std::{
@@ -14,18 +14,18 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Between two looks at a stage.
+/// Time between two looks at a stage's readiness page.
 const REFRESH: Duration = Duration::from_millis(200);
-/// Far above what an admin page has.
+/// Bytes of a readiness page that are read at most; a page has some dozens.
 const MAX_PAGE_BYTES: u64 = 4096;
 
-/// Cloning shares the terminal.
+/// The bars of all stages, and a writer for log lines between them. Clones share the terminal.
 #[derive(Clone, Debug)]
-pub struct Bars(MultiProgress);
+pub(crate) struct Bars(MultiProgress);
 
 impl Bars {
-    /// Hidden where standard error is no terminal.
-    pub fn on_standard_error() -> Self {
+    /// Returns bars on standard error; hidden where that is no terminal.
+    pub(crate) fn on_standard_error() -> Self {
         let target = if io::stderr().is_terminal() {
             ProgressDrawTarget::stderr()
         } else {
@@ -34,8 +34,8 @@ impl Bars {
         Self(MultiProgress::with_draw_target(target))
     }
 
-    /// Shows how far these stages are, by their readiness pages; until dropped.
-    pub async fn follow(&self, stages: &[StageEndpoint]) {
+    /// Shows how far these stages are by their readiness pages, until dropped.
+    pub(crate) async fn follow(&self, stages: &[StageEndpoint]) {
         if self.0.is_hidden() {
             return std::future::pending().await;
         }
@@ -61,7 +61,7 @@ impl Bars {
     }
 }
 
-/// Removes the bar when it is no longer followed.
+/// The bar of one stage; dropping it removes it from the terminal.
 struct Bar {
     admin: SocketAddr,
     bar: ProgressBar,
@@ -101,12 +101,12 @@ fn show(bar: &ProgressBar, page: &str) {
     }
 }
 
-/// Of a page such as "not ready: loading 42 %".
+/// Returns the percentage of a page such as "not ready: loading 42 %".
 fn percent(page: &str) -> Option<u64> {
     page.trim_end().strip_prefix("not ready: loading ")?.strip_suffix(" %")?.parse().ok()
 }
 
-/// The readiness page of an admin port of this process; none when it does not answer.
+/// Returns the readiness page of an admin port of this process; none when it does not answer.
 async fn readiness(admin: SocketAddr) -> Option<String> {
     let mut stream = TcpStream::connect(admin).await.ok()?;
     stream.write_all(b"GET /readyz HTTP/1.0\r\n\r\n").await.ok()?;

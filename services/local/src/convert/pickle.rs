@@ -12,10 +12,10 @@ use std::{
 
 use safetensors::Dtype;
 
-/// Values that a pickle may build. A tensor takes some fifteen, and Emu2 has fewer than 3,000 tensors; together with
+/// Values that a pickle may build at most. A tensor takes some fifteen, and Emu2 has fewer than 3,000 tensors; together with
 /// the next this bounds memory to 200 MB, whatever a pickle of the largest size says.
 const MAX_VALUES: usize = 1 << 18;
-/// Dimensions of a tensor; a convolution has four.
+/// Dimensions that a tensor may have; a convolution has four.
 const MAX_DIMENSIONS: usize = 8;
 /// The only attribute of a state dict that is let through; it holds versions of modules, which nothing needs.
 const METADATA: &str = "_metadata";
@@ -28,7 +28,7 @@ pub(super) enum PickleError {
     Malformed(String),
 }
 
-/// Where the values of a tensor lie; all counted in values, not bytes.
+/// Where the values of a tensor lie in its storage; offset, shape and strides are counted in values, not in bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Stored<'a> {
     pub(super) storage: Storage<'a>,
@@ -37,7 +37,7 @@ pub(super) struct Stored<'a> {
     pub(super) strides: Vec<u64>,
 }
 
-/// A run of values that several tensors may share.
+/// A contiguous run of values, which several tensors may share.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Storage<'a> {
     pub(super) key: &'a str,
@@ -45,7 +45,11 @@ pub(super) struct Storage<'a> {
     pub(super) values: u64,
 }
 
-/// The tensors of a state dict, in its order.
+/// Returns the tensors of a pickled state dict, in its order.
+///
+/// # Errors
+///
+/// The pickle is malformed, or would call code when PyTorch reads it.
 pub(super) fn read(pickle: &[u8]) -> Result<Vec<(&str, Stored<'_>)>, PickleError> {
     let mut machine = Machine { bytes: pickle, ..Machine::default() };
     let top = machine.run()?;
@@ -83,7 +87,7 @@ struct Machine<'a> {
     at: usize,
     nodes: Vec<Node<'a>>,
     stack: Vec<Id>,
-    /// Heights of the stack.
+    /// Heights of the stack at which MARK was executed.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
 }
@@ -169,7 +173,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// BINPUT, LONG_BINPUT, BINGET, LONG_BINGET, MEMOIZE
+    /// Executes BINPUT, LONG_BINPUT, BINGET, LONG_BINGET and MEMOIZE.
     fn remember(&mut self, opcode: u8) -> Result<(), PickleError> {
         let key = match opcode {
             b'q' | b'h' => self.byte()?.into(),
@@ -223,13 +227,13 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// GLOBAL
+    /// Executes GLOBAL, whose names stand on two lines.
     fn global_by_line(&mut self) -> Result<(), PickleError> {
         let (module, name) = (self.line()?, self.line()?);
         self.global(&module, &name)
     }
 
-    /// STACK_GLOBAL
+    /// Executes STACK_GLOBAL, whose names lie on the stack.
     fn global_by_stack(&mut self) -> Result<(), PickleError> {
         let (name, module) = (self.pop()?, self.pop()?);
         match (&self.nodes[module], &self.nodes[name]) {
@@ -251,7 +255,7 @@ impl<'a> Machine<'a> {
         self.push(Node::Global(global))
     }
 
-    /// BINPERSID: ("storage", class, key, device, values)
+    /// Executes BINPERSID of the persistent id that torch.save writes: ("storage", class, key, device, values).
     fn storage(&mut self) -> Result<(), PickleError> {
         let id = self.pop()?;
         let Node::Tuple(fields) = &self.nodes[id] else {
@@ -311,8 +315,8 @@ impl<'a> Machine<'a> {
         sizes.ok_or_else(|| self.malformed("a shape that does not consist of sizes"))
     }
 
-    /// Attributes are set by `__setstate__`, or become what a class makes of them: only a state dict's `_metadata`,
-    /// which is dropped, passes.
+    /// Executes BUILD. It would call `__setstate__` or set attributes, so that only a state dict's `_metadata` passes,
+    /// which is dropped.
     fn build(&mut self) -> Result<(), PickleError> {
         let (state, target) = (self.pop()?, self.top()?);
         let ordered = matches!(self.nodes[target], Node::Dict { ordered: true, .. });
@@ -331,7 +335,7 @@ impl<'a> Machine<'a> {
         Err(PickleError::Code(reason))
     }
 
-    /// Opcodes that are none of a state dict's; those that call something say what.
+    /// Returns the error of an opcode that no state dict has; of one that calls something, it says what.
     fn refuse(&mut self, opcode: u8) -> PickleError {
         let calls = match opcode {
             b'i' => match (self.line(), self.line()) {
@@ -348,7 +352,7 @@ impl<'a> Machine<'a> {
         PickleError::Code(calls)
     }
 
-    /// What the dict holds, once the program has run.
+    /// Returns the tensors of the dict on top of the stack, once the program has run.
     fn state_dict(mut self, top: Id) -> Result<Vec<(&'a str, Stored<'a>)>, PickleError> {
         let Node::Dict { items, .. } = std::mem::replace(&mut self.nodes[top], Node::None) else {
             return Err(self.malformed("its value is no dict"));
@@ -436,7 +440,7 @@ impl fmt::Display for Global {
     }
 }
 
-/// A text of the file, fit for a message.
+/// Returns a text of the file as it is fit for a message: short, and without control characters.
 fn shown(text: &str) -> String {
     text.chars().take(200).collect::<String>().escape_debug().to_string()
 }

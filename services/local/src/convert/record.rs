@@ -13,20 +13,22 @@ use serde::{Deserialize, Serialize};
 
 pub(super) const UNFINISHED: &str = ".emu2-convert.json";
 pub(super) const FINISHED: &str = "checksums.json";
-/// Behind the name of a file that is being written.
+/// The extension that is added to the name of a file while it is written.
 const ASIDE: &str = "part";
-/// Largest record that is read; a shard takes 150 bytes.
+/// Bytes that a record may have; a shard takes 150.
 const MAX_BYTES: u64 = 16 << 20;
 
+/// The finished shards of a conversion, with their checksums.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Record {
-    /// What the shards were made of; see [`super::plan::Plan`].
+    /// The fingerprint of the source files and of how they are cut into shards.
     source: String,
-    /// By path in OUT.
+    /// The finished shards by their path in OUT.
     shards: BTreeMap<PathBuf, Finished>,
 }
 
+/// The length and checksum of a finished shard.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Finished {
@@ -35,7 +37,7 @@ pub(super) struct Finished {
 }
 
 impl Record {
-    /// That of an earlier run on the same source, or a new one in an empty folder.
+    /// Opens the record of an earlier run on the same source, or begins a new one in an empty folder.
     pub(super) fn open(output: &Path, source: &str) -> Result<Self> {
         for name in [UNFINISHED, FINISHED] {
             let path = output.join(name);
@@ -80,7 +82,7 @@ impl Record {
         self.shards.len()
     }
 
-    /// A finished shard that turned out damaged.
+    /// Removes a finished shard that turned out to be damaged.
     pub(super) fn forget(&mut self, shard: &Path) {
         self.shards.remove(shard);
     }
@@ -90,7 +92,7 @@ impl Record {
         self.save(output)
     }
 
-    /// All is there.
+    /// Marks the conversion as complete by giving the record its final name.
     pub(super) fn close(&self, output: &Path) -> Result<()> {
         self.save(output)?;
         fs::rename(output.join(UNFINISHED), output.join(FINISHED))?;
@@ -103,12 +105,12 @@ impl Record {
     }
 }
 
-/// Writes all of a file or none of it, whenever the power fails.
+/// Writes a file atomically: after a crash or a power failure all of it is there, or none.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| Ok(file.write_all(bytes)?))
 }
 
-/// As [`write()`], whatever `fill` writes.
+/// Writes a file as [`write()`] does, with the contents that `fill` writes.
 pub(super) fn write_with<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<T>) -> Result<T> {
     let aside = aside(path);
     let fill = || -> Result<T> {
@@ -124,12 +126,12 @@ pub(super) fn write_with<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<
     fill().with_context(|| path.display().to_string())
 }
 
-/// Where a file is written until it is complete.
+/// Returns the path where a file is written until it is complete.
 pub(super) fn aside(path: &Path) -> PathBuf {
     path.with_added_extension(ASIDE)
 }
 
-/// If it is there.
+/// Removes a file if it exists.
 pub(super) fn remove(path: &Path) -> std::io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),

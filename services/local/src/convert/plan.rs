@@ -17,50 +17,53 @@ use super::{
     source::{Source, Tensor, width},
 };
 
-/// Largest file that is copied: tokenizers have half a megabyte, in JSON two.
+/// Bytes that a copied file may have: tokenizers have half a megabyte, in JSON two.
 const MAX_COPIED_BYTES: u64 = 16 << 20;
-/// Largest index that is read; Emu2's has 129 kB.
+/// Bytes that an index may have; Emu2's has 129 kB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-/// How many contradictions of an index are spelled out.
+/// Contradictions of an index that are spelled out at most.
 const MAX_PROBLEMS: usize = 10;
 const PICKLED: [&str; 3] = ["bin", "pth", "pt"];
 const SAFETENSORS: [&str; 1] = ["safetensors"];
-/// What belongs to a model beside its weights. Python files do not: they are code.
+/// Extensions of files that belong to a model beside its weights. Python files do not: they are code.
 const COPIED: [&str; 4] = ["json", "model", "txt", "md"];
 const LICENCES: [&str; 2] = ["LICENSE", "NOTICE"];
-/// Of a folder of which only one file was named.
+/// Files that are copied where IN is one file of a folder.
 const COPIED_WITH_FILE: [&str; 3] = ["config.json", "tokenizer.model", "added_tokens.json"];
-/// Only a diffusers folder has it, and a folder for each part.
+/// The file by which a diffusers folder is recognised; such a folder has a subfolder for each part.
 const MODEL_INDEX: &str = "model_index.json";
 
-/// What is converted, with links in the way to it resolved, but not a link that is a file itself: download caches
-/// keep files under names that say nothing.
+/// The folder or file that is converted. Links on the way to it are resolved, but a link to the file itself is not:
+/// download caches keep files under names that say nothing.
 #[derive(Debug)]
 pub(super) struct Input {
     pub(super) folder: PathBuf,
-    /// Only this file of it.
+    /// The name of the only file of the folder that is converted, if one was named.
     pub(super) file: Option<String>,
 }
 
+/// Everything that a conversion writes, and what it is made of.
 pub(super) struct Plan {
     pub(super) sources: Vec<Source>,
     pub(super) shards: Vec<Shard>,
-    /// Indexes by their path in OUT.
+    /// The index of each folder's shards, by its path in OUT.
     pub(super) indexes: BTreeMap<PathBuf, Value>,
-    /// Paths, the same in IN and in OUT.
+    /// The files that are copied, by their path in IN, which is the same in OUT.
     pub(super) copied: Vec<PathBuf>,
     pub(super) copied_bytes: u64,
-    /// Of the sources' names, lengths and times, and of how they are cut.
+    /// A blake3 hash over the sources' names, lengths and times and over the shard size, in hex.
     pub(super) fingerprint: String,
 }
 
-/// A file to be written.
+/// A safetensors file that is written.
 pub(super) struct Shard {
-    /// In OUT.
+    /// The file's path in OUT.
     pub(super) path: PathBuf,
+    /// The index in [`Plan::sources`] of the file that holds its tensors.
     pub(super) source: usize,
-    /// In the order in which they are written.
+    /// The names of its tensors, in the order in which they are written.
     pub(super) names: Vec<String>,
+    /// The bytes of its values, without the header.
     pub(super) bytes: u64,
 }
 
@@ -84,7 +87,7 @@ impl Input {
 }
 
 impl Plan {
-    /// Opens all weights of IN, but reads no values.
+    /// Opens all weights of IN, without reading values, and cuts them into shards of at most `shard_bytes`.
     pub(super) fn make(input: &Input, output: &Path, shard_bytes: u64) -> Result<Self> {
         let mut plan = Self {
             sources: Vec::new(),
@@ -145,8 +148,8 @@ impl Plan {
         Ok(())
     }
 
-    /// Shards of at most `shard_bytes`, if no tensor alone has more; none holds tensors of two sources, so that one is
-    /// read at a time.
+    /// Cuts the tensors of a folder into shards of at most `shard_bytes`, unless one tensor has more. No shard holds
+    /// tensors of two sources, so that one is read at a time.
     fn cut(&mut self, folder: &Path, stem: &str, opened: Vec<(String, Source)>, shard_bytes: u64) {
         let mut shards: Vec<Shard> = Vec::new();
         for (_, source) in opened {
@@ -183,7 +186,7 @@ impl Plan {
     }
 }
 
-/// Floats become bfloat16; counters and masks stay.
+/// Returns the dtype that a tensor is written in: bfloat16 for floats; counters and masks keep theirs.
 pub(super) fn written_dtype(tensor: &Tensor) -> Dtype {
     match tensor.dtype {
         Dtype::F64 | Dtype::F32 | Dtype::F16 => Dtype::BF16,
@@ -199,12 +202,13 @@ pub(super) fn written_bytes(tensor: &Tensor) -> u64 {
 /// The weights of one folder.
 struct Weights {
     files: BTreeSet<String>,
-    /// Its name, and which file holds which tensor.
+    /// The name of the index, and the file of each tensor.
     index: Option<(String, BTreeMap<String, String>)>,
 }
 
 impl Weights {
-    /// safetensors if there are any, else pickles; those that an index names, else all.
+    /// Finds the safetensors files of a folder, or its pickles where it has none: those that an index names, or all
+    /// where there is no index.
     fn find(folder: &Path, present: &BTreeMap<String, u64>) -> Result<Option<Self>> {
         for kinds in [&SAFETENSORS[..], &PICKLED[..]] {
             let is_index = |name: &&String| {
@@ -252,7 +256,7 @@ impl Weights {
         Ok(Self { files, index: Some((name.to_owned(), weight_map)) })
     }
 
-    /// No name twice, and all as the index says.
+    /// Checks that no name stands in two files, and that the files hold what the index says.
     fn check(&self, folder: &Path, opened: &[(String, Source)]) -> Result<()> {
         let mut found: BTreeMap<&str, &str> = BTreeMap::new();
         for (file, source) in opened {
@@ -288,7 +292,8 @@ impl Weights {
     }
 }
 
-/// IN itself and, if it is a diffusers folder, the folders in it, relative to it.
+/// Returns the folders of IN that are converted, relative to it: IN itself and, if it is a diffusers folder, its
+/// subfolders.
 fn folders(input: &Path, output: &Path) -> Result<Vec<PathBuf>> {
     let mut folders = vec![PathBuf::new()];
     if !input.join(MODEL_INDEX).exists() {
@@ -305,7 +310,7 @@ fn folders(input: &Path, output: &Path) -> Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// Files and their bytes; through links, as download caches keep them.
+/// Returns the names and lengths of a folder's files. Links are followed, because download caches consist of them.
 fn files(folder: &Path) -> Result<BTreeMap<String, u64>> {
     let read = || {
         let mut files = BTreeMap::new();
@@ -329,7 +334,7 @@ fn is_copied(name: &str) -> bool {
     known && !is_index && !name.starts_with('.') && name != record::FINISHED
 }
 
-/// How the files of a part are called: `diffusion_pytorch_model` in a diffusers folder, else `model`.
+/// Returns what the names of a part's files begin with: `diffusion_pytorch_model` in a diffusers folder, else `model`.
 fn stem(files: &BTreeSet<String>) -> String {
     const DIFFUSERS: &str = "diffusion_pytorch_model";
     let diffusers = files.iter().all(|name| name.starts_with(DIFFUSERS));

@@ -1,0 +1,15 @@
+use std::process::ExitCode;
+
+use clap::Parser;
+use emu2_local::Cli;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match emu2_local::run(Cli::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
