@@ -78,12 +78,12 @@ pub(crate) async fn convert(args: args::Convert) -> Result<()> {
 /// What a conversion would read and write. Its files were opened, but their values were not read.
 pub(crate) struct Outline {
     pub(crate) files: usize,
-    pub(crate) tensors: Vec<Outlined>,
+    pub(crate) tensors: Vec<TensorOutline>,
     pub(crate) written_bytes: u64,
 }
 
 /// A tensor of an outline.
-pub(crate) struct Outlined {
+pub(crate) struct TensorOutline {
     /// The tensor's name; in a diffusers folder, with the name of its part's folder in front.
     pub(crate) name: String,
     pub(crate) dtype: String,
@@ -102,7 +102,7 @@ pub(crate) fn outline(input: &Path) -> Result<Outline> {
     let tensors = plan.sources.iter().flat_map(|source| {
         let part = source.path.parent().filter(|folder| **folder != *input.folder).and_then(Path::file_name);
         let prefix = part.map(|part| format!("{}.", part.display())).unwrap_or_default();
-        source.tensors.iter().map(move |(name, tensor)| Outlined {
+        source.tensors.iter().map(move |(name, tensor)| TensorOutline {
             name: format!("{prefix}{name}"),
             dtype: format!("{:?}", tensor.dtype),
             values: tensor.values(),
@@ -124,7 +124,7 @@ struct Conversion {
 
 /// The sums of a conversion that was done.
 #[derive(Debug, PartialEq)]
-struct Done {
+struct Summary {
     shards: usize,
     /// How many of the shards an earlier run had finished.
     kept: usize,
@@ -132,8 +132,8 @@ struct Done {
 }
 
 impl Conversion {
-    fn run(&self, watch: Watch<'_>) -> Result<Done> {
-        let (input, output) = self.places()?;
+    fn run(&self, watch: Watch<'_>) -> Result<Summary> {
+        let (input, output) = self.resolve_paths()?;
         let _only_one = lock(&output)?;
         let plan = Plan::make(&input, &output, self.shard_bytes)?;
         let mut record = Record::open(&output, &plan.fingerprint)?;
@@ -154,11 +154,11 @@ impl Conversion {
         let rest = write_rest(&input.folder, &output, &plan).and_then(|()| record.close(&output));
         rest.map_err(|error| self.explain(error, plan.shards.len(), plan.shards.len()))?;
         let kept = sound.iter().filter(|sound| **sound).count();
-        Ok(Done { shards: plan.shards.len(), kept, bytes })
+        Ok(Summary { shards: plan.shards.len(), kept, bytes })
     }
 
     /// Returns what is read, and the folder that is written, which is created if it does not exist.
-    fn places(&self) -> Result<(Input, PathBuf)> {
+    fn resolve_paths(&self) -> Result<(Input, PathBuf)> {
         let input = Input::find(&self.input)?;
         refuse_foreign(&input)?;
         let shown = || self.output.display().to_string();
@@ -213,7 +213,7 @@ fn verify(output: &Path, plan: &Plan, record: &mut Record, watch: Watch<'_>) -> 
     let mut verified = Vec::new();
     for shard in &plan.shards {
         let path = output.join(&shard.path);
-        record::remove(&record::aside(&path))?;
+        record::remove(&record::partial_path(&path))?;
         let Some(finished) = record.finished(&shard.path) else {
             verified.push(false);
             continue;

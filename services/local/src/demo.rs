@@ -31,17 +31,17 @@ pub(crate) async fn demo(args: Demo) -> Result<()> {
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let models = vec![ModelSource::new(args.model_dir.clone(), &args.devices)];
     let mut cluster = Cluster::start(ClusterConfig { models, ..ClusterConfig::local(vec![]) }).await?;
-    let outcome = show_around(&mut cluster, steps, &args).await;
+    let outcome = run(&mut cluster, steps, &args).await;
     outcome.and(cluster.stop().await)
 }
 
-async fn show_around(cluster: &mut Cluster, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
+async fn run(cluster: &mut Cluster, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
     eprintln!("loading the cluster's services …");
     cluster.ready().await?;
     println!("the cluster serves at {}", cluster.addr);
     let (addr, model) = (cluster.addr, cluster.stages[0].model.clone());
     tokio::select! {
-        outcome = show(addr, model, steps, args) => outcome,
+        outcome = run_steps(addr, model, steps, args) => outcome,
         failed = cluster.failed() => failed,
     }
 }
@@ -61,16 +61,16 @@ fn print_weights(dir: &Path) -> Result<()> {
 }
 
 /// Sends every prompt through the public API; the images, and a sheet of prompts and answers, go to the folder `--out`.
-async fn show(addr: SocketAddr, model: String, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
+async fn run_steps(addr: SocketAddr, model: String, steps: Vec<DemoStep>, args: &Demo) -> Result<()> {
     let connection = ConnectionArgs { timeout: Some(600.0), ..ConnectionArgs::default() };
     let router = RouterArgs { addr: format!("http://{addr}"), connection };
-    let mut asker = Asker { client: Client::connect(&router).await?, model };
+    let mut client = DemoClient { client: Client::connect(&router).await?, model };
     let mut rows = Vec::new();
     for (number, step) in (1..).zip(steps) {
         println!("\n{number}. {}", step.title);
         let answer = match step.answer {
-            AnswerKind::Text => asker.ask(&step).await?,
-            AnswerKind::Image => asker.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?,
+            AnswerKind::Text => client.ask(&step).await?,
+            AnswerKind::Image => client.draw(&step.prompt, &args.out.join(format!("{number}.png"))).await?,
         };
         let prompt = step.prompt.iter().map(tile).collect::<Result<_>>()?;
         rows.push(Row { title: format!("{number}. {}", step.title), prompt, answer: vec![answer] });
@@ -98,12 +98,12 @@ fn request_part(part: &PromptPart) -> Result<v1::Part> {
 }
 
 /// A client of the demo's cluster.
-struct Asker {
+struct DemoClient {
     client: Client,
     model: String,
 }
 
-impl Asker {
+impl DemoClient {
     async fn ask(&mut self, step: &DemoStep) -> Result<Tile> {
         let answer = self.generate(&step.prompt, Output::Text(v1::TextOutput::default())).await?;
         println!("   answer: {:?}", answer.text);

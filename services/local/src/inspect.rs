@@ -60,10 +60,10 @@ fn report(args: &args::Inspect, out: &mut impl Write) -> Result<bool> {
     unknown(dir.unknown(), out)?;
     let verdicts = Stage::ALL.map(|stage| (stage, stage.verdict(&dir, kind)));
     for (stage, verdict) in &verdicts {
-        verdict.tell(stage, out)?;
+        verdict.write(stage, out)?;
     }
-    let room = room(&dir, &devices, kind);
-    match &room {
+    let memory = memory_needed(&dir, &devices, kind);
+    match &memory {
         Ok(needed) => {
             let (needed, devices) = (DecimalBytes(*needed), args.devices.join(", "));
             writeln!(out, "memory     {needed} as {words} on {devices}: fits")?;
@@ -74,7 +74,7 @@ fn report(args: &args::Inspect, out: &mut impl Write) -> Result<bool> {
         digests(args, &verdicts, kind, out)?;
     }
     let serves = serves(&dir, &verdicts);
-    let can_be_served = serves.is_some() && room.is_ok();
+    let can_be_served = serves.is_some() && memory.is_ok();
     if let Some(serves) = serves {
         writeln!(out, "serves     {}", serves.join(", "))?;
     }
@@ -100,11 +100,11 @@ enum Stage {
 #[derive(Debug)]
 enum Verdict {
     /// Everything is there, and fits.
-    Sound,
+    Complete,
     /// The folder holds nothing of the stage.
     Absent,
     /// Names that are missing, misshapen or left over, in sentences.
-    Wrong(Vec<String>),
+    Broken(Vec<String>),
 }
 
 impl Stage {
@@ -131,8 +131,8 @@ impl Stage {
             return Verdict::Absent;
         }
         match self.build(dir, kind) {
-            Ok(_) => Verdict::Sound,
-            Err(problems) => Verdict::Wrong(problems),
+            Ok(_) => Verdict::Complete,
+            Err(problems) => Verdict::Broken(problems),
         }
     }
 
@@ -158,12 +158,12 @@ impl Stage {
 }
 
 impl Verdict {
-    fn tell(&self, stage: &Stage, out: &mut impl Write) -> Result<()> {
+    fn write(&self, stage: &Stage, out: &mut impl Write) -> Result<()> {
         let name = stage.name();
         match self {
-            Self::Sound => writeln!(out, "{name:<10} complete")?,
+            Self::Complete => writeln!(out, "{name:<10} complete")?,
             Self::Absent => writeln!(out, "{name:<10} absent")?,
-            Self::Wrong(problems) => {
+            Self::Broken(problems) => {
                 writeln!(out, "{name:<10} cannot be built:")?;
                 for problem in problems.iter().take(MAX_PROBLEMS) {
                     writeln!(out, "             {problem}")?;
@@ -181,16 +181,16 @@ impl Verdict {
 fn serves(dir: &ModelDir, verdicts: &[(Stage, Verdict); 3]) -> Option<Vec<&'static str>> {
     let [encoder, llm, decoder] = verdicts.each_ref().map(|(_, verdict)| verdict);
     let mut serves = match (encoder, llm) {
-        (Verdict::Sound, Verdict::Sound) => vec!["embed", "text"],
+        (Verdict::Complete, Verdict::Complete) => vec!["embed", "text"],
         _ => return None,
     };
     if dir.instruct() {
         serves.push("chat");
     }
     match decoder {
-        Verdict::Sound => serves.push("image"),
+        Verdict::Complete => serves.push("image"),
         Verdict::Absent => {}
-        Verdict::Wrong(_) => return None,
+        Verdict::Broken(_) => return None,
     }
     Some(serves)
 }
@@ -203,7 +203,7 @@ fn digests(
     out: &mut impl Write,
 ) -> Result<()> {
     let dir = ModelDir::open_for(&args.dir, Reading::Digest, reading())?;
-    let sound = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Sound));
+    let sound = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Complete));
     let sound: Vec<_> = sound.map(|(stage, _)| *stage).collect();
     let parts: Vec<_> = sound.iter().flat_map(|stage| stage.parts()).copied().collect();
     dir.prepare(&parts, Device::Cpu, kind)?;
@@ -306,7 +306,7 @@ fn pickled(dir: &Path, out: &mut impl Write) -> Result<()> {
 
 /// Returns the bytes of all weights, if they fit as `emu2 up` places them: the llm's layers on all devices, the rest on
 /// the first.
-fn room(dir: &ModelDir, devices: &[Device], kind: Kind) -> Result<u64> {
+fn memory_needed(dir: &ModelDir, devices: &[Device], kind: Kind) -> Result<u64> {
     let mut shares = Vec::new();
     for part in Part::ALL.into_iter().filter(|&part| dir.has(part)) {
         match part {

@@ -38,12 +38,12 @@ pub(super) struct Entry {
 #[derive(Debug)]
 pub(super) struct Archive {
     pub(super) pickle: Vec<u8>,
-    storages: BTreeMap<String, Listed>,
+    storages: BTreeMap<String, DirectoryEntry>,
 }
 
 /// An entry as the central directory lists it.
 #[derive(Clone, Debug)]
-struct Listed {
+struct DirectoryEntry {
     name: String,
     header: u64,
     bytes: u64,
@@ -85,7 +85,7 @@ impl Archive {
     }
 }
 
-impl Listed {
+impl DirectoryEntry {
     /// Finds an entry's bytes by the local header before them: only that says where they start.
     fn locate(&self, file: &Readable) -> Result<Entry> {
         let header = file.exact(self.header, LOCAL_BYTES, LOCAL_BYTES)?;
@@ -100,7 +100,7 @@ impl Listed {
     }
 }
 
-fn directory(file: &Readable) -> Result<Vec<Listed>> {
+fn directory(file: &Readable) -> Result<Vec<DirectoryEntry>> {
     let range = directory_range(file)?;
     let bytes = file.read(range, MAX_DIRECTORY_BYTES)?;
     let mut rest = &bytes[..];
@@ -111,13 +111,13 @@ fn directory(file: &Readable) -> Result<Vec<Listed>> {
         let total = ENTRY_BYTES + sizes.iter().sum::<usize>();
         ensure!(rest.len() >= total, "its directory is damaged");
         let (entry, after) = rest.split_at(total);
-        listed.push(listed_entry(entry, sizes[0], sizes[1])?);
+        listed.push(directory_entry(entry, sizes[0], sizes[1])?);
         rest = after;
     }
     Ok(listed)
 }
 
-fn listed_entry(entry: &[u8], name_bytes: usize, extra_bytes: usize) -> Result<Listed> {
+fn directory_entry(entry: &[u8], name_bytes: usize, extra_bytes: usize) -> Result<DirectoryEntry> {
     let name = String::from_utf8_lossy(&entry[ENTRY_BYTES..][..name_bytes]).into_owned();
     ensure!(u16_at(entry, 8) & 1 == 0, "{name} is encrypted");
     ensure!(u16_at(entry, 10) == 0, "{name} is compressed, which torch.save does not do");
@@ -144,7 +144,7 @@ fn listed_entry(entry: &[u8], name_bytes: usize, extra_bytes: usize) -> Result<L
     };
     let (bytes, stored, header) = (value(24)?, value(20)?, value(42)?);
     ensure!(bytes == stored, "{name} is compressed, which torch.save does not do");
-    Ok(Listed { name, header, bytes, crc: u32_at(entry, 16) })
+    Ok(DirectoryEntry { name, header, bytes, crc: u32_at(entry, 16) })
 }
 
 fn directory_range(file: &Readable) -> Result<Range<u64>> {

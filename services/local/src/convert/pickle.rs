@@ -30,7 +30,7 @@ pub(super) enum PickleError {
 
 /// Where the values of a tensor lie in its storage; offset, shape and strides are counted in values, not in bytes.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Stored<'a> {
+pub(super) struct StoredTensor<'a> {
     pub(super) storage: Storage<'a>,
     pub(super) offset: u64,
     pub(super) shape: Vec<u64>,
@@ -50,7 +50,7 @@ pub(super) struct Storage<'a> {
 /// # Errors
 ///
 /// The pickle is malformed, or would call code when PyTorch reads it.
-pub(super) fn read(pickle: &[u8]) -> Result<Vec<(&str, Stored<'_>)>, PickleError> {
+pub(super) fn read(pickle: &[u8]) -> Result<Vec<(&str, StoredTensor<'_>)>, PickleError> {
     let mut machine = Machine { bytes: pickle, ..Machine::default() };
     let top = machine.run()?;
     machine.state_dict(top)
@@ -70,7 +70,7 @@ enum Node<'a> {
     Dict { ordered: bool, items: Vec<(Id, Id)> },
     Global(Global),
     Storage(Storage<'a>),
-    Tensor(Box<Stored<'a>>),
+    Tensor(Box<StoredTensor<'a>>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,7 +163,7 @@ impl<'a> Machine<'a> {
                 let items = self.pop_to_mark()?;
                 self.set(&items)
             }
-            b'q' | b'r' | b'h' | b'j' | 0x94 => self.remember(opcode),
+            b'q' | b'r' | b'h' | b'j' | 0x94 => self.memo(opcode),
             b'c' => self.global_by_line(),
             0x93 => self.global_by_stack(),
             b'Q' => self.storage(),
@@ -174,7 +174,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Executes BINPUT, LONG_BINPUT, BINGET, LONG_BINGET and MEMOIZE.
-    fn remember(&mut self, opcode: u8) -> Result<(), PickleError> {
+    fn memo(&mut self, opcode: u8) -> Result<(), PickleError> {
         let key = match opcode {
             b'q' | b'h' => self.byte()?.into(),
             0x94 => u32::try_from(self.memo.len()).map_err(|_| self.malformed("memo"))?,
@@ -289,7 +289,7 @@ impl<'a> Machine<'a> {
             ) if *offset >= 0 && is_empty(hooks) && rest.iter().all(|metadata| is_empty(metadata)) => {
                 let (shape, strides) = (self.sizes(shape)?, self.sizes(strides)?);
                 let storage = storage.clone();
-                Node::Tensor(Box::new(Stored { storage, offset: *offset as u64, shape, strides }))
+                Node::Tensor(Box::new(StoredTensor { storage, offset: *offset as u64, shape, strides }))
             }
             (Node::Global(Global::RebuildParameter), [Node::Tensor(tensor), Node::Bool, hooks])
                 if is_empty(hooks) =>
@@ -353,7 +353,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Returns the tensors of the dict on top of the stack, once the program has run.
-    fn state_dict(mut self, top: Id) -> Result<Vec<(&'a str, Stored<'a>)>, PickleError> {
+    fn state_dict(mut self, top: Id) -> Result<Vec<(&'a str, StoredTensor<'a>)>, PickleError> {
         let Node::Dict { items, .. } = std::mem::replace(&mut self.nodes[top], Node::None) else {
             return Err(self.malformed("its value is no dict"));
         };

@@ -36,7 +36,7 @@ pub(super) type Watch<'a> = &'a mut dyn FnMut(Event<'_>);
 pub(super) struct Progress {
     bar: ProgressBar,
     /// When the last line was written.
-    told: Instant,
+    last_line: Instant,
 }
 
 impl Progress {
@@ -53,20 +53,20 @@ impl Progress {
                     "{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} eta {eta}";
                 self.bar.set_style(ProgressStyle::with_template(style).expect("the template is well formed"));
                 self.bar.enable_steady_tick(Duration::from_millis(200));
-                self.say(&format!("{} in {}", shard_count(count), DecimalBytes(bytes)));
+                self.print_line(&format!("{} in {}", shard_count(count), DecimalBytes(bytes)));
             }
             Event::Verifying(shard) => self.begin("verifying", shard),
             Event::Converting(shard) => self.begin("converting", shard),
             Event::Damaged(shard) => {
-                self.say(&format!("{} is not what was written: converting it again", shard.display()));
+                self.print_line(&format!("{} is not what was written: converting it again", shard.display()));
             }
             Event::Advanced(bytes) => {
                 self.bar.inc(bytes);
-                if self.bar.is_hidden() && self.told.elapsed() >= PERIOD {
-                    self.tell();
+                if self.bar.is_hidden() && self.last_line.elapsed() >= PERIOD {
+                    self.print_position();
                 }
             }
-            Event::Finished if self.bar.is_hidden() => self.tell(),
+            Event::Finished if self.bar.is_hidden() => self.print_position(),
             Event::Finished => {}
         }
     }
@@ -79,15 +79,15 @@ impl Progress {
         self.bar.set_message(message);
     }
 
-    fn say(&self, line: &str) {
+    fn print_line(&self, line: &str) {
         if self.bar.is_hidden() {
             eprintln!("{line}");
         }
         self.bar.println(line);
     }
 
-    fn tell(&mut self) {
-        self.told = Instant::now();
+    fn print_position(&mut self) {
+        self.last_line = Instant::now();
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or_default());
         let percent = (u128::from(done) * 100).checked_div(total.into()).unwrap_or(100).min(100);
         eprintln!("{} of {} ({percent} %)", DecimalBytes(done), DecimalBytes(total));
@@ -96,7 +96,7 @@ impl Progress {
 
 impl Default for Progress {
     fn default() -> Self {
-        Self { bar: ProgressBar::hidden(), told: Instant::now() }
+        Self { bar: ProgressBar::hidden(), last_line: Instant::now() }
     }
 }
 

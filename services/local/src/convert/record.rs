@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub(super) const UNFINISHED: &str = ".emu2-convert.json";
 pub(super) const FINISHED: &str = "checksums.json";
 /// The extension that is added to the name of a file while it is written.
-const ASIDE: &str = "part";
+const PARTIAL_EXTENSION: &str = "part";
 /// Bytes that a record may have; a shard takes 150.
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -112,14 +112,14 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Writes a file as [`write()`] does, with the contents that `fill` writes.
 pub(super) fn write_with<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<T>) -> Result<T> {
-    let aside = aside(path);
+    let partial = partial_path(path);
     let fill = || -> Result<T> {
-        remove(&aside)?;
+        remove(&partial)?;
         // Never through a link that someone put there.
-        let mut file = File::create_new(&aside)?;
+        let mut file = File::create_new(&partial)?;
         let filled = fill(&mut file)?;
         file.sync_all()?;
-        fs::rename(&aside, path)?;
+        fs::rename(&partial, path)?;
         sync_folder(path.parent().expect("a file is in a folder"))?;
         Ok(filled)
     };
@@ -127,8 +127,8 @@ pub(super) fn write_with<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<
 }
 
 /// Returns the path where a file is written until it is complete.
-pub(super) fn aside(path: &Path) -> PathBuf {
-    path.with_added_extension(ASIDE)
+pub(super) fn partial_path(path: &Path) -> PathBuf {
+    path.with_added_extension(PARTIAL_EXTENSION)
 }
 
 /// Removes a file if it exists.

@@ -12,7 +12,7 @@ use safetensors::{Dtype, tensor::Metadata};
 use super::{
     archive::{Archive, Entry},
     file::Readable,
-    pickle::{self, Stored},
+    pickle::{self, StoredTensor},
 };
 
 /// Bytes that are read at once; a multiple of every dtype's width.
@@ -136,9 +136,9 @@ fn pickled(file: &Readable) -> Result<BTreeMap<String, Tensor>> {
 }
 
 /// Locates a tensor in its storage, after checking everything that the pickle claims of both.
-fn in_storage(stored: &Stored<'_>, entry: &Entry) -> Result<Tensor> {
+fn in_storage(stored: &StoredTensor<'_>, entry: &Entry) -> Result<Tensor> {
     const OUTSIDE: &str = "does not lie in its storage";
-    let Stored { storage, offset, shape, strides } = stored;
+    let StoredTensor { storage, offset, shape, strides } = stored;
     let width = width(storage.dtype).expect("every storage class has a known dtype") as u64;
     let held = entry.range.end - entry.range.start;
     ensure!(

@@ -65,7 +65,7 @@ fn conversion(input: &Path, output: &Path) -> Conversion {
     Conversion { input: input.to_owned(), output: output.to_owned(), shard_bytes: SHARD_BYTES }
 }
 
-fn run(conversion: &Conversion) -> Result<Done> {
+fn run(conversion: &Conversion) -> Result<Summary> {
     conversion.run(&mut |_| {})
 }
 
@@ -228,7 +228,7 @@ fn a_conversion_goes_on_where_it_was_stopped() {
     let whole = tempfile::tempdir().unwrap();
     assert_eq!(
         run(&small_conversion(input.path(), whole.path())).unwrap(),
-        Done { shards: 5, kept: 0, bytes: 40 }
+        Summary { shards: 5, kept: 0, bytes: 40 }
     );
     let whole = files(whole.path());
     assert!(whole.contains_key(Path::new("checksums.json")) && whole.len() == 8, "{:?}", whole.keys());

@@ -59,7 +59,7 @@ fn a_disk_that_fills_up_stops_the_conversion_and_loses_nothing() {
     let error = self::error(&conversion);
     assert!(error.contains("needs ") && error.contains(" are free there"), "{error}");
     fs::remove_file(ballast).unwrap();
-    assert_eq!(run(&conversion).unwrap(), Done { shards: 4, kept: 2, bytes: 4 << 17 });
+    assert_eq!(run(&conversion).unwrap(), Summary { shards: 4, kept: 2, bytes: 4 << 17 });
     assert_eq!(converted(&out).len(), 4);
 }
 
