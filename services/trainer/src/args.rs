@@ -42,10 +42,12 @@ const COUNT_MAX: u64 = 200;
 #[derive(Debug, Parser)]
 #[command(name = "emu2-trainer", version)]
 pub struct Cli {
+    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
+/// A command of `emu2-trainer`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Draw documents of the training data, a sheet for each task.
@@ -74,27 +76,32 @@ pub struct Places {
     /// An exported model to begin with, in place of random weights.
     #[arg(long, value_name = "DIR")]
     pub base: Option<PathBuf>,
+    /// The tokenizer of the model that is trained.
     #[arg(long, default_value = "deploy/models/nano/tokenizer.model", value_name = "FILE")]
     pub tokenizer: PathBuf,
 }
 
+/// Arguments of `emu2-trainer data`.
 #[derive(Debug, Args)]
 pub struct Data {
     /// The folder that `deploy/fetch/drawings.py` prints.
     #[arg(long, value_name = "DIR")]
     pub drawings: PathBuf,
+    /// The folder for the sheets.
     #[arg(long, default_value = "out/data", value_name = "DIR")]
     pub out: PathBuf,
     /// Documents of a task: a sheet of all of them is made in memory.
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=COUNT_MAX))]
     pub count: u64,
-    /// Of the documents.
+    /// Seed of the documents.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
 
+/// Arguments of `emu2-trainer train`.
 #[derive(Debug, Args)]
 pub struct Train {
+    /// Where training reads and writes.
     #[command(flatten)]
     pub places: Places,
     /// Only these stages, by name; default: all.
@@ -112,29 +119,32 @@ pub struct Train {
     /// Threads that make batches.
     #[arg(long, default_value_t = 1)]
     pub loaders: usize,
-    /// Of the initial weights.
+    /// Seed of the initial weights.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// `cpu` or `cuda:0`.
+    /// Device of torch: `cpu` or `cuda:0`.
     #[arg(long, default_value = "cpu")]
     pub device: String,
 }
 
+/// Arguments of `emu2-trainer tokenizer`.
 #[derive(Debug, Args)]
 pub struct Tokenizer {
     /// The folder that `deploy/fetch/drawings.py` prints.
     #[arg(long, value_name = "DIR")]
     pub drawings: PathBuf,
+    /// The folder for both files.
     #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
     pub out: PathBuf,
     /// Ids in all, special ones too.
     #[arg(long, default_value_t = 1_500)]
     pub size: usize,
-    /// Of the documents.
+    /// Seed of the documents.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
 
+/// Arguments of `emu2-trainer tour`.
 #[derive(Debug, Args)]
 pub struct Tour {
     /// The folder that `deploy/fetch/drawings.py` prints.
@@ -143,15 +153,18 @@ pub struct Tour {
     /// The model folder.
     #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
     pub out: PathBuf,
-    /// Of the scenes.
+    /// Seed of the scenes.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
 
+/// Arguments of `emu2-trainer export`.
 #[derive(Debug, Args)]
 pub struct Export {
+    /// Where training reads and writes.
     #[command(flatten)]
     pub places: Places,
+    /// The folder for the model.
     #[arg(long, default_value = "deploy/models/nano", value_name = "DIR")]
     pub out: PathBuf,
 }
@@ -161,6 +174,10 @@ fn minutes(text: &str) -> Result<Duration> {
     Ok(Duration::try_from_secs_f64(minutes * 60.0)?)
 }
 
+/// Runs a command to its end.
+///
+/// # Errors
+/// When files cannot be read or written, a configuration is wrong, or a stage was interrupted.
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Data(args) => data(args),
@@ -253,7 +270,7 @@ fn train(args: Train) -> Result<()> {
     Ok(())
 }
 
-/// The tokenizer, which must give as many ids as the model has rows for.
+/// Returns the tokenizer, which must give as many ids as the model has rows for.
 fn trained_ids(places: &Places, sections: &Sections) -> Result<Arc<Ids>> {
     let instruct = sections.get("instruct").and_then(serde_json::Value::as_bool).unwrap_or(false);
     let path = &places.tokenizer;

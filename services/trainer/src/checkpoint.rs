@@ -17,26 +17,31 @@ use crate::{model::Model, optimizer::AdamW};
 const WEIGHTS: &str = "weights.";
 const OPTIMIZER: &str = "optimizer.";
 const PROGRESS: &str = "progress";
-/// Of a running average among the optimizer's state.
+/// The prefix of a running average among the optimizer's state.
 const AVERAGE: &str = "optimizer.average.";
 
-/// How far a stage is.
+/// How far a stage has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Done.
+    /// Steps that have been taken.
     pub steps: u64,
+    /// Samples that these steps were taken on.
     pub samples: u64,
+    /// Time that these steps took, in milliseconds.
     pub milliseconds: u64,
     /// The step at which the optimizer last began without its state.
     pub restarted: u64,
 }
 
-/// A stage's file among the runs.
+/// Returns the path of a stage's checkpoint among the runs.
 pub fn path(runs: &Path, stage: &str) -> PathBuf {
     runs.join(stage).join("checkpoint.safetensors")
 }
 
-/// The optimizer's weights, heads included, and its state.
+/// Writes the optimizer's weights, heads included, its state and the progress.
+///
+/// # Errors
+/// When the file cannot be written; the one before it stays.
 pub fn save(path: &Path, optimizer: &AdamW, progress: Progress) -> Result<()> {
     let Progress { steps, samples, milliseconds, restarted } = progress;
     let progress = [steps, samples, milliseconds, restarted].map(|value| value as i64);
@@ -49,7 +54,10 @@ pub fn save(path: &Path, optimizer: &AdamW, progress: Progress) -> Result<()> {
     write(path, &tensors)
 }
 
-/// Writes tensors aside and renames.
+/// Writes tensors by name to a safetensors file, aside first: a reader finds the old file or the new one, whole.
+///
+/// # Errors
+/// When the file cannot be written.
 pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -60,26 +68,39 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     fs::rename(&aside, path).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Tensors by name.
+/// Reads the tensors of a safetensors file by name.
+///
+/// # Errors
+/// When the file cannot be read.
 pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let tensors =
         Tensor::read_safetensors(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(tensors.into_iter().collect())
 }
 
-/// How far the stage of a file is.
+/// Reads how far the stage of a checkpoint is.
+///
+/// # Errors
+/// When the file cannot be read or is no checkpoint.
 pub fn progress_in(path: &Path) -> Result<Progress> {
     progress(&read(path)?)
 }
 
-/// Goes on from a file: the optimizer and its variables take its values.
+/// Restores the optimizer and its variables from a checkpoint, and returns how far the stage is.
+///
+/// # Errors
+/// When the file is no checkpoint of these variables.
 pub fn resume(path: &Path, optimizer: &mut AdamW) -> Result<Progress> {
     let tensors = read(path)?;
     optimizer.restore(&under(&tensors, WEIGHTS), &under(&tensors, OPTIMIZER))?;
     progress(&tensors)
 }
 
-/// What a stage gives on to the next: its weights, or their running averages where it keeps them.
+/// Restores a model from what a finished stage hands on: its weights, or their running averages where it keeps them.
+/// Returns how far the stage is.
+///
+/// # Errors
+/// When the file is no checkpoint of this model.
 pub fn give_on(path: &Path, model: &Model) -> Result<Progress> {
     let tensors = read(path)?;
     let mut weights = under(&tensors, WEIGHTS);

@@ -5,7 +5,7 @@ use image::RgbImage;
 
 use crate::data::{Document, Picture, Piece, SIDE, outline};
 
-/// What is learned before the last piece is shown where it stands.
+/// Returns a document as a row of a sheet: its last piece as the answer, all before it as the prompt.
 pub fn row(document: &Document) -> Row {
     let title = format!("{} on {}", document.task.name(), document.scene.background.name());
     let Some((last, given)) = document.pieces.split_last() else { return Row { title, ..Row::default() } };
@@ -23,7 +23,7 @@ fn tiles(piece: &Piece) -> Vec<Tile> {
     }
 }
 
-/// The picture as an image of the crate `image`.
+/// Returns the image as one of the crate `image`.
 pub fn rgb(picture: &Picture) -> RgbImage {
     let side = SIDE as u32;
     RgbImage::from_raw(side, side, picture.rgb().to_vec()).expect("a picture is SIDE x SIDE x 3 bytes")

@@ -42,11 +42,13 @@ const TIMEOUT_S: f64 = 600.0;
 /// Real scenes that the judge is tried on.
 const JUDGED_SCENES: u64 = 300;
 
+/// Arguments of `emu2-trainer eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
     /// Ask a running cluster, e.g. http://127.0.0.1:50051; default: start one in this process.
     #[arg(long)]
     pub addr: Option<String>,
+    /// Time limit and token of every request.
     #[command(flatten)]
     pub connection: ConnectionArgs,
     /// What that cluster serves.
@@ -70,12 +72,13 @@ pub struct Eval {
     /// Cases of a score in the unseen style, and of a baseline.
     #[arg(long, default_value_t = 100)]
     pub other_cases: u64,
-    /// Of the scenes; training's scenes are others in any case.
+    /// Seed of the scenes; training's scenes are others in any case.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Denoising steps of a picture.
     #[arg(long, default_value_t = 20)]
     pub steps: u32,
+    /// The scale of classifier-free guidance.
     #[arg(long, default_value_t = 3.0)]
     pub guidance_scale: f32,
     /// Requests at once.
@@ -86,6 +89,10 @@ pub struct Eval {
     pub only: Option<String>,
 }
 
+/// Asks every case that has no answer yet, then prints the table and writes it.
+///
+/// # Errors
+/// When the cluster cannot be reached, a request fails, or the judge is wrong about real scenes.
 pub async fn eval(args: Eval) -> Result<()> {
     let timeout = args.connection.timeout.or(Some(TIMEOUT_S));
     if let Some(addr) = args.addr.clone() {

@@ -16,7 +16,7 @@ use crate::{
     stage::Stage,
 };
 
-/// Beside an exported model: how far each stage is.
+/// The file beside an exported model that says how far each stage has come.
 const REPORT: &str = "training.json";
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -43,15 +43,21 @@ impl Trained {
     }
 }
 
-/// A run's results among `runs`, over `base` where that is given: an earlier export.
+/// The checkpoints of a run, over those of the model that it began with.
 #[derive(Clone, Debug)]
 pub struct Source {
+    /// The folder of runs.
     pub runs: PathBuf,
+    /// The exported model that the runs began with, in place of random weights.
     pub base: Option<PathBuf>,
 }
 
 impl Source {
-    /// The model that a stage begins with: of `stages`, those that have been trained, each over those before.
+    /// Returns the model that a stage begins with: the weights of those of `stages` that have been trained, each over
+    /// those before.
+    ///
+    /// # Errors
+    /// When a checkpoint or the base does not fit the model.
     pub fn model(
         &self,
         sections: &Sections,
@@ -67,7 +73,11 @@ impl Source {
         model.computing_in(kind)
     }
 
-    /// How far a stage was when the base was exported: it goes on from there, with an optimizer that begins anew.
+    /// Returns how far a stage was when the base was exported: it goes on from there, with an optimizer that begins
+    /// anew.
+    ///
+    /// # Errors
+    /// When the base does not say.
     pub fn before(&self, stage: &str) -> Result<Progress> {
         let Some(trained) = self.report()?.stages.get(stage).copied() else { return Ok(Progress::default()) };
         let milliseconds = (trained.minutes * 60_000.0) as u64;
@@ -75,7 +85,10 @@ impl Source {
         Ok(Progress { steps, samples, milliseconds, restarted: steps })
     }
 
-    /// How long stages took, all their turns together, as a table.
+    /// Returns a table of how long stages took, all their turns together.
+    ///
+    /// # Errors
+    /// When a stage has no checkpoint.
     pub fn times<'a>(&self, stages: impl Iterator<Item = &'a Stage>) -> Result<String> {
         let mut rows = Vec::new();
         for stage in stages {
@@ -90,7 +103,7 @@ impl Source {
         Ok(rows.into_iter().map(row).collect())
     }
 
-    /// Of the base.
+    /// Reads the base's report; an empty one without a base.
     fn report(&self) -> Result<Report> {
         let Some(base) = &self.base else { return Ok(Report::default()) };
         let path = base.join(REPORT);
@@ -98,7 +111,7 @@ impl Source {
         serde_json::from_str(&text).with_context(|| format!("{} is not understood", path.display()))
     }
 
-    /// And how far each of them is.
+    /// Restores the model from the stages that have been trained, and returns how far each of them is.
     fn replay(&self, model: &Model, stages: &[Stage]) -> Result<BTreeMap<String, Progress>> {
         let mut done = BTreeMap::new();
         for stage in stages {
@@ -113,7 +126,10 @@ impl Source {
     }
 }
 
-/// Writes config.json, model.safetensors, tokenizer.model and training.json.
+/// Writes config.json, model.safetensors, tokenizer.model and training.json to the folder `out`.
+///
+/// # Errors
+/// When no stage has been trained, or a file cannot be read or written.
 pub fn export(
     source: &Source,
     sections: &Sections,

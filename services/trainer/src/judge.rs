@@ -25,29 +25,34 @@ const SHAPE_WEIGHT: f32 = 4_000.0;
 /// What a picture was found to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
+    /// The background's colour.
     pub background: Background,
-    /// Largest first.
+    /// The things, largest first.
     pub things: Vec<Found>,
 }
 
+/// A thing that was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Found {
+    /// The concept whose drawing is nearest to it.
     pub concept: Concept,
+    /// Where it lies.
     pub bounds: Bounds,
 }
 
 impl Verdict {
-    /// Of the largest thing.
+    /// Returns the concept of the largest thing.
     pub fn concept(&self) -> Option<Concept> {
         self.things.first().map(|found| found.concept)
     }
 
+    /// Returns the number of things.
     pub fn count(&self) -> usize {
         self.things.len()
     }
 }
 
-/// Knows every drawing of some concepts.
+/// Names things by the drawings that it knows.
 pub struct Judge {
     templates: Vec<Template>,
 }
@@ -61,7 +66,7 @@ struct Template {
 }
 
 impl Judge {
-    /// `concepts`: the first so many of the table.
+    /// Returns a judge that knows the first `concepts` concepts of the table in these styles.
     pub fn new(drawings: &Drawings, concepts: usize, styles: &[Style]) -> Self {
         let templates = Concept::all().take(concepts).flat_map(|concept| {
             styles.iter().map(move |&style| {
@@ -77,6 +82,7 @@ impl Judge {
         Self { templates: templates.collect() }
     }
 
+    /// Finds background and things of an image.
     pub fn look(&self, picture: &RgbImage) -> Verdict {
         let (background, rgb) = background(picture);
         let mut regions = regions(picture, rgb);

@@ -7,16 +7,17 @@ use anyhow::{Result, ensure};
 
 use crate::data::{Picture, Sequence};
 
-/// Of what fills the ends: it is never looked at.
+/// The token id that fills the ends: it is never looked at.
 const PADDING: i64 = 0;
 
-/// Positions of one batch.
+/// The positions of one batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
+    /// The number of sequences.
     pub sequences: usize,
-    /// Of each, with padding.
+    /// The number of positions of each sequence, with padding.
     pub tokens: usize,
-    /// [(sequences tokens)]
+    /// The token ids: [(sequences tokens)]
     pub ids: Vec<i64>,
     /// The row of each embedding of each picture, picture by picture.
     pub slots: Vec<i64>,
@@ -26,9 +27,12 @@ pub struct Layout {
     pub images: Predictions,
 }
 
+/// What is predicted from which rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Predictions {
+    /// The rows whose hidden states predict.
     pub from: Vec<i64>,
+    /// What each of them predicts.
     pub what: Vec<i64>,
 }
 
@@ -38,20 +42,24 @@ impl Predictions {
         self.what.push(what);
     }
 
+    /// Returns whether nothing is predicted.
     pub fn is_empty(&self) -> bool {
         self.from.is_empty()
     }
 }
 
 impl Layout {
-    /// Of the pictures, those to paint, by their numbers.
+    /// Returns the numbers of the images to paint, among all images. `queries`: embeddings of an image.
     pub fn painted(&self, queries: i64) -> Vec<i64> {
         let mut pictures: Vec<i64> = self.images.what.iter().map(|place| place / queries).collect();
         pictures.dedup();
         pictures
     }
 
-    /// And the sequences' pictures, in the order of `slots`. All slots must have `queries` positions.
+    /// Lays sequences side by side; returns their images too, in the order of [`Self::slots`].
+    ///
+    /// # Errors
+    /// When a slot has not `queries` positions.
     pub fn new(sequences: &[Sequence], queries: usize) -> Result<(Self, Vec<Picture>)> {
         let tokens = sequences.iter().map(|sequence| sequence.ids.len()).max().unwrap_or_default();
         let mut layout = Self { sequences: sequences.len(), tokens, ..Self::default() };

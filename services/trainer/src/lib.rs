@@ -17,6 +17,8 @@
 //! | [`tour`] | what `emu2 demo` shows of it |
 //! | [`eval`], [`judge`] | what a served model can do; what a picture shows |
 
+#![warn(missing_docs)]
+
 pub mod args;
 pub mod checkpoint;
 pub mod data;

@@ -58,6 +58,7 @@ struct Sums {
     waited: Duration,
 }
 
+/// The log of a stage.
 #[derive(Debug)]
 pub struct Log {
     name: String,
@@ -72,7 +73,11 @@ pub struct Log {
 }
 
 impl Log {
-    /// `folder`: the stage's. Lines of steps after `progress` are dropped: they are made again.
+    /// Opens the log in the stage's folder. Lines of steps after `progress` are dropped: they are made again. `bar`: whether a
+    /// person watches.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written.
     pub fn open(folder: &Path, stage: &Stage, progress: Progress, bar: bool) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let path = folder.join("metrics.jsonl");
@@ -101,6 +106,10 @@ impl Log {
         })
     }
 
+    /// Counts a step; writes a line when enough of them have come together. `waited`: time spent waiting for the batch.
+    ///
+    /// # Errors
+    /// When the line cannot be written.
     pub fn step(&mut self, progress: Progress, step: &StepMetrics, waited: Duration) -> Result<()> {
         let sums = &mut self.sums;
         sums.steps += 1;
@@ -155,7 +164,10 @@ impl Log {
         }
     }
 
-    /// Draws the curve anew.
+    /// Draws the curve of the loss anew.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
     pub fn plot(&self) -> Result<()> {
         let points: Vec<_> = self.lines.iter().map(|line| (line.samples as f64, line.loss)).collect();
         plot::draw(&self.plot, &self.name, &points)

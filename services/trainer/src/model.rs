@@ -23,7 +23,7 @@ use tch::{Device, Kind, Tensor, nn::VarStore};
 /// The sections of a model's config.json.
 pub type Sections = Map<String, Value>;
 
-/// The model that ships.
+/// Returns the configuration of nano, the model that ships.
 pub fn nano() -> Sections {
     serde_json::from_str(include_str!("../nano.json")).expect("the committed file is an object")
 }
@@ -37,14 +37,18 @@ pub fn concept_count(sections: &Sections) -> Result<usize> {
     Ok(concepts.context("the configuration has no number of `concepts`")? as usize)
 }
 
-/// Every part, with its variables.
+/// Every part of an Emu2, with its variables.
 #[derive(Debug)]
 pub struct Model {
+    /// The visual encoder.
     pub tower: EvaVit,
+    /// The language model, with the projections between its states and embeddings.
     pub llm: Llama,
+    /// The denoising model of the visual decoder.
     pub unet: Unet,
+    /// The autoencoder between pixels and latents.
     pub vae: Vae,
-    /// Share of the image's variance that is left at each training timestep, [timesteps]
+    /// The share of the latents' variance that is left at each training timestep: [timesteps]
     pub alphas_cumprod: Tensor,
     variables: Rc<VarStore>,
     /// Where variables are narrower than float32: the values that they are rounded from.
@@ -52,27 +56,39 @@ pub struct Model {
     dir: Rc<ModelDir>,
 }
 
+/// Both halves of the autoencoder.
 #[derive(Debug)]
 pub struct Vae {
+    /// Pixels to the distribution of latents.
     pub encoder: Encoder,
+    /// Latents to pixels.
     pub decoder: Decoder,
 }
 
 impl Model {
-    /// Initial values out of a seed, in float32.
+    /// Returns a model with initial values out of a seed, in float32.
+    ///
+    /// # Errors
+    /// When the sections contradict each other.
     pub fn new(sections: &Sections, seed: u64, device: Device) -> Result<Self> {
         let model = Self::build(ModelDir::random(sections.clone(), seed), device, Kind::Float)?;
         init::scale(&model.variables);
         Ok(model)
     }
 
-    /// The values of a folder that holds every part, in float32.
+    /// Returns the model of a folder that holds every part, in float32.
+    ///
+    /// # Errors
+    /// When a part is missing or does not fit.
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         Self::build(ModelDir::open(folder)?, device, Kind::Float)
     }
 
-    /// A model in float32 as one that computes in `kind`. Training goes on from the values as they were before they
-    /// were rounded.
+    /// Returns a model in float32 as one that computes in `kind`. Training goes on from the values as they were before
+    /// they were rounded.
+    ///
+    /// # Errors
+    /// When the model cannot be built a second time.
     pub fn computing_in(self, kind: Kind) -> Result<Self> {
         if kind == self.kind() {
             return Ok(self);
@@ -105,31 +121,37 @@ impl Model {
         Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables, exact: BTreeMap::new(), dir })
     }
 
+    /// Returns the device of all variables.
     pub fn device(&self) -> Device {
         self.variables.device()
     }
 
-    /// What it computes in.
+    /// Returns the type that the model computes in.
     pub fn kind(&self) -> Kind {
         self.llm.kind()
     }
 
-    /// Embeddings of an image.
+    /// Returns the number of embeddings of an image.
     pub fn n_query(&self) -> u32 {
         self.tower.config.n_query
     }
 
-    /// Every variable by its name.
+    /// Returns every variable by its name.
     pub fn variables(&self) -> BTreeMap<String, Tensor> {
         self.variables.variables().into_iter().collect()
     }
 
-    /// Values in float32 by the names of the variables that are rounded from them; none where variables are in float32.
+    /// Returns the float32 values by the names of the variables that are rounded from them; none where variables are in
+    /// float32.
     pub fn exact(&self) -> &BTreeMap<String, Tensor> {
         &self.exact
     }
 
-    /// Variables under any of these names, such as `visual.`; gradients are kept for them alone.
+    /// Returns the variables whose names have one of these prefixes, such as `visual.`; gradients are kept for them
+    /// alone.
+    ///
+    /// # Errors
+    /// When no variable has a prefix.
     pub fn train(&self, prefixes: &[String]) -> Result<BTreeMap<String, Tensor>> {
         let mut trained = self.variables();
         for prefix in prefixes {
@@ -143,7 +165,10 @@ impl Model {
         Ok(trained)
     }
 
-    /// Takes over values by name; the others stay. Every name must be one of the model's.
+    /// Takes over values by name; the others stay.
+    ///
+    /// # Errors
+    /// When a name is none of the model's, or a shape differs.
     pub fn restore<'a>(&self, values: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<()> {
         let mut variables = self.variables();
         for (name, value) in values {
@@ -160,6 +185,9 @@ impl Model {
 }
 
 /// Writes `value` into a variable.
+///
+/// # Errors
+/// When their shapes differ.
 pub fn copy(variable: &mut Tensor, value: &Tensor) -> Result<()> {
     let (want, got) = (variable.size(), value.size());
     ensure!(want == got, "must be {want:?}, is {got:?}");
@@ -167,7 +195,7 @@ pub fn copy(variable: &mut Tensor, value: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// How many values are in tensors.
+/// Returns how many values are in tensors.
 pub fn count<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> usize {
     tensors.into_iter().map(Tensor::numel).sum()
 }

@@ -13,25 +13,28 @@ use tch::{Kind, Tensor};
 
 use crate::model::copy;
 
-/// Section `optimizer` of a stage.
+/// Section `[optimizer]` of a stage.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerConfig {
-    /// At its highest, of weights whose share is 1.
+    /// The highest learning rate, of weights whose share is 1.
     pub learning_rate: f64,
-    /// Share of the highest that the cosine ends at.
+    /// The share of the highest rate that the cosine ends at.
     #[serde(default)]
     pub final_share: f64,
     /// Steps over which the rate rises, at a stage's start and after a restart without the optimizer's state.
     pub warm_up_steps: u64,
+    /// The decay of the gradient's running mean and of its square's, a step.
     pub betas: [f64; 2],
+    /// What is added to the root of the mean square, against division by 0.
     #[serde(default = "epsilon")]
     pub epsilon: f64,
+    /// The share of a weight that decays a step, times the learning rate.
     #[serde(default)]
     pub weight_decay: f64,
-    /// Largest norm of all gradients together.
+    /// The largest norm of all gradients together; larger ones are scaled down to it.
     pub clip: f64,
-    /// Keep running averages of the weights, which are then what the stage gives on: their decay a step.
+    /// The decay of the weights' running averages a step; with it, the stage hands on these instead of the weights.
     pub average_decay: Option<f64>,
 }
 
@@ -41,6 +44,7 @@ fn epsilon() -> f64 {
 }
 
 impl OptimizerConfig {
+    /// Returns every mistake, with its value.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut require = |holds: bool, name: &str, rule: &str, value: f64| {
@@ -64,7 +68,7 @@ impl OptimizerConfig {
         problems
     }
 
-    /// At `step` of `steps`, the first of which is 0: a line up, then a cosine down. `restarted`: the step at which
+    /// Returns the learning rate at `step` of `steps`, the first of which is 0: a line up, then a cosine down. `restarted`: the step at which
     /// the optimizer last began without its state.
     pub fn rate(&self, step: u64, steps: u64, restarted: u64) -> f64 {
         let rise = |since: u64| (since + 1) as f64 / self.warm_up_steps.max(1) as f64;
@@ -83,7 +87,7 @@ struct Slot {
     /// The same in float32, where steps smaller than a narrow variable's grain add up; the variable itself if it is
     /// as wide.
     weight: Tensor,
-    /// Of the learning rate.
+    /// Its share of the learning rate.
     share: f64,
     /// Decaying means of the gradient and of its square.
     first: Tensor,
@@ -91,11 +95,12 @@ struct Slot {
     average: Option<Tensor>,
 }
 
+/// The optimizer AdamW over named variables.
 #[derive(Debug)]
 pub struct AdamW {
     config: OptimizerConfig,
     slots: BTreeMap<String, Slot>,
-    /// Taken since the means were 0.
+    /// Steps that were taken since the means were 0.
     steps: i32,
 }
 
@@ -105,7 +110,7 @@ const SECOND: &str = "second.";
 const AVERAGE: &str = "average.";
 
 impl AdamW {
-    /// `variables`: each with its share of the learning rate.
+    /// Returns an optimizer of these variables, each with its share of the learning rate.
     pub fn new(config: OptimizerConfig, variables: BTreeMap<String, (Tensor, f64)>) -> Self {
         let slot = |(variable, share)| Slot::new(variable, share, config.average_decay.is_some());
         let slots = variables.into_iter().map(|(name, variable)| (name, slot(variable))).collect();
@@ -126,7 +131,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Takes one step and clears the gradients; the norm that they had together before clipping.
+    /// Takes one step and clears the gradients. Returns the norm that they had together, before clipping.
     pub fn step(&mut self, rate: f64) -> f64 {
         let _no_grad = tch::no_grad_guard();
         self.steps += 1;
@@ -146,12 +151,12 @@ impl AdamW {
         norm
     }
 
-    /// The weights as they are, in float32.
+    /// Iterates over the weights by name, in float32.
     pub fn weights(&self) -> impl Iterator<Item = (&String, &Tensor)> {
         self.slots.iter().map(|(name, slot)| (name, &slot.weight))
     }
 
-    /// Everything that a later step depends on, besides the weights.
+    /// Returns everything that a later step depends on besides the weights, as tensors by name.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = vec![("steps".to_owned(), Tensor::from_slice(&[i64::from(self.steps)]))];
         for (name, slot) in &self.slots {
@@ -167,7 +172,7 @@ impl AdamW {
     /// Takes over weights and state; the variables follow.
     ///
     /// # Errors
-    /// When they are of other variables.
+    /// When weights and state are those of other variables.
     pub fn restore(
         &mut self,
         weights: &BTreeMap<String, Tensor>,

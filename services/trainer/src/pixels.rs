@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::{Picture, SIDE};
 
-/// Bytes of pictures, one after the other.
+/// The bytes of images, one after the other.
 #[derive(Clone, Debug, Default)]
 pub struct Pixels {
     bytes: Vec<u8>,
@@ -20,14 +20,14 @@ impl FromIterator<Picture> for Pixels {
 }
 
 impl Pixels {
-    /// As the tower's service normalises them: [batch, 3, height, width_px]
+    /// Returns the images as the encoder normalises them: [batch, 3, height, width_px]
     pub fn normalised(&self, device: Device) -> Tensor {
         // [3] -> [1, 3, 1, 1]
         let channels = |values: &[f32; 3]| Tensor::from_slice(values).to_device(device).view([1, 3, 1, 1]);
         (self.shares(device) - channels(&MEAN)) / channels(&STANDARD_DEVIATION)
     }
 
-    /// As the VAE takes them, -1..=1: [batch, 3, height, width_px]
+    /// Returns the images as the VAE takes them, in -1..=1: [batch, 3, height, width_px]
     pub fn signed(&self, device: Device) -> Tensor {
         self.shares(device) * 2.0 - 1.0
     }

@@ -25,7 +25,10 @@ const HEADER: &str = "\
 # `emu2-trainer tour`; the pictures are composed of Noto Emoji and Fluent Emoji, see NOTICE.
 ";
 
-/// Writes them into a model folder.
+/// Writes the cases into a model folder: demo.toml and the images in demo/.
+///
+/// # Errors
+/// When a file cannot be written.
 pub fn write(world: &World, folder: &Path) -> Result<()> {
     let pictures = folder.join("demo");
     fs::create_dir_all(&pictures).with_context(|| format!("cannot make {}", pictures.display()))?;

@@ -25,7 +25,7 @@ use crate::{
 
 /// Batches that each of the loader's threads keeps ready.
 const AHEAD: usize = 4;
-/// Between checkpoints.
+/// Time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 
 /// Where and how long to train.
@@ -33,12 +33,13 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 pub struct Run {
     /// A folder with one folder for each stage.
     pub runs: PathBuf,
-    /// What the model has behind it of the stage, where there is no checkpoint.
+    /// How far the model has come in the stage where there is no checkpoint.
     pub before: Progress,
     /// Threads that make batches.
     pub loader_threads: usize,
-    /// Ends a stage's turn, to be resumed.
+    /// When a stage is interrupted, to be resumed.
     pub deadline: Option<Instant>,
+    /// Interrupts a stage, to be resumed, once it begins.
     pub shutdown: Shutdown,
     /// Whether a person watches: a bar, instead of lines.
     pub bar: bool,
@@ -54,12 +55,16 @@ pub enum StageOutcome {
 }
 
 impl Run {
+    /// Returns the path of a stage's checkpoint.
     pub fn checkpoint(&self, stage: &str) -> PathBuf {
         checkpoint::path(&self.runs, stage)
     }
 }
 
-/// Trains from the stage's last checkpoint, or from the model as it is.
+/// Trains a stage from its last checkpoint, or from the model as it is, to its end or until it is interrupted.
+///
+/// # Errors
+/// When another process trains the stage, its checkpoint is of another model, or a file cannot be written.
 pub fn train<O: Objective>(stage: &Stage, model: &Model, objective: &O, run: &Run) -> Result<StageOutcome> {
     let folder = run.runs.join(&stage.name);
     let _lock = lock(&folder)?;

@@ -25,16 +25,19 @@ const SIZES: std::ops::RangeInclusive<u32> = 8..=64;
 /// Raised whenever equal sources give other pixels.
 const FORMAT: u32 = 1;
 
-/// An emoji set.
+/// The emoji set that drawings are taken from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Style {
+    /// Noto Emoji.
     Noto,
+    /// Fluent Emoji, flat.
     Fluent,
-    /// Never trained on.
+    /// Twemoji, which training never shows.
     Twemoji,
 }
 
 impl Style {
+    /// The styles that training shows.
     pub const TRAINED: [Self; 2] = [Self::Noto, Self::Fluent];
 
     /// Begins the names of its files.
@@ -50,9 +53,11 @@ impl Style {
 /// A drawing at one size. Colours are multiplied by their opacity.
 #[derive(Debug)]
 pub struct Sprite {
+    /// Pixels across.
     pub width: usize,
+    /// Pixels down.
     pub height: usize,
-    /// RGBA, rows from the top.
+    /// RGBA, row by row from the top: 4 × width × height bytes.
     pub rgba: Vec<u8>,
 }
 
@@ -64,7 +69,11 @@ pub struct Atlas {
 }
 
 impl Atlas {
-    /// `drawings`: the folder that `deploy/fetch/drawings.py` prints; the rasterised drawings are kept there too.
+    /// Opens the drawings of a style, rasterising them where that has not been done. `drawings`: the folder that `deploy/fetch/drawings.py` prints; the
+    /// rasterised drawings are kept there too.
+    ///
+    /// # Errors
+    /// When a set is missing, or lacks a drawing of a concept.
     pub fn open(drawings: &Path, style: Style) -> Result<Self> {
         let source = Source::read(drawings, style)?;
         let kept = drawings.join(format!("{}-{}.rgba", style.set(), &source.digest[..16]));
@@ -84,13 +93,15 @@ impl Atlas {
         Self { drawings: canvases.iter().map(without_margins).collect(), sprites }
     }
 
-    /// Width and height of a drawing whose longer side has `size` pixels.
+    /// Returns width and height of a drawing whose longer side has `size` pixels.
     pub fn extent(&self, concept: Concept, size: u32) -> (u32, u32) {
         let (width, height) = self.drawings[concept.index()].dimensions();
         let scaled = |side: u32| ((side * size) as f32 / width.max(height) as f32).round().max(1.0) as u32;
         (scaled(width), scaled(height))
     }
 
+    /// Returns the drawing of a concept whose longer side has `size` pixels.
+    ///
     /// # Panics
     /// If no scene draws at this size.
     pub fn sprite(&self, concept: Concept, size: u32) -> &Sprite {

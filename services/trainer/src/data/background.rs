@@ -3,17 +3,26 @@
 /// A background of one of the named colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Background {
+    /// RGB 190, 40, 50.
     Red,
+    /// RGB 245, 225, 120.
     Yellow,
+    /// RGB 60, 150, 85.
     Green,
+    /// RGB 60, 110, 200.
     Blue,
+    /// RGB 125, 70, 165.
     Purple,
+    /// RGB 250, 185, 210.
     Pink,
+    /// RGB 245, 245, 245.
     White,
+    /// RGB 25, 25, 30.
     Black,
 }
 
 impl Background {
+    /// Every background, in the order of their indices.
     pub const ALL: [Self; 8] = [
         Self::Red,
         Self::Yellow,
@@ -25,6 +34,7 @@ impl Background {
         Self::Black,
     ];
 
+    /// Returns the colour's name as documents write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Red => "red",
@@ -38,10 +48,12 @@ impl Background {
         }
     }
 
+    /// Returns the background's place in [`Self::ALL`].
     pub fn index(self) -> usize {
         self as usize
     }
 
+    /// Returns red, green and blue.
     pub fn rgb(self) -> [u8; 3] {
         match self {
             Self::Red => [190, 40, 50],

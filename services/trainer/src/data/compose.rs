@@ -39,12 +39,16 @@ const CENTER_SIZES: std::ops::RangeInclusive<u32> = 26..=46;
 const SPREAD_SIZES: std::ops::RangeInclusive<u32> = 19..=28;
 const GATHERED_SIZES: std::ops::RangeInclusive<u32> = 15..=18;
 
+/// Draws scenes at random, of what a split may show.
 #[derive(Clone, Copy)]
 pub struct Composer<'a> {
+    /// The drawings of every style.
     pub drawings: &'a Drawings,
-    /// The first so many of the table.
+    /// The number of concepts that are drawn: the first of the table.
     pub concepts: u16,
+    /// The styles that scenes are drawn in; a scene is of one.
     pub styles: &'static [Style],
+    /// Whether scenes show what is held out from training.
     pub novelty: Novelty,
     /// Whether sizes and positions are the middle ones of what is possible instead of random: for pictures to paint,
     /// which their description must determine, since a regression learns the mean of what is left open.
@@ -52,7 +56,7 @@ pub struct Composer<'a> {
 }
 
 impl Composer<'_> {
-    /// Any arrangement, the mixture that captions and names are learned from.
+    /// Draws a scene of any arrangement, the mixture that captions and names are learned from.
     pub fn any(&self, rng: &mut ChaCha8Rng) -> Scene {
         match rng.random_range(0..10u32) {
             0..3 => self.single(rng),
@@ -63,17 +67,19 @@ impl Composer<'_> {
         }
     }
 
+    /// Draws one thing of any concept, in a corner or the center.
     pub fn single(&self, rng: &mut ChaCha8Rng) -> Scene {
         let concept = self.concept(rng);
         self.single_of(rng, concept)
     }
 
-    /// One thing, in a corner or the center.
+    /// Draws one thing of this concept, in a corner or the center.
     pub fn single_of(&self, rng: &mut ChaCha8Rng, concept: Concept) -> Scene {
         let place = *Place::ALL.choose(rng).expect("not empty");
         self.placed(rng, concept, place)
     }
 
+    /// Draws a scene of one thing of this concept at this place.
     pub fn placed(&self, rng: &mut ChaCha8Rng, concept: Concept, place: Place) -> Scene {
         let style = self.style(rng);
         let (size, cell) = match place.sides() {
@@ -88,7 +94,7 @@ impl Composer<'_> {
         self.finish(rng, Layout::Single(place), vec![thing])
     }
 
-    /// The same thing 1 to 4 times, each in a quarter of the picture.
+    /// Draws the same thing 1 to 4 times, each in a quarter of the picture.
     pub fn spread(&self, rng: &mut ChaCha8Rng) -> Scene {
         self.novel(rng, |rng| {
             let (concept, count) = (self.concept(rng), self.count(rng));
@@ -106,7 +112,7 @@ impl Composer<'_> {
         })
     }
 
-    /// The same thing 1 to 4 times, all in one corner of the picture.
+    /// Draws the same thing 1 to 4 times, all in one corner of the picture.
     pub fn gathered(&self, rng: &mut ChaCha8Rng) -> Scene {
         self.novel(rng, |rng| {
             let (concept, count) = (self.concept(rng), self.count(rng));
@@ -126,6 +132,7 @@ impl Composer<'_> {
         })
     }
 
+    /// Draws two different things, one left of, right of, above or below the other.
     pub fn pair(&self, rng: &mut ChaCha8Rng) -> Scene {
         self.novel(rng, |rng| {
             let concepts = self.different(rng, 2);
@@ -172,11 +179,12 @@ impl Composer<'_> {
         })
     }
 
+    /// Draws a concept.
     pub fn concept(&self, rng: &mut ChaCha8Rng) -> Concept {
         Concept(rng.random_range(0..self.concepts))
     }
 
-    /// So many different concepts.
+    /// Draws `count` different concepts.
     pub fn different(&self, rng: &mut ChaCha8Rng, count: usize) -> Vec<Concept> {
         let mut concepts = Vec::with_capacity(count);
         while concepts.len() < count {
@@ -188,7 +196,8 @@ impl Composer<'_> {
         concepts
     }
 
-    /// On which all of the things are legible, and which is none of `except`; `None`: there is no such background.
+    /// Draws a background on which all of the things are legible and which is none of `except`; `None` if there is no
+    /// such background.
     pub fn background(
         &self,
         rng: &mut ChaCha8Rng,
@@ -203,7 +212,7 @@ impl Composer<'_> {
         fitting.choose(rng).copied()
     }
 
-    /// Another thing of the same size and style, around the same center as far as the picture reaches.
+    /// Returns another thing of the same size and style, around the same center as far as the picture reaches.
     pub fn instead(&self, old: Thing, concept: Concept) -> Thing {
         let (width, height) = self.drawings.atlas(old.style).extent(concept, old.size);
         let [x, y] = old.bounds.center();
@@ -215,7 +224,7 @@ impl Composer<'_> {
         Thing { concept, bounds: Bounds { left, top, right: left + width, bottom: top + height }, ..old }
     }
 
-    /// A drawing somewhere inside `cell`.
+    /// Draws a thing of this concept, style and longer side in pixels, somewhere inside `cell`.
     pub fn thing(
         &self,
         rng: &mut ChaCha8Rng,
@@ -249,6 +258,7 @@ impl Composer<'_> {
         rng.random_range(1..=4u32)
     }
 
+    /// Draws one of the composer's styles.
     pub fn style(&self, rng: &mut ChaCha8Rng) -> Style {
         *self.styles.choose(rng).expect("a split has a style")
     }

@@ -2,7 +2,8 @@
 
 use std::sync::LazyLock;
 
-/// The first so many of the table that a run trains on; see [`World::open`](super::World::open).
+/// The number of concepts in the table; a run trains on the first so many of them, see
+/// [`World::open`](super::World::open).
 pub const CONCEPTS_MAX: usize = 96;
 
 /// One a line: name, code points of the emoji in hexadecimal, and the plural where it is not the name with an s. The
@@ -10,7 +11,7 @@ pub const CONCEPTS_MAX: usize = 96;
 /// holds.
 const TABLE: &str = include_str!("concepts.tsv");
 
-/// An index into the table.
+/// A kind of thing, as an index into the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Concept(pub u16);
 
@@ -31,29 +32,33 @@ static ROWS: LazyLock<Vec<Row>> = LazyLock::new(|| {
 });
 
 impl Concept {
+    /// Iterates over every concept, in the order of the table.
     pub fn all() -> impl Iterator<Item = Self> {
         (0..).map(Self).take(CONCEPTS_MAX)
     }
 
-    /// By its name or its plural.
+    /// Returns the concept with this name or plural.
     pub fn named(name: &str) -> Option<Self> {
         Self::all().find(|concept| concept.name() == name || concept.plural() == name)
     }
 
+    /// Returns the concept's place in the table.
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
 
+    /// Returns the singular without an article: `cat`.
     pub fn name(self) -> &'static str {
         self.row().name
     }
 
+    /// Returns the plural: `cats`.
     pub fn plural(self) -> String {
         let row = self.row();
         row.plural.map_or_else(|| format!("{}s", row.name), str::to_owned)
     }
 
-    /// `a cat`, `an owl`.
+    /// Returns the name with its article: `a cat`, `an owl`.
     pub fn with_article(self) -> String {
         let name = self.name();
         // Of the table's names that begin with a vowel, each also sounds so.

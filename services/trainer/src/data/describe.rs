@@ -5,7 +5,7 @@ use crate::data::scene::{Bounds, Layout, Place, Scene};
 /// Coordinates in text reach from 0 to this.
 const COORDINATE_MAX: f32 = 224.0;
 
-/// `a cat at the top left on a red background`: things, where they are if that can be said, and the background.
+/// Returns `a cat at the top left on a red background`: things, where they are if that can be said, and the background.
 pub fn whole(scene: &Scene) -> String {
     let place = match &scene.layout {
         Layout::Single(place) | Layout::Group(Some(place)) => format!(" {}", at(*place)),
@@ -14,7 +14,7 @@ pub fn whole(scene: &Scene) -> String {
     format!("{}{place} {}", things(scene), on_background(scene))
 }
 
-/// `a cat`, `3 cats`, `a cat left of a dog`, `a cat, a dog and a fox`.
+/// Returns `a cat`, `3 cats`, `a cat left of a dog`, `a cat, a dog and a fox`.
 pub fn things(scene: &Scene) -> String {
     let counted: Vec<String> = scene
         .counts()
@@ -31,11 +31,12 @@ pub fn things(scene: &Scene) -> String {
     }
 }
 
+/// Returns `on a red background`.
 pub fn on_background(scene: &Scene) -> String {
     format!("on a {} background", scene.background.name())
 }
 
-/// `at the top left`, `in the center`.
+/// Returns `at the top left`, `in the center`.
 pub fn at(place: Place) -> String {
     match place {
         Place::Center => "in the center".to_owned(),
@@ -43,7 +44,7 @@ pub fn at(place: Place) -> String {
     }
 }
 
-/// `[red, cat, 3, bottom left].` of things that are in one place.
+/// Returns `[red, cat, 3, bottom left].` of things that are in one place.
 pub fn tuple(scene: &Scene) -> String {
     let thing = scene.things[0].concept.name();
     let place = match &scene.layout {
@@ -53,7 +54,7 @@ pub fn tuple(scene: &Scene) -> String {
     format!("[{}, {thing}, {}, {place}].", scene.background.name(), scene.things.len())
 }
 
-/// `<patch_index_0007>` four times: left, top, right, bottom, as a served prompt writes a box.
+/// Returns `<patch_index_0007>` four times, for left, top, right and bottom, as a served prompt writes a box.
 pub fn coordinates(bounds: Bounds) -> String {
     let coordinate = |edge: f32| format!("<patch_index_{:04}>", (edge * COORDINATE_MAX).round() as u32);
     bounds.fractions().map(coordinate).concat()

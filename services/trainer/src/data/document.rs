@@ -29,6 +29,7 @@ pub enum Task {
     Tuples,
     /// What stands in a red circle.
     Circle,
+    /// An image to paint from words.
     TextToImage,
     /// A thing from a picture, elsewhere.
     Subject,
@@ -41,6 +42,7 @@ pub enum Task {
 }
 
 impl Task {
+    /// Every task, in the order of their declaration.
     pub const ALL: [Self; 14] = [
         Self::Caption,
         Self::Question,
@@ -58,7 +60,7 @@ impl Task {
         Self::Clip,
     ];
 
-    /// In logs; also names the random numbers that its documents draw.
+    /// Returns the task's name in logs, which also seeds the random numbers of its documents.
     pub fn name(self) -> &'static str {
         match self {
             Self::Caption => "caption",
@@ -78,47 +80,67 @@ impl Task {
         }
     }
 
-    /// Whether every document ends with a picture to paint.
+    /// Returns whether every document of the task ends with an image to paint.
     pub fn paints(self) -> bool {
         matches!(self, Self::TextToImage | Self::Subject | Self::BoxToImage | Self::Editing)
     }
 }
 
-/// In order. It begins with `<s>`, which is not among the pieces. The last piece is the answer to those before it.
+/// A document of interleaved text and images. It begins with `<s>`, which is not among the pieces; the last piece is
+/// the answer to those before it.
 #[derive(Debug, Clone)]
 pub struct Document {
+    /// The task that the document is of.
     pub task: Task,
+    /// What the model reads, in order.
     pub pieces: Vec<Piece>,
-    /// What the last piece shows or tells of; of a clip, its first frame.
+    /// The scene that the last piece shows or describes; of a clip, its first frame.
     pub scene: Scene,
     /// Whether `</s>` follows the last piece; it is learned if that piece is.
     pub ends: bool,
 }
 
+/// One part of a document.
 #[derive(Debug, Clone)]
 pub enum Piece {
-    /// Joined with the text before it, as a served prompt joins its parts: a space between two words is written in one
-    /// of the two. Special tokens are written out (`<phrase>`, `<patch_index_0003>`). `learn`: cross-entropy falls on
-    /// its tokens; such a piece begins with a space, with a special token or after a picture, so that no token
-    /// straddles its beginning.
-    Text { text: String, learn: bool },
-    /// `[IMG]`, one slot of n_query embeddings, `[/IMG]`. `learn`: its embeddings are to be regressed, and
-    /// cross-entropy falls on its `[IMG]`.
-    Image { picture: Picture, learn: bool },
-    /// A phrase and the place of what it names in the picture to paint: `<phrase>…</phrase><object>`, an image of the
+    /// Text, joined with the text before it as a served prompt joins its parts: a space between two words is written in
+    /// one of the two. Special tokens are written out (`<phrase>`, `<patch_index_0003>`).
+    Text {
+        /// The text itself.
+        text: String,
+        /// Whether cross-entropy falls on its tokens. Such a piece begins with a space, with a special token or after an
+        /// image, so that no token straddles its beginning.
+        learn: bool,
+    },
+    /// An image: `[IMG]`, one slot of n_query embeddings, `[/IMG]`.
+    Image {
+        /// The pixels.
+        picture: Picture,
+        /// Whether its embeddings are to be regressed, and cross-entropy falls on its `[IMG]`.
+        learn: bool,
+    },
+    /// A phrase and the place of what it names in the image to paint: `<phrase>…</phrase><object>`, an image of the
     /// outline, `</object>`.
-    Box { phrase: String, bounds: Bounds },
-    /// `[VIDEO]`, then every frame as `[IMG]`, v_query embeddings, `[/IMG]`.
-    Video { frames: Vec<Picture> },
+    Box {
+        /// What is to be painted there.
+        phrase: String,
+        /// Where it is to be painted.
+        bounds: Bounds,
+    },
+    /// A video: `[VIDEO]`, then every frame as `[IMG]`, v_query embeddings, `[/IMG]`.
+    Video {
+        /// The frames in their order.
+        frames: Vec<Picture>,
+    },
 }
 
 impl Piece {
-    /// What the model is given.
+    /// Returns a text that the model is given.
     pub fn given(text: impl Into<String>) -> Self {
         Self::Text { text: text.into(), learn: false }
     }
 
-    /// What the model is to write.
+    /// Returns a text that the model is to write.
     pub fn learned(text: impl Into<String>) -> Self {
         Self::Text { text: text.into(), learn: true }
     }

@@ -17,6 +17,7 @@ const MERGED_SHARE_MAX: f32 = 0.4;
 /// Pixels of the longer side at which that is judged.
 const JUDGED_SIZE: u32 = 24;
 
+/// The drawings of every style, and which of them are legible on which background.
 pub struct Drawings {
     noto: Atlas,
     fluent: Atlas,
@@ -26,7 +27,7 @@ pub struct Drawings {
 }
 
 impl Drawings {
-    /// `folder`: what `deploy/fetch/drawings.py` prints. `unseen`: also the style that is never trained on.
+    /// Opens the drawings of the trained styles. `folder`: what `deploy/fetch/drawings.py` prints. `unseen`: also the style that is never trained on.
     pub fn open(folder: &Path, unseen: bool) -> Result<Self> {
         let noto = Atlas::open(folder, Style::Noto)?;
         let fluent = Atlas::open(folder, Style::Fluent)?;
@@ -38,6 +39,8 @@ impl Drawings {
         Ok(Self { noto, fluent, twemoji, legible })
     }
 
+    /// Returns the drawings of a style.
+    ///
     /// # Panics
     /// For the unseen style unless it was opened.
     pub fn atlas(&self, style: Style) -> &Atlas {
@@ -48,7 +51,7 @@ impl Drawings {
         }
     }
 
-    /// Whether the drawing can be told from the background.
+    /// Returns whether the drawing can be told from the background.
     pub fn legible(&self, concept: Concept, style: Style, background: Background) -> bool {
         self.legible[style as usize][concept.index()] & (1 << background.index()) != 0
     }

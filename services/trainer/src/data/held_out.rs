@@ -3,26 +3,26 @@
 
 use crate::data::{atlas::Style, concept::Concept, scene::Scene};
 
-/// One in so many.
+/// One of so many compositions is held out.
 const ONE_IN: u64 = 10;
 
-/// Whether these two different things are never in one picture of the training data.
+/// Returns whether these two different things are never in one picture of the training data.
 pub fn pair(first: Concept, second: Concept) -> bool {
     let (first, second) = (first.min(second), first.max(second));
     chosen(&format!("pair {} {}", first.name(), second.name()))
 }
 
-/// Whether the training data never shows this thing this often. Each is shown once: else it could not be learned.
+/// Returns whether the training data never shows this thing this often. Each is shown once: else it could not be learned.
 pub fn count(concept: Concept, count: u32) -> bool {
     count > 1 && chosen(&format!("count {} {count}", concept.name()))
 }
 
-/// Whether anything in the scene is held out.
+/// Returns whether anything in the scene is held out.
 pub fn scene(scene: &Scene) -> bool {
     composition(scene) || scene.things.iter().any(|thing| thing.style == Style::Twemoji)
 }
 
-/// Whether a pair or a count of the scene is held out, whatever its style.
+/// Returns whether a pair or a count of the scene is held out, whatever its style.
 pub fn composition(scene: &Scene) -> bool {
     let counts = scene.counts();
     let pairs = counts

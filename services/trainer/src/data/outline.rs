@@ -9,7 +9,7 @@ use crate::data::{
     scene::Bounds,
 };
 
-/// White outline on black.
+/// Returns the outline of a box as the encoder sees it: white on black.
 pub fn picture(bounds: Bounds) -> Picture {
     let [left, top, right, bottom] = bounds.fractions();
     let region = v1::Box { left, top, right, bottom, phrase: String::new() };

@@ -5,13 +5,16 @@ use std::{fmt, sync::Arc};
 /// Width and height of every picture, in pixels.
 pub const SIDE: usize = 64;
 
-/// RGB, rows from the top: SIDE x SIDE x 3 bytes. Cheap to clone.
+/// An RGB image of [`SIDE`] × [`SIDE`] pixels, cheap to clone.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Picture(Arc<[u8]>);
 
 impl Picture {
+    /// The number of bytes of an image.
     pub const BYTES: usize = SIDE * SIDE * 3;
 
+    /// Returns the image with these bytes, row by row from the top.
+    ///
     /// # Panics
     /// If `rgb` has another length than [`Self::BYTES`].
     pub fn new(rgb: Vec<u8>) -> Self {
@@ -19,6 +22,7 @@ impl Picture {
         Self(rgb.into())
     }
 
+    /// Returns the bytes: RGB, row by row from the top.
     pub fn rgb(&self) -> &[u8] {
         &self.0
     }

@@ -11,18 +11,26 @@ use crate::data::{
 /// Where in the picture something is, by the centre of its bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Place {
+    /// The upper left corner.
     TopLeft,
+    /// The upper right corner.
     TopRight,
+    /// The lower left corner.
     BottomLeft,
+    /// The lower right corner.
     BottomRight,
+    /// The middle.
     Center,
 }
 
 impl Place {
+    /// Every place.
     pub const ALL: [Self; 5] =
         [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight, Self::Center];
+    /// Every place but the center, in reading order.
     pub const CORNERS: [Self; 4] = [Self::TopLeft, Self::TopRight, Self::BottomLeft, Self::BottomRight];
 
+    /// Returns the place's name as documents write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::TopLeft => "top left",
@@ -33,7 +41,7 @@ impl Place {
         }
     }
 
-    /// Whether it lies right of and below the middle; `None`: on it.
+    /// Returns whether the place lies right of and below the middle; `None` for the center.
     pub fn sides(self) -> Option<(bool, bool)> {
         match self {
             Self::TopLeft => Some((false, false)),
@@ -45,18 +53,24 @@ impl Place {
     }
 }
 
-/// How the first of two things lies to the second.
+/// Where the first of two things lies, seen from the second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Relation {
+    /// The first thing lies left of the second.
     LeftOf,
+    /// The first thing lies right of the second.
     RightOf,
+    /// The first thing lies above the second.
     Above,
+    /// The first thing lies below the second.
     Below,
 }
 
 impl Relation {
+    /// Every relation.
     pub const ALL: [Self; 4] = [Self::LeftOf, Self::RightOf, Self::Above, Self::Below];
 
+    /// Returns the relation as documents write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::LeftOf => "left of",
@@ -66,7 +80,7 @@ impl Relation {
         }
     }
 
-    /// How the second lies to the first.
+    /// Returns where the second thing lies, seen from the first.
     pub fn turned(self) -> Self {
         match self {
             Self::LeftOf => Self::RightOf,
@@ -77,26 +91,31 @@ impl Relation {
     }
 }
 
-/// Pixels of the picture: [left, right) x [top, bottom).
+/// A box in pixels of the image: [left, right) × [top, bottom).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
+    /// The first column of pixels inside.
     pub left: u32,
+    /// The first row of pixels inside.
     pub top: u32,
+    /// The first column of pixels right of the box.
     pub right: u32,
+    /// The first row of pixels below the box.
     pub bottom: u32,
 }
 
 impl Bounds {
-    /// Left, top, right, bottom in fractions of the picture.
+    /// Returns left, top, right and bottom in fractions of the picture.
     pub fn fractions(self) -> [f32; 4] {
         [self.left, self.top, self.right, self.bottom].map(|edge| edge as f32 / SIDE as f32)
     }
 
-    /// In pixels.
+    /// Returns x and y of the middle, in pixels.
     pub fn center(self) -> [f32; 2] {
         [(self.left + self.right) as f32 / 2.0, (self.top + self.bottom) as f32 / 2.0]
     }
 
+    /// Returns the smallest box around this one and another.
     pub fn around(self, other: Self) -> Self {
         Self {
             left: self.left.min(other.left),
@@ -110,14 +129,17 @@ impl Bounds {
 /// One drawing in a scene.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Thing {
+    /// What the thing is.
     pub concept: Concept,
+    /// The emoji set that it is drawn from.
     pub style: Style,
-    /// Of the longer side, in pixels.
+    /// The length of the drawing's longer side, in pixels.
     pub size: u32,
+    /// Where its drawing lies.
     pub bounds: Bounds,
 }
 
-/// How its things are arranged, which is what can be said of it.
+/// How the things of a scene are arranged, which is what can be said of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layout {
     /// One thing, at a place.
@@ -130,18 +152,21 @@ pub enum Layout {
     Corners(Vec<Place>),
 }
 
+/// Things on a background.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scene {
+    /// The colour behind the things.
     pub background: Background,
+    /// How the things are arranged.
     pub layout: Layout,
-    /// 1 to 4.
+    /// The things, 1 to 4 of them.
     pub things: Vec<Thing>,
-    /// The thing with a red circle around it.
+    /// The index of the thing with a red circle around it.
     pub circled: Option<usize>,
 }
 
 impl Scene {
-    /// Each concept once, in order of appearance, and how often it is there.
+    /// Returns each concept once, in order of appearance, and how often it is there.
     pub fn counts(&self) -> Vec<(Concept, u32)> {
         let mut counts: Vec<(Concept, u32)> = Vec::new();
         for thing in &self.things {
@@ -153,7 +178,7 @@ impl Scene {
         counts
     }
 
-    /// A pair told from its other thing; anything else as it is.
+    /// Returns a pair described from its other thing; any other scene as it is.
     pub fn turned(&self) -> Self {
         let mut scene = self.clone();
         if let Layout::Pair(relation) = &mut scene.layout {
@@ -163,7 +188,7 @@ impl Scene {
         scene
     }
 
-    /// As it is told of a picture, where one way of telling is enough: a pair from its left or upper thing.
+    /// Returns the scene as its description goes where one is enough: a pair from its left or upper thing.
     pub fn in_reading_order(&self) -> Self {
         match self.layout {
             Layout::Pair(Relation::RightOf | Relation::Below) => self.turned(),
@@ -171,6 +196,7 @@ impl Scene {
         }
     }
 
+    /// Draws the scene.
     pub fn draw(&self, drawings: &Drawings) -> Picture {
         let mut rgb = self.background.rgb().repeat(SIDE * SIDE);
         for thing in &self.things {

@@ -14,34 +14,42 @@ const IMG_END: &str = "[/IMG]";
 const VIDEO: &str = "[VIDEO]";
 pub(super) const EOS: &str = "</s>";
 
-/// Embeddings of an image, and of a video frame.
+/// How many embeddings the tower gives of an image and of a video frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Queries {
+    /// The number of embeddings of an image.
     pub n_query: usize,
+    /// The number of embeddings of a video frame.
     pub v_query: usize,
 }
 
+/// A document as the llm reads it.
 #[derive(Debug, Clone, Default)]
 pub struct Sequence {
-    /// One a position; inside slots the id of `<image>` or `[gIMG]`.
+    /// The token id of each position; inside slots the id of `<image>` or `[gIMG]`.
     pub ids: Vec<u32>,
     /// Whether cross-entropy falls on predicting `ids[position]` (from the position before); never inside slots.
     pub learn: Vec<bool>,
-    /// In order of appearance.
+    /// The images in order of appearance.
     pub slots: Vec<PictureSlot>,
 }
 
 /// The positions [start, start + len) hold one picture's embeddings.
 #[derive(Debug, Clone)]
 pub struct PictureSlot {
+    /// The first position of the slot.
     pub start: usize,
+    /// The number of positions of the slot.
     pub len: usize,
+    /// The image whose embeddings they hold.
     pub picture: Picture,
     /// Whether the embeddings are to be regressed: hidden state at `start - 1 + i` predicts embedding `i`.
     pub learn: bool,
 }
 
 impl Sequence {
+    /// Lays out a document.
+    ///
     /// # Panics
     /// If a learned text begins inside a token.
     pub fn new(document: &Document, tokenizer: &Tokenizer, queries: Queries) -> Self {

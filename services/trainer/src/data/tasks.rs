@@ -27,7 +27,7 @@ use crate::data::{
 };
 
 impl World {
-    /// Document `index` of a task.
+    /// Returns document `index` of a task.
     pub fn document(&self, split: Split, task: Task, index: u64) -> Document {
         let mut draw = draw::Draw { world: self, split, rng: self.random(split, task.name(), index) };
         match task {

@@ -26,7 +26,7 @@ const DOCUMENTS: u64 = 1_000;
 /// Characters that answers and prompts may need though no document has them: printable ASCII.
 const CHARACTERS: std::ops::RangeInclusive<char> = '!'..='~';
 
-/// Learned pieces, before the special ones are added.
+/// The learned pieces of a tokenizer, without the special ones.
 pub struct Vocabulary {
     /// Best first: what merges two shorter ones.
     merged: Vec<String>,
@@ -34,7 +34,7 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// Byte-pair encoding: the commonest pair of neighbours becomes a piece, until `size` is reached: of the whole
+    /// Learns a vocabulary by byte-pair encoding: the commonest pair of neighbours becomes a piece, until `size` is reached: of the whole
     /// vocabulary, with bytes and all special tokens (the chat template's too).
     pub fn learn(world: &World, size: usize) -> Result<Self> {
         let words = words(world);
@@ -63,7 +63,7 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    /// A `tokenizer.model`.
+    /// Returns the bytes of a `tokenizer.model`.
     pub fn sentencepiece(&self) -> Vec<u8> {
         let plain = |piece: String, score: f32, kind: i32| proto::Piece { piece, score, kind };
         let mut pieces = vec![
@@ -89,7 +89,7 @@ impl Vocabulary {
         .encode_to_vec()
     }
 
-    /// A `tokenizer.json` of Hugging Face's `tokenizers`, which gives the same ids. `instruct`: with the chat
+    /// Returns a `tokenizer.json` of Hugging Face's `tokenizers`, which gives the same ids. `instruct`: with the chat
     /// template's tokens.
     pub fn hugging_face(&self, instruct: bool) -> Result<Value> {
         let published = Published::parse(&self.sentencepiece(), instruct)?;

@@ -15,17 +15,18 @@ use crate::data::{
     scene::Scene,
 };
 
-/// Which samples; those of different splits never draw the same random numbers.
+/// A part of the samples; those of different splits never draw the same random numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Split {
-    /// Nothing held out.
+    /// Scenes without anything that is held out, in the trained styles.
     Train,
-    /// Trained styles; pairs and counts that are held out, wherever there are two things or more.
+    /// Scenes in the trained styles, with pairs and counts that are held out, wherever there are two things or more.
     Test,
-    /// The style that training never shows, in compositions that it does.
+    /// Scenes in the style that training never shows, in compositions that it does.
     Unseen,
 }
 
+/// The drawings, the number of concepts and the seed that every sample is drawn from.
 pub struct World {
     drawings: Drawings,
     concepts: u16,
@@ -33,7 +34,8 @@ pub struct World {
 }
 
 impl World {
-    /// `drawings`: the folder that `deploy/fetch/drawings.py` prints. `concepts`: so many, the first of the table.
+    /// Opens the drawings. `drawings`: the folder that `deploy/fetch/drawings.py` prints. `concepts`: how many, the first
+    /// of the table.
     /// `unseen`: whether [`Split::Unseen`] is asked for, whose drawings are fetched with `--unseen`.
     pub fn open(drawings: &Path, concepts: usize, seed: u64, unseen: bool) -> Result<Self> {
         ensure!(
@@ -44,23 +46,27 @@ impl World {
         Ok(Self { drawings, concepts: u16::try_from(concepts).expect("checked above"), seed })
     }
 
+    /// Returns the number of concepts that are drawn.
     pub fn concepts(&self) -> usize {
         usize::from(self.concepts)
     }
 
+    /// Returns the drawings of every style.
     pub fn drawings(&self) -> &Drawings {
         &self.drawings
     }
 
-    /// A scene of any arrangement.
+    /// Returns scene `index` of a split, of any arrangement.
     pub fn scene(&self, split: Split, index: u64) -> Scene {
         self.composer(split).any(&mut self.random(split, "scene", index))
     }
 
+    /// Draws a scene.
     pub fn picture(&self, scene: &Scene) -> Picture {
         scene.draw(&self.drawings)
     }
 
+    /// Returns what draws the scenes of a split at random.
     pub fn composer(&self, split: Split) -> Composer<'_> {
         let (styles, novelty): (&[Style], _) = match split {
             Split::Train => (&Style::TRAINED, Novelty::Seen),
@@ -70,13 +76,13 @@ impl World {
         Composer { drawings: &self.drawings, concepts: self.concepts, styles, novelty, tidy: false }
     }
 
-    /// As [`Self::composer`], for pictures to paint: tidy, and all in one of the split's styles.
+    /// Returns what draws scenes to paint at random: as [`Self::composer`], but tidy, and all in one of the split's styles.
     pub fn painter(&self, split: Split) -> Composer<'_> {
         let composer = self.composer(split);
         Composer { styles: &composer.styles[..1], tidy: true, ..composer }
     }
 
-    /// The random numbers of one sample of one stream.
+    /// Returns the random number generator of one sample of one stream.
     pub fn random(&self, split: Split, stream: &str, index: u64) -> ChaCha8Rng {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.seed.to_le_bytes()).update(&index.to_le_bytes()).update(&[split as u8]);

@@ -34,9 +34,10 @@ pub enum Column {
 }
 
 impl Column {
+    /// Every column, in the order of the table.
     pub const ALL: [Self; 4] = [Self::Trained, Self::Unseen, Self::TextOnly, Self::Shuffled];
 
-    /// Baselines are of answers in text: what is painted follows from what is given.
+    /// Returns whether an ability has this column: baselines are of answers in text: what is painted follows from what is given.
     pub fn applies(self, ability: Ability) -> bool {
         matches!(self, Self::Trained | Self::Unseen) || !ability.painted()
     }
@@ -49,18 +50,22 @@ impl Column {
     }
 }
 
+/// One question of an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Case {
+    /// What it measures.
     pub ability: Ability,
+    /// What it is asked of.
     pub column: Column,
+    /// Its number among the cases of the same ability and column.
     pub index: u64,
 }
 
-/// From 0 to 1 each, by name.
+/// Scores from 0 to 1 each, by name.
 pub type Scores = BTreeMap<String, f64>;
 
 impl Case {
-    /// With the right answer as its last piece.
+    /// Returns the case as a document, with the right answer as its last piece.
     pub fn document(&self, world: &World) -> Document {
         world.case(self.column.split(), self.ability, self.index)
     }
@@ -103,7 +108,7 @@ impl Case {
         })
     }
 
-    /// What an answer in text is worth.
+    /// Returns the scores of an answer in text.
     pub fn told(&self, document: &Document, answer: &str) -> Scores {
         if self.ability == Ability::Locate {
             let overlap = bounds(answer).map_or(0.0, |found| overlap(found, document.scene.things[0].bounds));
@@ -122,7 +127,7 @@ impl Case {
         Scores::from([("right".to_owned(), f64::from(u8::from(right)))])
     }
 
-    /// What a painted answer is worth.
+    /// Returns the scores of an image, by what the judge sees in it.
     pub fn painted(&self, document: &Document, verdict: &Verdict) -> Scores {
         let scene = &document.scene;
         let (concept, count) = scene.counts()[0];

@@ -17,9 +17,11 @@ use crate::data::Ability;
 /// One answer and what it is worth.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
+    /// The question.
     pub case: Case,
-    /// `None`: it was painted.
+    /// The answer in text; `None` if it was an image.
     pub text: Option<String>,
+    /// What the answer is worth.
     pub scores: Scores,
 }
 
@@ -37,6 +39,7 @@ struct Line {
     scores: Scores,
 }
 
+/// The answers of one evaluation, in memory and in a file.
 #[derive(Debug)]
 pub struct Records {
     file: File,
@@ -44,7 +47,10 @@ pub struct Records {
 }
 
 impl Records {
-    /// Goes on where an evaluation of the same `served` ended.
+    /// Opens a file of answers, and goes on where an evaluation of the same `served` ended.
+    ///
+    /// # Errors
+    /// When the file holds answers of something else, or cannot be read and written.
     pub fn open(path: &Path, served: &Value) -> Result<Self> {
         let cannot = || format!("cannot use {}", path.display());
         if let Some(folder) = path.parent() {
@@ -76,14 +82,20 @@ impl Records {
         Ok(Self { file, answers })
     }
 
+    /// Returns whether a case is answered.
     pub fn holds(&self, case: &Case) -> bool {
         self.answers.contains_key(case)
     }
 
+    /// Returns a case's answer.
     pub fn get(&self, case: &Case) -> Option<&Record> {
         self.answers.get(case)
     }
 
+    /// Adds an answer to the file and to memory.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
     pub fn add(&mut self, record: Record) -> Result<()> {
         let line = serde_json::to_string(&record.line())?;
         writeln!(self.file, "{line}").context("cannot write an answer")?;

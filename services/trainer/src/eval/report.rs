@@ -41,7 +41,9 @@ const LOSS_MAX: f64 = 0.03;
 /// A mean of scores from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
+    /// The mean score.
     pub cases: usize,
+    /// The number of cases.
     pub mean: f64,
     /// 95 %.
     pub interval: [f64; 2],
@@ -74,6 +76,7 @@ struct Row {
     columns: BTreeMap<&'static str, Score>,
 }
 
+/// The table of an evaluation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
     rows: Vec<Row>,
@@ -134,6 +137,7 @@ impl Report {
         (met, BARS.len())
     }
 
+    /// Returns the report as JSON. `served`: what the answers depend on.
     pub fn json(&self, served: &Value) -> Value {
         let score =
             |score: &Score| json!({"cases": score.cases, "mean": score.mean, "interval": score.interval});

@@ -16,7 +16,7 @@ use crate::data::{
 /// Demonstrations of each name that are tried.
 pub const SHOTS: [u32; 5] = [0, 1, 2, 4, 8];
 
-/// What is measured.
+/// What an evaluation measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Ability {
     /// One thing's name.
@@ -28,7 +28,10 @@ pub enum Ability {
     /// The background's colour.
     Background,
     /// Four made-up names, each shown so often.
-    Names { shots: u32 },
+    Names {
+        /// Demonstrations of each name.
+        shots: u32,
+    },
     /// Background, thing, count and place in the format of three demonstrations.
     Tuples,
     /// A named thing's box.
@@ -48,6 +51,7 @@ pub enum Ability {
 }
 
 impl Ability {
+    /// Iterates over every ability; that of names once for each of [`SHOTS`].
     pub fn all() -> impl Iterator<Item = Self> {
         let names = SHOTS.into_iter().map(|shots| Self::Names { shots });
         [Self::Name, Self::Count, Self::Pair, Self::Background].into_iter().chain(names).chain([
@@ -62,7 +66,8 @@ impl Ability {
         ])
     }
 
-    /// As in results; also names the random numbers of its cases, so that those with other shots are alike.
+    /// Returns the ability's name in results. It also seeds the random numbers of its cases, so that those with another
+    /// number of shots are alike.
     pub fn name(self) -> &'static str {
         match self {
             Self::Name => "name",
@@ -81,14 +86,14 @@ impl Ability {
         }
     }
 
-    /// Whether the answer is a picture.
+    /// Returns whether the answer is an image.
     pub fn painted(self) -> bool {
         matches!(self, Self::Autoencode | Self::TextToImage | Self::Subject | Self::Boxed)
     }
 }
 
 impl World {
-    /// Case `index` of an ability: all pieces but the last are the prompt, the last is the right answer.
+    /// Returns case `index` of an ability: all pieces but the last are the prompt, the last is the right answer.
     pub fn case(&self, split: Split, ability: Ability, index: u64) -> Document {
         let stream = format!("case {}", ability.name());
         let mut draw = Draw { world: self, split, rng: self.random(split, &stream, index) };

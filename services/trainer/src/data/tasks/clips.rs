@@ -18,17 +18,24 @@ pub const FRAMES: usize = 8;
 /// Pixels from the first frame to the last.
 const PATH: std::ops::RangeInclusive<u32> = 20..=32;
 
+/// The direction that a thing moves in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
+    /// Towards the left edge.
     Left,
+    /// Towards the right edge.
     Right,
+    /// Towards the upper edge.
     Up,
+    /// Towards the lower edge.
     Down,
 }
 
 impl Direction {
+    /// Every direction.
     pub const ALL: [Self; 4] = [Self::Left, Self::Right, Self::Up, Self::Down];
 
+    /// Returns the direction as documents write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Left => "left",
