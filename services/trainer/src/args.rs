@@ -35,7 +35,7 @@ use crate::{
     train::{self, Run, StageOutcome},
 };
 
-/// Documents on one sheet: those with most pictures take 6 MB each.
+/// Documents on one sheet: those with most images take 6 MB each.
 const COUNT_MAX: u64 = 200;
 
 /// Train a small Emu2, and measure it.

@@ -9,9 +9,9 @@
 //! | [`scene`] | what is where on which background, and its pixels |
 //! | [`compose`], [`held_out`] | scenes at random; what training never shows |
 //! | [`world`] | all of that opened, and the random numbers of each sample |
-//! | [`picture`] | the pixels of one image |
+//! | [`image`] | the pixels of one image |
 //! | [`describe`] | scenes in words |
-//! | [`tasks`] | documents at random: captions, questions, episodes, pictures to paint, clips |
+//! | [`tasks`] | documents at random: captions, questions, episodes, images to paint, clips |
 //! | [`outline`] | a box as the model sees it |
 //! | [`vocabulary`] | the tokenizer, learned from the documents |
 //! | [`document`] | a document as the model reads it, and what is learned of it |
@@ -26,9 +26,9 @@ pub mod describe;
 pub mod document;
 pub mod drawings;
 pub mod held_out;
+pub mod image;
 pub mod loader;
 pub mod outline;
-pub mod picture;
 pub mod scene;
 pub mod sequence;
 pub mod tasks;
@@ -37,6 +37,7 @@ pub(crate) mod tests;
 pub mod vocabulary;
 pub mod world;
 
+pub use self::image::{Image, SIDE};
 pub use atlas::{Atlas, Style};
 pub use background::Background;
 pub use compose::{Composer, Novelty};
@@ -44,9 +45,8 @@ pub use concept::Concept;
 pub use document::{Document, Piece, Task};
 pub use drawings::Drawings;
 pub use loader::Loader;
-pub use picture::{Picture, SIDE};
 pub use scene::{Bounds, Layout, Place, Relation, Scene, Thing};
-pub use sequence::{PictureSlot, Queries, Sequence};
+pub use sequence::{ImageSlot, Queries, Sequence};
 pub use tasks::Ability;
 pub use vocabulary::Vocabulary;
 pub use world::{Split, World};

@@ -75,7 +75,7 @@ pub struct Eval {
     /// Seed of the scenes; training's scenes are others in any case.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Denoising steps of a picture.
+    /// Denoising steps of an image.
     #[arg(long, default_value_t = 20)]
     pub steps: u32,
     /// The scale of classifier-free guidance.
@@ -180,30 +180,30 @@ async fn answer(context: &EvalContext, mut client: Client, case: Case) -> Result
     let document = case.document(&context.world);
     let request = case.request(context, &document)?;
     let events = client.generate(request).await.with_context(|| format!("{case:?}"))?;
-    let (text, picture) = whole(events.map_err(explain)).await.with_context(|| format!("{case:?}"))?;
-    let picture = match picture {
-        Some(image) => {
-            Some(image::load_from_memory(&image.png).context("the answer is no picture")?.to_rgb8())
+    let (text, image) = whole(events.map_err(explain)).await.with_context(|| format!("{case:?}"))?;
+    let image = match image {
+        Some(result) => {
+            Some(image::load_from_memory(&result.png).context("the answer is no image")?.to_rgb8())
         }
         None => None,
     };
-    let scores = match &picture {
-        Some(picture) => case.painted(&document, &context.judge.look(&scaled(picture))),
+    let scores = match &image {
+        Some(image) => case.painted(&document, &context.judge.look(&scaled(image))),
         None => case.told(&document, &text),
     };
-    Ok(Record { case, text: picture.is_none().then_some(text), scores })
+    Ok(Record { case, text: image.is_none().then_some(text), scores })
 }
 
-/// The text and the picture of an answer that came to its end: half of one is not a wrong one.
+/// The text and the image of an answer that came to its end: half of one is not a wrong one.
 async fn whole(
     mut events: impl Stream<Item = Result<v1::GenerateEvent>> + Unpin,
 ) -> Result<(String, Option<v1::ImageResult>)> {
-    let (mut text, mut picture) = (String::new(), None);
+    let (mut text, mut image) = (String::new(), None);
     while let Some(event) = events.try_next().await? {
         match event.event {
             Some(Event::TextDelta(delta)) => text.push_str(&delta.text),
-            Some(Event::Image(image)) => picture = Some(image),
-            Some(Event::Finished(_)) => return Ok((text, picture)),
+            Some(Event::Image(result)) => image = Some(result),
+            Some(Event::Finished(_)) => return Ok((text, image)),
             _ => {}
         }
     }
@@ -211,12 +211,12 @@ async fn whole(
 }
 
 /// As large as scenes are.
-fn scaled(picture: &RgbImage) -> RgbImage {
+fn scaled(image: &RgbImage) -> RgbImage {
     let side = SIDE as u32;
-    if picture.dimensions() == (side, side) {
-        return picture.clone();
+    if image.dimensions() == (side, side) {
+        return image.clone();
     }
-    image::imageops::resize(picture, side, side, image::imageops::FilterType::Triangle)
+    image::imageops::resize(image, side, side, image::imageops::FilterType::Triangle)
 }
 
 /// Shares of real scenes whose thing, count and background the judge finds.
@@ -226,7 +226,7 @@ fn judge_scores(context: &EvalContext) -> [(&'static str, f64); 3] {
         let mut rng = context.world.random(Split::Test, "judged", index);
         let composer = context.world.composer(Split::Test);
         let scene = if index % 2 == 0 { composer.single(&mut rng) } else { composer.spread(&mut rng) };
-        let verdict = context.judge.look(&rgb(&context.world.picture(&scene)));
+        let verdict = context.judge.look(&rgb(&context.world.image(&scene)));
         let (concept, count) = scene.counts()[0];
         let found = [
             verdict.concept() == Some(concept),

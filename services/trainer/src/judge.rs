@@ -1,4 +1,4 @@
-//! What a picture shows, found without the model: background by its border, things by what stands out from it, each
+//! What an image shows, found without the model: background by its border, things by what stands out from it, each
 //! named after the drawing that it is nearest to, pixel by pixel and colour by colour.
 
 #[cfg(test)]
@@ -22,7 +22,7 @@ const SHARE_MIN: f32 = 0.12;
 /// Of two shapes a factor e apart in width by height, in squared levels of colour.
 const SHAPE_WEIGHT: f32 = 4_000.0;
 
-/// What a picture was found to show.
+/// What an image was found to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     /// The background's colour.
@@ -83,25 +83,24 @@ impl Judge {
     }
 
     /// Finds background and things of an image.
-    pub fn look(&self, picture: &RgbImage) -> Verdict {
-        let (background, rgb) = background(picture);
-        let mut regions = regions(picture, rgb);
+    pub fn look(&self, image: &RgbImage) -> Verdict {
+        let (background, rgb) = background(image);
+        let mut regions = regions(image, rgb);
         regions.sort_by_key(|region| std::cmp::Reverse(region.pixels));
         let largest = regions.first().map_or(0, |region| region.pixels);
         regions.retain(|region| {
             region.pixels >= PIXELS_MIN && region.pixels as f32 >= largest as f32 * SHARE_MIN
         });
-        let things = regions.into_iter().map(|region| Found {
-            concept: self.nearest(picture, rgb, region.bounds),
-            bounds: region.bounds,
-        });
+        let things = regions
+            .into_iter()
+            .map(|region| Found { concept: self.nearest(image, rgb, region.bounds), bounds: region.bounds });
         Verdict { background, things: things.collect() }
     }
 
-    fn nearest(&self, picture: &RgbImage, background: [u8; 3], bounds: Bounds) -> Concept {
+    fn nearest(&self, image: &RgbImage, background: [u8; 3], bounds: Bounds) -> Concept {
         let Bounds { left, top, right, bottom } = bounds;
         let (width, height) = (right - left, bottom - top);
-        let cut = imageops::crop_imm(picture, left, top, width, height).to_image();
+        let cut = imageops::crop_imm(image, left, top, width, height).to_image();
         let seen = imageops::resize(&cut, COMPARED_SIDE, COMPARED_SIDE, imageops::FilterType::Triangle);
         let distance = |template: &Template| {
             let shapes = (template.shape - shape(width, height)).abs();
@@ -133,9 +132,9 @@ fn difference(seen: &RgbImage, drawing: &RgbaImage, background: [u8; 3]) -> f32 
 }
 
 /// What most of the border is nearest to, and the colour that it has there.
-fn background(picture: &RgbImage) -> (Background, [u8; 3]) {
-    let (width, height) = picture.dimensions();
-    let border = picture
+fn background(image: &RgbImage) -> (Background, [u8; 3]) {
+    let (width, height) = image.dimensions();
+    let border = image
         .enumerate_pixels()
         .filter(|&(x, y, _)| x < BORDER || y < BORDER || x >= width - BORDER || y >= height - BORDER);
     let mut votes: [Vec<[u8; 3]>; Background::ALL.len()] = Default::default();
@@ -163,10 +162,10 @@ struct Region {
 }
 
 /// Connected pixels that stand out; regions whose bounds overlap are one thing (a drawing may have parts).
-fn regions(picture: &RgbImage, background: [u8; 3]) -> Vec<Region> {
-    let (width, height) = picture.dimensions();
+fn regions(image: &RgbImage, background: [u8; 3]) -> Vec<Region> {
+    let (width, height) = image.dimensions();
     let out = |x: u32, y: u32| {
-        let mut channels = picture.get_pixel(x, y).0.into_iter().zip(background);
+        let mut channels = image.get_pixel(x, y).0.into_iter().zip(background);
         channels.any(|(one, other)| one.abs_diff(other) >= DISTANCE_MIN)
     };
     let mut open: Vec<bool> = (0..width * height).map(|index| out(index % width, index / width)).collect();

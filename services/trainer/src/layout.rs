@@ -5,7 +5,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::data::{Picture, Sequence};
+use crate::data::{Image, Sequence};
 
 /// The token id that fills the ends: it is never looked at.
 const PADDING: i64 = 0;
@@ -19,7 +19,7 @@ pub struct Layout {
     pub tokens: usize,
     /// The token ids: [(sequences tokens)]
     pub ids: Vec<i64>,
-    /// The row of each embedding of each picture, picture by picture.
+    /// The row of each embedding of each image, image by image.
     pub slots: Vec<i64>,
     /// Rows from which a token is predicted, and that token.
     pub text: Predictions,
@@ -51,19 +51,19 @@ impl Predictions {
 impl Layout {
     /// Returns the numbers of the images to paint, among all images. `queries`: embeddings of an image.
     pub fn painted(&self, queries: i64) -> Vec<i64> {
-        let mut pictures: Vec<i64> = self.images.what.iter().map(|place| place / queries).collect();
-        pictures.dedup();
-        pictures
+        let mut images: Vec<i64> = self.images.what.iter().map(|place| place / queries).collect();
+        images.dedup();
+        images
     }
 
     /// Lays sequences side by side; returns their images too, in the order of [`Self::slots`].
     ///
     /// # Errors
     /// When a slot has not `queries` positions.
-    pub fn new(sequences: &[Sequence], queries: usize) -> Result<(Self, Vec<Picture>)> {
+    pub fn new(sequences: &[Sequence], queries: usize) -> Result<(Self, Vec<Image>)> {
         let tokens = sequences.iter().map(|sequence| sequence.ids.len()).max().unwrap_or_default();
         let mut layout = Self { sequences: sequences.len(), tokens, ..Self::default() };
-        let mut pictures = Vec::new();
+        let mut images = Vec::new();
         for (index, sequence) in sequences.iter().enumerate() {
             let first = index * tokens;
             let ids = sequence.ids.iter().map(|&id| i64::from(id));
@@ -74,7 +74,7 @@ impl Layout {
             for slot in &sequence.slots {
                 ensure!(
                     slot.len == queries,
-                    "pictures must have {queries} embeddings each, one has {}",
+                    "images must have {queries} embeddings each, one has {}",
                     slot.len
                 );
                 for position in slot.start..slot.start + slot.len {
@@ -83,22 +83,22 @@ impl Layout {
                     }
                     layout.slots.push((first + position) as i64);
                 }
-                pictures.push(slot.picture.clone());
+                images.push(slot.image.clone());
             }
         }
-        Ok((layout, pictures))
+        Ok((layout, images))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::PictureSlot;
+    use crate::data::ImageSlot;
 
     #[test]
     fn rows_are_counted_through_and_ends_are_padded() {
-        let picture = Picture::new(vec![7; Picture::BYTES]);
-        let slot = |start, learn| PictureSlot { start, len: 2, picture: picture.clone(), learn };
+        let image = Image::new(vec![7; Image::BYTES]);
+        let slot = |start, learn| ImageSlot { start, len: 2, image: image.clone(), learn };
         let long = Sequence {
             ids: vec![1, 8, 9, 9, 10, 5],
             learn: vec![false, true, false, false, false, true],
@@ -109,8 +109,8 @@ mod tests {
             learn: vec![false, false, false, true],
             slots: vec![slot(1, false)],
         };
-        let (layout, pictures) = Layout::new(&[long.clone(), short], 2).unwrap();
-        assert_eq!((layout.sequences, layout.tokens, pictures.len()), (2, 6, 2));
+        let (layout, images) = Layout::new(&[long.clone(), short], 2).unwrap();
+        assert_eq!((layout.sequences, layout.tokens, images.len()), (2, 6, 2));
         assert_eq!(layout.ids, [1, 8, 9, 9, 10, 5, 1, 9, 9, 2, 0, 0]);
         assert_eq!(layout.slots, [2, 3, 7, 8]);
         assert_eq!(layout.text, Predictions { from: vec![0, 4, 8], what: vec![8, 5, 2] });

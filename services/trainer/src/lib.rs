@@ -15,7 +15,7 @@
 //! | [`checkpoint`], [`log`] | what is kept of it, and how it goes |
 //! | [`export`] | what has been trained, as a folder that the services load |
 //! | [`tour`] | what `emu2 demo` shows of it |
-//! | [`eval`], [`judge`] | what a served model can do; what a picture shows |
+//! | [`eval`], [`judge`] | what a served model can do; what an image shows |
 
 #![warn(missing_docs)]
 

@@ -1,9 +1,9 @@
-//! Pictures as the models read them.
+//! Images as the models read them.
 
 use emu2_encoder::preprocess::{MEAN, STANDARD_DEVIATION};
 use tch::{Device, Kind, Tensor};
 
-use crate::data::{Picture, SIDE};
+use crate::data::{Image, SIDE};
 
 /// The bytes of images, one after the other.
 #[derive(Clone, Debug, Default)]
@@ -11,10 +11,10 @@ pub struct Pixels {
     bytes: Vec<u8>,
 }
 
-impl FromIterator<Picture> for Pixels {
-    fn from_iter<I: IntoIterator<Item = Picture>>(pictures: I) -> Self {
+impl FromIterator<Image> for Pixels {
+    fn from_iter<I: IntoIterator<Item = Image>>(images: I) -> Self {
         let mut bytes = Vec::new();
-        pictures.into_iter().for_each(|picture| bytes.extend_from_slice(picture.rgb()));
+        images.into_iter().for_each(|image| bytes.extend_from_slice(image.rgb()));
         Self { bytes }
     }
 }

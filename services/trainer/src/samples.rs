@@ -1,7 +1,7 @@
 //! Training samples by number: documents, and scenes with labels for a grid of queries.
 
 use crate::data::{
-    Background, Bounds, Document, Picture, SIDE, Scene, Split, Task, Thing, World, concept::CONCEPTS_MAX,
+    Background, Bounds, Document, Image, SIDE, Scene, Split, Task, Thing, World, concept::CONCEPTS_MAX,
 };
 
 /// The class of a query that no concept is named for; concepts are the classes below it.
@@ -24,7 +24,7 @@ pub trait SampleSource: Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct LabelledScene {
     /// The scene's image.
-    pub picture: Picture,
+    pub image: Image,
     /// The concept of each query, row by row, or [`NO_CONCEPT`].
     pub names: Vec<i64>,
     /// Left, top, right and bottom of the whole thing that each query is named after, in fractions of the image; any
@@ -54,16 +54,16 @@ impl SampleSource for TrainingWorld {
 
     fn scene(&self, number: u64) -> LabelledScene {
         let scene = self.world.scene(Split::Train, number);
-        labelled(&scene, self.world.picture(&scene), self.grid_side)
+        labelled(&scene, self.world.image(&scene), self.grid_side)
     }
 }
 
-fn labelled(scene: &Scene, picture: Picture, grid_side: usize) -> LabelledScene {
+fn labelled(scene: &Scene, image: Image, grid_side: usize) -> LabelledScene {
     let things = covering(scene, grid_side);
     let name = |thing: &Option<Thing>| thing.map_or(NO_CONCEPT, |thing| thing.concept.index() as i64);
     let bounds = |thing: &Option<Thing>| thing.map_or([0.0; 4], |thing| thing.bounds.fractions());
     LabelledScene {
-        picture,
+        image,
         names: things.iter().map(name).collect(),
         boxes: things.iter().map(bounds).collect(),
         background: scene.background.index() as i64,
@@ -109,7 +109,7 @@ mod tests {
             circled: None,
         };
         let LabelledScene { names, boxes, count, .. } =
-            labelled(&scene, Picture::new(vec![0; Picture::BYTES]), 4);
+            labelled(&scene, Image::new(vec![0; Image::BYTES]), 4);
         // 24 pixels cover a square of 16 and half of the next; the corner between is a quarter.
         assert_eq!(names[..8], [7, 7, NO_CONCEPT, NO_CONCEPT, 7, 7, NO_CONCEPT, NO_CONCEPT]);
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Cases of the evaluation as the prompts that a model brings for `emu2 demo`: demo.toml, and its pictures in demo/.
+//! Cases of the evaluation as the prompts that a model brings for `emu2 demo`: demo.toml, and its images in demo/.
 
 use std::{fs, path::Path};
 
@@ -30,31 +30,31 @@ const HEADER: &str = "\
 /// # Errors
 /// When a file cannot be written.
 pub fn write(world: &World, folder: &Path) -> Result<()> {
-    let pictures = folder.join("demo");
-    fs::create_dir_all(&pictures).with_context(|| format!("cannot make {}", pictures.display()))?;
+    let images = folder.join("demo");
+    fs::create_dir_all(&images).with_context(|| format!("cannot make {}", images.display()))?;
     let mut text = HEADER.to_owned();
     for (number, (title, ability, index)) in (1..).zip(STEPS) {
         let document = world.case(Split::Test, ability, index);
-        text += &step((number, title), &document, &pictures)?;
+        text += &step((number, title), &document, &images)?;
     }
     let path = folder.join("demo.toml");
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// A step in TOML; its strings are JSON's, which TOML reads alike.
-fn step((number, title): (usize, &str), document: &Document, pictures: &Path) -> Result<String> {
+fn step((number, title): (usize, &str), document: &Document, images: &Path) -> Result<String> {
     let (answer, given) = document.pieces.split_last().context("a document has pieces")?;
     let mut prompt = String::new();
     for (place, piece) in (1..).zip(given) {
         prompt += &match piece {
             Piece::Text { text, .. } => format!("    {{ text = {} }},\n", json!(text)),
-            Piece::Image { picture, .. } => {
+            Piece::Image { image, .. } => {
                 let name = format!("{number}-{place}.png");
-                let path = pictures.join(&name);
-                rgb(picture).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
+                let path = images.join(&name);
+                rgb(image).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
                 format!("    {{ image = {} }},\n", json!(name))
             }
-            Piece::Box { .. } | Piece::Video { .. } => bail!("a demo's prompt is of texts and pictures"),
+            Piece::Box { .. } | Piece::Video { .. } => bail!("a demo's prompt is of texts and images"),
         };
     }
     let answer = match answer {

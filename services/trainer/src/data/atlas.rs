@@ -173,7 +173,7 @@ impl Source {
 
     fn icon_name(&self, concept: Concept) -> Result<&String> {
         let hexcode = concept.hexcode();
-        // Sets disagree whether the code point that asks for a picture is written.
+        // Sets disagree whether the code point that asks for an image is written.
         let found = self.names.get(hexcode).or_else(|| self.names.get(hexcode.trim_end_matches("-fe0f")));
         found.with_context(|| format!("{} has no drawing of {}", self.style.set(), concept.name()))
     }

@@ -9,7 +9,7 @@ use crate::data::{
     concept::Concept,
     drawings::Drawings,
     held_out,
-    picture::SIDE,
+    image::SIDE,
     scene::{Bounds, Layout, Place, Relation, Scene, Thing},
 };
 
@@ -22,7 +22,7 @@ pub enum Novelty {
     HeldOut,
 }
 
-/// Pixels of a quarter of the picture.
+/// Pixels of a quarter of the image.
 const CELL: u32 = SIDE as u32 / 2;
 /// Pixels between a thing and the edge of its cell, so that neighbours never touch.
 const CELL_MARGIN: u32 = 1;
@@ -50,7 +50,7 @@ pub struct Composer<'a> {
     pub styles: &'static [Style],
     /// Whether scenes show what is held out from training.
     pub novelty: Novelty,
-    /// Whether sizes and positions are the middle ones of what is possible instead of random: for pictures to paint,
+    /// Whether sizes and positions are the middle ones of what is possible instead of random: for images to paint,
     /// which their description must determine, since a regression learns the mean of what is left open.
     pub tidy: bool,
 }
@@ -94,7 +94,7 @@ impl Composer<'_> {
         self.finish(rng, Layout::Single(place), vec![thing])
     }
 
-    /// Draws the same thing 1 to 4 times, each in a quarter of the picture.
+    /// Draws the same thing 1 to 4 times, each in a quarter of the image.
     pub fn spread(&self, rng: &mut ChaCha8Rng) -> Scene {
         self.novel(rng, |rng| {
             let (concept, count) = (self.concept(rng), self.count(rng));
@@ -112,7 +112,7 @@ impl Composer<'_> {
         })
     }
 
-    /// Draws the same thing 1 to 4 times, all in one corner of the picture.
+    /// Draws the same thing 1 to 4 times, all in one corner of the image.
     pub fn gathered(&self, rng: &mut ChaCha8Rng) -> Scene {
         self.novel(rng, |rng| {
             let (concept, count) = (self.concept(rng), self.count(rng));
@@ -212,7 +212,7 @@ impl Composer<'_> {
         fitting.choose(rng).copied()
     }
 
-    /// Returns another thing of the same size and style, around the same center as far as the picture reaches.
+    /// Returns another thing of the same size and style, around the same center as far as the image reaches.
     pub fn instead(&self, old: Thing, concept: Concept) -> Thing {
         let (width, height) = self.drawings.atlas(old.style).extent(concept, old.size);
         let [x, y] = old.bounds.center();
@@ -285,13 +285,13 @@ impl Bounds {
         Self::rectangle(left, top, side, side)
     }
 
-    /// In the middle of the picture.
+    /// In the middle of the image.
     fn amid(width: u32, height: u32) -> Self {
         let side = SIDE as u32;
         Self::rectangle((side - width) / 2, (side - height) / 2, width, height)
     }
 
-    /// Cut at the picture's edge.
+    /// Cut at the image's edge.
     fn rectangle(left: u32, top: u32, width: u32, height: u32) -> Self {
         let side = SIDE as u32;
         Self { left, top, right: (left + width).min(side), bottom: (top + height).min(side) }

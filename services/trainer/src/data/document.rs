@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use crate::data::{
-    picture::Picture,
+    image::Image,
     scene::{Bounds, Scene},
 };
 
@@ -11,19 +11,19 @@ use crate::data::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Task {
-    /// A picture before or after the text that describes it.
+    /// An image before or after the text that describes it.
     Caption,
     /// What, how many, where, which colour.
     Question,
     /// Two things and how they lie, told or asked: names must be bound to places.
     Relation,
-    /// Several questions about one picture, each with its answer.
+    /// Several questions about one image, each with its answer.
     Interview,
     /// Text with boxes of what it names.
     Grounding,
     /// Made-up names bound to things by demonstrations.
     Names,
-    /// The same with names in place of pictures: what an episode asks for, before pictures must be read for it.
+    /// The same with names in place of images: what an episode asks for, before images must be read for it.
     NamesInWords,
     /// `[red, cat, 3, bottom left].`, the format shown by demonstrations.
     Tuples,
@@ -31,11 +31,11 @@ pub enum Task {
     Circle,
     /// An image to paint from words.
     TextToImage,
-    /// A thing from a picture, elsewhere.
+    /// A thing from an image, elsewhere.
     Subject,
     /// Boxes and the things to paint in them.
     BoxToImage,
-    /// A picture, an instruction, the changed picture.
+    /// An image, an instruction, the changed image.
     Editing,
     /// Frames of one moving thing, and the motion in words.
     Clip,
@@ -115,7 +115,7 @@ pub enum Piece {
     /// An image: `[IMG]`, one slot of n_query embeddings, `[/IMG]`.
     Image {
         /// The pixels.
-        picture: Picture,
+        image: Image,
         /// Whether its embeddings are to be regressed, and cross-entropy falls on its `[IMG]`.
         learn: bool,
     },
@@ -130,7 +130,7 @@ pub enum Piece {
     /// A video: `[VIDEO]`, then every frame as `[IMG]`, v_query embeddings, `[/IMG]`.
     Video {
         /// The frames in their order.
-        frames: Vec<Picture>,
+        frames: Vec<Image>,
     },
 }
 

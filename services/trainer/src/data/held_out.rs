@@ -6,7 +6,7 @@ use crate::data::{atlas::Style, concept::Concept, scene::Scene};
 /// One of so many compositions is held out.
 const ONE_IN: u64 = 10;
 
-/// Returns whether these two different things are never in one picture of the training data.
+/// Returns whether these two different things are never in one image of the training data.
 pub fn pair(first: Concept, second: Concept) -> bool {
     let (first, second) = (first.min(second), first.max(second));
     chosen(&format!("pair {} {}", first.name(), second.name()))

@@ -1,20 +1,18 @@
-//! A box as the picture that the model sees of it in a served prompt: drawn by the router, reduced by the encoder.
+//! A box as the image that the model sees of it in a served prompt: drawn by the router, reduced by the encoder.
 
 use emu2_encoder::preprocess::{decode::Rgb, resize};
 use emu2_proto::v1;
 use emu2_router::drawing;
 
 use crate::data::{
-    picture::{Picture, SIDE},
+    image::{Image, SIDE},
     scene::Bounds,
 };
 
 /// Returns the outline of a box as the encoder sees it: white on black.
-pub fn picture(bounds: Bounds) -> Picture {
+pub fn image(bounds: Bounds) -> Image {
     let [left, top, right, bottom] = bounds.fractions();
     let region = v1::Box { left, top, right, bottom, phrase: String::new() };
     let side = drawing::SIDE as usize;
-    Picture::new(
-        resize::resize(Rgb { width: side, height: side, data: drawing::outline(&region) }, SIDE).data,
-    )
+    Image::new(resize::resize(Rgb { width: side, height: side, data: drawing::outline(&region) }, SIDE).data)
 }

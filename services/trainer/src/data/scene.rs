@@ -5,10 +5,10 @@ use crate::data::{
     background::Background,
     concept::Concept,
     drawings::Drawings,
-    picture::{Picture, SIDE},
+    image::{Image, SIDE},
 };
 
-/// Where in the picture something is, by the centre of its bounds.
+/// Where in the image something is, by the centre of its bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Place {
     /// The upper left corner.
@@ -105,7 +105,7 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Returns left, top, right and bottom in fractions of the picture.
+    /// Returns left, top, right and bottom in fractions of the image.
     pub fn fractions(self) -> [f32; 4] {
         [self.left, self.top, self.right, self.bottom].map(|edge| edge as f32 / SIDE as f32)
     }
@@ -197,7 +197,7 @@ impl Scene {
     }
 
     /// Draws the scene.
-    pub fn draw(&self, drawings: &Drawings) -> Picture {
+    pub fn draw(&self, drawings: &Drawings) -> Image {
         let mut rgb = self.background.rgb().repeat(SIDE * SIDE);
         for thing in &self.things {
             let sprite = drawings.atlas(thing.style).sprite(thing.concept, thing.size);
@@ -206,7 +206,7 @@ impl Scene {
         if let Some(thing) = self.circled.map(|index| &self.things[index]) {
             circle(&mut rgb, thing.bounds);
         }
-        Picture::new(rgb)
+        Image::new(rgb)
     }
 }
 
@@ -232,7 +232,7 @@ const CIRCLE_RGB: [u8; 3] = [255, 0, 0];
 /// Between a thing's corners and the line, as a share of the half diagonal: drawings seldom fill their corners.
 const CIRCLE_RADIUS: f32 = 0.9;
 
-/// Where it reaches beyond the picture it is cut off.
+/// Where it reaches beyond the image it is cut off.
 fn circle(rgb: &mut [u8], bounds: Bounds) {
     let [center_x, center_y] = bounds.center();
     let (width, height) = ((bounds.right - bounds.left) as f32, (bounds.bottom - bounds.top) as f32);

@@ -5,8 +5,8 @@ use emu2_llm::tokenizer::{Special, Tokenizer};
 
 use crate::data::{
     document::{Document, Piece},
+    image::Image,
     outline,
-    picture::Picture,
 };
 
 const IMG: &str = "[IMG]";
@@ -31,18 +31,18 @@ pub struct Sequence {
     /// Whether cross-entropy falls on predicting `ids[position]` (from the position before); never inside slots.
     pub learn: Vec<bool>,
     /// The images in order of appearance.
-    pub slots: Vec<PictureSlot>,
+    pub slots: Vec<ImageSlot>,
 }
 
-/// The positions [start, start + len) hold one picture's embeddings.
+/// The positions [start, start + len) hold one image's embeddings.
 #[derive(Debug, Clone)]
-pub struct PictureSlot {
+pub struct ImageSlot {
     /// The first position of the slot.
     pub start: usize,
     /// The number of positions of the slot.
     pub len: usize,
     /// The image whose embeddings they hold.
-    pub picture: Picture,
+    pub image: Image,
     /// Whether the embeddings are to be regressed: hidden state at `start - 1 + i` predicts embedding `i`.
     pub learn: bool,
 }
@@ -57,23 +57,23 @@ impl Sequence {
         sequence.push(tokenizer.special(Special::Bos), false);
         // Text that no slot interrupts, special tokens written out: they take the white space around them along.
         let mut run = Vec::new();
-        let image = (Special::Image, queries.n_query);
+        let image_slot = (Special::Image, queries.n_query);
         for piece in &document.pieces {
             match piece {
                 Piece::Text { text, learn } => run.push((text.clone(), *learn)),
-                Piece::Image { picture, learn } => {
-                    sequence.slot(tokenizer, &mut run, image, (picture, *learn))
+                Piece::Image { image, learn } => {
+                    sequence.slot(tokenizer, &mut run, image_slot, (image, *learn))
                 }
                 Piece::Video { frames } => {
                     run.push((VIDEO.to_owned(), false));
                     let frame = (Special::Gimg, queries.v_query);
-                    for picture in frames {
-                        sequence.slot(tokenizer, &mut run, frame, (picture, false));
+                    for image in frames {
+                        sequence.slot(tokenizer, &mut run, frame, (image, false));
                     }
                 }
                 Piece::Box { phrase, bounds } => {
                     run.push((format!("<phrase>{phrase}</phrase><object>"), false));
-                    sequence.slot(tokenizer, &mut run, image, (&outline::picture(*bounds), false));
+                    sequence.slot(tokenizer, &mut run, image_slot, (&outline::image(*bounds), false));
                     run.push(("</object>".to_owned(), false));
                 }
             }
@@ -118,17 +118,17 @@ impl Sequence {
         run.clear();
     }
 
-    /// Writes the run up to here, then the picture; what follows begins with `[/IMG]`.
+    /// Writes the run up to here, then the image; what follows begins with `[/IMG]`.
     fn slot(
         &mut self,
         tokenizer: &Tokenizer,
         run: &mut Vec<(String, bool)>,
         (token, len): (Special, usize),
-        (picture, learn): (&Picture, bool),
+        (image, learn): (&Image, bool),
     ) {
         run.push((IMG.to_owned(), learn));
         self.text(tokenizer, run);
-        self.slots.push(PictureSlot { start: self.ids.len(), len, picture: picture.clone(), learn });
+        self.slots.push(ImageSlot { start: self.ids.len(), len, image: image.clone(), learn });
         for _ in 0..len {
             self.push(tokenizer.special(token), false);
         }

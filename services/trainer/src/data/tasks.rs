@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`telling`] | captions, questions, grounding |
 //! | [`episodes`] | what a task is, shown by demonstrations |
-//! | [`painting`] | pictures to paint |
+//! | [`painting`] | images to paint |
 //! | [`clips`] | one moving thing |
 //! | `draw` | what a document is drawn from |
 //! | [`abilities`] | the cases of a test |

@@ -71,11 +71,11 @@ fn a_sample_is_the_same_anywhere_and_no_other() {
     for split in SPLITS {
         for index in 0..50 {
             let scene = WORLD.scene(split, index);
-            let picture = WORLD.picture(&scene);
+            let image = WORLD.image(&scene);
             assert_eq!(again.scene(split, index), scene);
-            assert_eq!(again.picture(&scene), picture);
+            assert_eq!(again.image(&scene), image);
             assert_ne!(other.scene(split, index), scene);
-            assert!(seen.insert(picture.rgb().to_vec()), "{split:?} {index} came before");
+            assert!(seen.insert(image.rgb().to_vec()), "{split:?} {index} came before");
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::data::{
     compose::{Composer, Novelty},
     concept::CONCEPTS_MAX,
     drawings::Drawings,
-    picture::Picture,
+    image::Image,
     scene::Scene,
 };
 
@@ -62,7 +62,7 @@ impl World {
     }
 
     /// Draws a scene.
-    pub fn picture(&self, scene: &Scene) -> Picture {
+    pub fn image(&self, scene: &Scene) -> Image {
         scene.draw(&self.drawings)
     }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::context::EvalContext;
 use crate::{
-    data::{Ability, Bounds, Document, Picture, Piece, SIDE, Scene, Split, World, describe},
+    data::{Ability, Bounds, Document, Image, Piece, SIDE, Scene, Split, World, describe},
     documents::rgb,
     judge::Verdict,
 };
@@ -19,7 +19,7 @@ const NEW_TOKENS_MAX: u32 = 32;
 /// Coordinates in text reach from 0 to this.
 const COORDINATE_MAX: f32 = 224.0;
 
-/// What is asked, of which pictures.
+/// What is asked, of which images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Column {
@@ -27,9 +27,9 @@ pub enum Column {
     Trained,
     /// The style that it never showed.
     Unseen,
-    /// A baseline: the pictures left out.
+    /// A baseline: the images left out.
     TextOnly,
-    /// A baseline: the pictures of another case.
+    /// A baseline: the images of another case.
     Shuffled,
 }
 
@@ -74,10 +74,11 @@ impl Case {
         let (_, given) = document.pieces.split_last().context("a document has pieces")?;
         let other = (self.column == Column::Shuffled)
             .then(|| Case { index: self.index + 1, ..*self }.document(&context.world));
-        let mut others = other.iter().flat_map(|other| &other.pieces).filter(|piece| pictured(piece)).cycle();
+        let mut others =
+            other.iter().flat_map(|other| &other.pieces).filter(|piece| has_images(piece)).cycle();
         let mut parts = Vec::new();
         for piece in given {
-            match (self.column, pictured(piece)) {
+            match (self.column, has_images(piece)) {
                 (Column::TextOnly, true) => {}
                 (Column::Shuffled, true) => parts.push(part(others.next().unwrap_or(piece))?),
                 _ => parts.push(part(piece)?),
@@ -149,14 +150,14 @@ impl Case {
     }
 }
 
-fn pictured(piece: &Piece) -> bool {
+fn has_images(piece: &Piece) -> bool {
     matches!(piece, Piece::Image { .. } | Piece::Video { .. })
 }
 
 fn part(piece: &Piece) -> Result<v1::Part> {
     let kind = match piece {
         Piece::Text { text, .. } => Kind::Text(text.clone()),
-        Piece::Image { picture, .. } => Kind::Image(v1::Image { data: png(picture)?.into() }),
+        Piece::Image { image, .. } => Kind::Image(v1::Image { data: png(image)?.into() }),
         Piece::Video { frames } => {
             let frames = frames.iter().map(|frame| Ok(png(frame)?.into()));
             Kind::Video(v1::Video { frames: frames.collect::<Result<_>>()? })
@@ -169,9 +170,9 @@ fn part(piece: &Piece) -> Result<v1::Part> {
     Ok(v1::Part { kind: Some(kind) })
 }
 
-fn png(picture: &Picture) -> Result<Vec<u8>> {
+fn png(image: &Image) -> Result<Vec<u8>> {
     let mut png = Cursor::new(Vec::new());
-    rgb(picture).write_to(&mut png, ImageFormat::Png)?;
+    rgb(image).write_to(&mut png, ImageFormat::Png)?;
     Ok(png.into_inner())
 }
 
@@ -239,12 +240,12 @@ mod tests {
     }
 
     #[test]
-    fn real_pictures_are_right() {
+    fn real_images_are_right() {
         let judge = Judge::new(WORLD.drawings(), WORLD.concepts(), &crate::data::Style::TRAINED);
         for ability in Ability::all().filter(|ability| ability.painted()) {
             let case = case(ability);
             let document = case.document(&WORLD);
-            let verdict = judge.look(&rgb(&WORLD.picture(&document.scene)));
+            let verdict = judge.look(&rgb(&WORLD.image(&document.scene)));
             let scores = case.painted(&document, &verdict);
             assert!(scores.values().all(|&score| score == 1.0), "{ability:?}: {scores:?}");
             let things =

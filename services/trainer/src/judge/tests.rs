@@ -7,8 +7,8 @@ const SCENES: u64 = 200;
 
 fn look(judge: &Judge, scene: &Scene) -> Verdict {
     let side = SIDE as u32;
-    let picture = RgbImage::from_raw(side, side, WORLD.picture(scene).rgb().to_vec()).unwrap();
-    judge.look(&picture)
+    let image = RgbImage::from_raw(side, side, WORLD.image(scene).rgb().to_vec()).unwrap();
+    judge.look(&image)
 }
 
 /// Shares of scenes whose thing, count and background are found.
@@ -64,7 +64,7 @@ fn it_knows_real_scenes() {
 }
 
 #[test]
-fn an_empty_picture_shows_nothing() {
+fn an_empty_image_shows_nothing() {
     let judge = Judge::new(WORLD.drawings(), 8, &Style::TRAINED);
     let found = judge.look(&RgbImage::from_pixel(64, 64, image::Rgb(Background::Green.rgb())));
     assert_eq!((found.background, found.count(), found.concept()), (Background::Green, 0, None));

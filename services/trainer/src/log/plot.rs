@@ -15,7 +15,7 @@ use emu2_sheet::canvas::Canvas;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 540;
-/// Between the picture's edges and the axes.
+/// Between the image's edges and the axes.
 const LEFT: i32 = 80;
 const RIGHT: i32 = 40;
 const TOP: i32 = 40;
@@ -41,7 +41,7 @@ pub(super) fn draw(path: &Path, title: &str, points: &[(f64, f64)]) -> Result<()
     canvas.0.save(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// What the picture's edges stand for.
+/// What the image's edges stand for.
 struct Axes {
     samples_max: f64,
     /// Logarithms.

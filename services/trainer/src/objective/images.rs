@@ -29,7 +29,7 @@ impl Batch for ImageBatch {
 pub(crate) fn image_batches(source: &Arc<dyn SampleSource>, batch: usize) -> BatchFn<ImageBatch> {
     let source = Arc::clone(source);
     Box::new(move |step| {
-        let image = |index| source.scene(sample_number(step, batch, index)).picture;
+        let image = |index| source.scene(sample_number(step, batch, index)).image;
         ImageBatch { pixels: (0..batch).map(image).collect(), images: batch }
     })
 }

@@ -110,7 +110,7 @@ impl Objective for Naming {
                 boxes: scenes.iter().flat_map(|scene| scene.boxes.iter().flatten().copied()).collect(),
                 backgrounds: scenes.iter().map(|scene| scene.background).collect(),
                 counts: scenes.iter().map(|scene| scene.count - 1).collect(),
-                pixels: scenes.into_iter().map(|scene| scene.picture).collect(),
+                pixels: scenes.into_iter().map(|scene| scene.image).collect(),
             }
         })
     }

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::{
-    data::{Background, Document, Layout, Picture, Piece, Queries, Scene, Task},
+    data::{Background, Document, Image, Layout, Piece, Queries, Scene, Task},
     model::Sections,
     objective::{
         autoencode::{Autoencode, AutoencodeConfig},
@@ -24,15 +24,15 @@ use crate::{
     samples::{LabelledScene, NO_CONCEPT, SampleSource},
 };
 
-/// Pictures of one colour, the left half brighter where the first concept "stands".
+/// Images of one colour, the left half brighter where the first concept "stands".
 struct Toy;
 
 impl SampleSource for Toy {
-    /// A caption, or for odd numbers a picture to paint.
+    /// A caption, or for odd numbers an image to paint.
     fn document(&self, task: Task, number: u64) -> Document {
         let shade = ["dark", "grey", "bright"][number as usize % 3];
         let text = |text: String, learn| Piece::Text { text, learn };
-        let image = |learn| Piece::Image { picture: self.scene(number).picture, learn };
+        let image = |learn| Piece::Image { image: self.scene(number).image, learn };
         let pieces = if number.is_multiple_of(2) {
             vec![image(false), text(format!(" it is {shade}"), true)]
         } else {
@@ -52,7 +52,7 @@ impl SampleSource for Toy {
         let shade = 60 * background as u8;
         let pixel = |index: usize| if (index / 3) % 64 < 32 { shade + 80 } else { shade };
         LabelledScene {
-            picture: Picture::new((0..Picture::BYTES).map(pixel).collect()),
+            image: Image::new((0..Image::BYTES).map(pixel).collect()),
             names: vec![0, NO_CONCEPT, 0, NO_CONCEPT],
             boxes: vec![[0.0, 0.0, 0.5, 1.0]; 4],
             background: background as i64,
@@ -176,7 +176,7 @@ impl<O: Objective> Objective for Interrupted<O> {
 }
 
 #[test]
-fn losses_of_every_objective_on_pictures_fall() {
+fn losses_of_every_objective_on_images_fall() {
     let folder = tempfile::tempdir().unwrap();
     let (run, samples): (_, Arc<dyn SampleSource>) = (run(folder.path()), Arc::new(Toy));
     let check = |name: &str, share: f64| {
@@ -205,7 +205,7 @@ fn losses_of_every_objective_on_pictures_fall() {
 #[test]
 fn the_tower_conditions_with_the_true_image_and_the_llm_with_its_own() {
     let model = model();
-    // The odd ones are pictures to paint.
+    // The odd ones are images to paint.
     let batch = mixture(Task::TextToImage, false).batch_fn()(0);
     let pixels = batch.pixels.normalised(Device::Cpu);
     let rows = Tensor::from_slice(&batch.layout.painted(4));
@@ -218,7 +218,7 @@ fn the_tower_conditions_with_the_true_image_and_the_llm_with_its_own() {
 }
 
 #[test]
-fn losses_of_documents_fall_with_pictures_and_without() {
+fn losses_of_documents_fall_with_images_and_without() {
     let folder = tempfile::tempdir().unwrap();
     let run = run(folder.path());
     for (name, text_only, parts) in [("words", true, 3), ("elements", false, 6)] {
@@ -227,7 +227,7 @@ fn losses_of_documents_fall_with_pictures_and_without() {
         assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{name}: {losses:?}");
         let text = fs::read_to_string(folder.path().join(name).join("metrics.jsonl")).unwrap();
         let line: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-        // Cross-entropy, accuracy and the task's loss; with pictures the error of their embeddings too.
+        // Cross-entropy, accuracy and the task's loss; with images the error of their embeddings too.
         assert_eq!(line["parts"].as_object().unwrap().len(), parts, "{name}: {line}");
     }
 }

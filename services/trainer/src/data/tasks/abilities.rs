@@ -38,11 +38,11 @@ pub enum Ability {
     Locate,
     /// What stands in a red circle.
     Circle,
-    /// A picture from its own embeddings.
+    /// An image from its own embeddings.
     Autoencode,
-    /// A picture of 1 to 4 of a thing on a background.
+    /// An image of 1 to 4 of a thing on a background.
     TextToImage,
-    /// A picture's thing on another background.
+    /// An image's thing on another background.
     Subject,
     /// A thing in a box.
     Boxed,

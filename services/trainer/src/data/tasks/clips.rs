@@ -7,7 +7,7 @@ use rand::{
 
 use crate::data::{
     document::{Document, Piece, Task},
-    picture::SIDE,
+    image::SIDE,
     scene::{Bounds, Place, Scene},
     tasks::draw::{Draw, document},
 };
@@ -82,7 +82,7 @@ fn moving(draw: &mut Draw, direction: Direction) -> (Scene, Piece) {
     let side = SIDE as u32;
     let path = draw.rng.random_range(PATH);
     let mut start = |room: u32| draw.rng.random_range(0..=room);
-    // The corner of the path nearest the picture's top left.
+    // The corner of the path nearest the image's top left.
     let (left, top) = match direction {
         Direction::Left | Direction::Right => (start(side - width - path), start(side - height)),
         Direction::Up | Direction::Down => (start(side - width), start(side - height - path)),
@@ -97,7 +97,7 @@ fn moving(draw: &mut Draw, direction: Direction) -> (Scene, Piece) {
         };
         let (left, top) = (left + across, top + down);
         scene.things[0].bounds = Bounds { left, top, right: left + width, bottom: top + height };
-        draw.world.picture(&scene)
+        draw.world.image(&scene)
     };
     // The first last, so that the scene stays as it began.
     let frames: Vec<_> = (0..FRAMES).rev().map(&mut frame).collect();

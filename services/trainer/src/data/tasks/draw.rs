@@ -18,7 +18,7 @@ pub(super) struct Draw<'a> {
 
 impl Draw<'_> {
     pub(super) fn given(&self, scene: &Scene) -> Piece {
-        Piece::Image { picture: self.world.picture(scene), learn: false }
+        Piece::Image { image: self.world.image(scene), learn: false }
     }
 
     /// Questions about what is given before them, each with its answer and the end of it.
@@ -35,7 +35,7 @@ impl Draw<'_> {
     }
 
     pub(super) fn painted(&self, scene: &Scene) -> Piece {
-        Piece::Image { picture: self.world.picture(scene), learn: true }
+        Piece::Image { image: self.world.image(scene), learn: true }
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) fn names(draw: &mut Draw, index: u64) -> Document {
     let length = Length::of(draw, index);
     let bound = bind(draw, length.names);
     let words = glossary(draw, &bound, length.glossary);
-    episode(draw, Task::Names, &bound, (length.shots, words), pictured)
+    episode(draw, Task::Names, &bound, (length.shots, words), has_images)
 }
 
 /// ` cat this is a dax. dog this is a wug. … cat this is a` → ` dax.`, or without the words between: the next word
@@ -79,7 +79,7 @@ pub(super) fn names_in_words(draw: &mut Draw, index: u64) -> Document {
 /// random order.
 pub(super) fn names_shown(draw: &mut Draw, names: usize, shots: u32) -> Document {
     let bound = bind(draw, names);
-    episode(draw, Task::Names, &bound, (shots, Vec::new()), pictured)
+    episode(draw, Task::Names, &bound, (shots, Vec::new()), has_images)
 }
 
 fn bind(draw: &mut Draw, names: usize) -> Vec<Bound> {
@@ -89,7 +89,7 @@ fn bind(draw: &mut Draw, names: usize) -> Vec<Bound> {
     concepts.into_iter().zip(words).collect()
 }
 
-fn pictured(draw: &Draw, scene: &Scene) -> Vec<Piece> {
+fn has_images(draw: &Draw, scene: &Scene) -> Vec<Piece> {
     vec![draw.given(scene), Piece::given(LINK)]
 }
 
@@ -143,7 +143,7 @@ fn episode(
 /// Demonstrations of a tuple, in tests.
 pub const TUPLE_SHOTS: usize = 3;
 
-/// `[img][red, cat, 3, bottom left].` three times, then a picture.
+/// `[img][red, cat, 3, bottom left].` three times, then an image.
 pub(super) fn tuples(draw: &mut Draw) -> Document {
     let composer = draw.world.composer(draw.split);
     let mut pieces = Vec::new();

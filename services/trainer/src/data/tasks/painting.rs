@@ -1,4 +1,4 @@
-//! Pictures to paint. What they show is determined by what is given: see [`Composer::tidy`].
+//! Images to paint. What they show is determined by what is given: see [`Composer::tidy`].
 
 use rand::{Rng, seq::IndexedRandom};
 
@@ -13,7 +13,7 @@ use crate::data::{
     world::Split,
 };
 
-/// Share of pictures that are told by nothing: what guidance is measured from.
+/// Share of images that are told by nothing: what guidance is measured from.
 const UNTOLD: f64 = 0.05;
 
 pub(super) fn text_to_image(draw: &mut Draw) -> Document {
@@ -25,7 +25,7 @@ pub(super) fn text_to_image(draw: &mut Draw) -> Document {
     told(draw, scene)
 }
 
-/// `a cat left of a dog on a red background` → its picture.
+/// `a cat left of a dog on a red background` → its image.
 pub(super) fn told(draw: &Draw, scene: Scene) -> Document {
     let pieces = vec![Piece::given(describe::whole(&scene)), draw.painted(&scene)];
     document(Task::TextToImage, scene, pieces)
@@ -43,7 +43,7 @@ pub(super) fn subject(draw: &mut Draw) -> Document {
     document(Task::Subject, scene, pieces)
 }
 
-/// `<grounding>a picture on a red background:`, then for each thing its box, and with some also its drawing.
+/// `<grounding>an image on a red background:`, then for each thing its box, and with some also its drawing.
 pub(super) fn box_to_image(draw: &mut Draw) -> Document {
     let with_drawings = draw.rng.random_bool(0.4);
     let things = draw.rng.random_range(1..=2u32);
@@ -72,7 +72,7 @@ pub(super) fn boxed(draw: &mut Draw, things: u32, with_drawings: bool) -> Docume
     document(Task::BoxToImage, scene, pieces)
 }
 
-/// A picture, what to change, and the picture after.
+/// An image, what to change, and the image after.
 pub(super) fn editing(draw: &mut Draw) -> Document {
     loop {
         let before = draw.world.composer(draw.split).any(&mut draw.rng);

@@ -1,4 +1,4 @@
-//! A picture, and text about it.
+//! An image, and text about it.
 
 use emu2_llm::prompt::{GROUNDING_SYSTEM_MESSAGE, SYSTEM_MESSAGE};
 use rand::{
@@ -16,7 +16,7 @@ use crate::data::{
 /// Upstream's wording.
 const DESCRIBE: &str = "Describe the image in details:";
 
-/// The whole scene in words, after its picture or before it. What is to be painted is tidy.
+/// The whole scene in words, after its image or before it. What is to be painted is tidy.
 pub(super) fn caption(draw: &mut Draw) -> Document {
     if draw.rng.random_bool(0.5) {
         let scene = draw.world.painter(draw.split).any(&mut draw.rng);
@@ -46,7 +46,7 @@ pub(super) fn name(draw: &Draw, scene: Scene) -> Document {
 /// `Describe the image in details:` → ` a cat left of a dog on a red background.`
 ///
 /// In reading order: told from either thing at random, every word after the first depends on a choice that nothing in
-/// the picture decides.
+/// the image decides.
 pub(super) fn description(draw: &Draw, scene: Scene) -> Document {
     let text = format!(" {}.", describe::whole(&scene.in_reading_order()));
     let pieces = vec![draw.given(&scene), Piece::given(DESCRIBE), Piece::learned(text)];
@@ -127,9 +127,9 @@ const TURNS_MAX: usize = 5;
 /// And of one about where things are, which takes each of them at its place and in its box.
 const PLACES_MAX: usize = 8;
 
-/// Several questions about one picture, in the wording of a single one: each is another look for the price of its own
-/// tokens, where a picture with one question takes three times as many. Half of them ask where each of several things
-/// is: what a question names must be found in the picture, and chance answers half of what is asked of one or two.
+/// Several questions about one image, in the wording of a single one: each is another look for the price of its own
+/// tokens, where an image with one question takes three times as many. Half of them ask where each of several things
+/// is: what a question names must be found in the image, and chance answers half of what is asked of one or two.
 pub(super) fn interview(draw: &mut Draw) -> Document {
     let composer = draw.world.composer(draw.split);
     let (scene, where_only) = match draw.rng.random_range(0..8u32) {

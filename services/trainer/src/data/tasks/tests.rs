@@ -115,16 +115,16 @@ fn documents_are_the_same_anywhere() {
     }
 }
 
-/// Equal words, equal pictures: else a regression learns their mean.
+/// Equal words, equal images: else a regression learns their mean.
 #[test]
-fn words_determine_the_picture_to_paint() {
-    let mut pictures = std::collections::HashMap::new();
+fn words_determine_the_image_to_paint() {
+    let mut images = std::collections::HashMap::new();
     let mut again = 0;
     for index in 0..20_000 {
         let scene = WORLD.painter(Split::Train).any(&mut WORLD.random(Split::Train, "painted", index));
         let told = crate::data::describe::whole(&scene);
         let things = scene.things.clone();
-        if let Some(before) = pictures.insert(told.clone(), things.clone()) {
+        if let Some(before) = images.insert(told.clone(), things.clone()) {
             assert_eq!(before, things, "{told}");
             again += 1;
         }
@@ -191,8 +191,8 @@ fn a_glossary_tells_each_name_both_ways() {
     for index in (0..320).step_by(16) {
         let document = WORLD.document(Split::Train, Task::Names, index);
         let (shown, _question) = document.pieces.split_last_chunk::<3>().unwrap();
-        let is_picture = |piece: &Piece| matches!(piece, Piece::Image { .. });
-        let last = shown.iter().rposition(is_picture).unwrap();
+        let is_image = |piece: &Piece| matches!(piece, Piece::Image { .. });
+        let last = shown.iter().rposition(is_image).unwrap();
         let (demonstrations, glossary) = shown.split_at(last + 3);
         let names: HashSet<_> = demonstrations.iter().skip(2).step_by(3).map(text).collect();
         let entries: HashSet<_> =

@@ -13,7 +13,7 @@ static LEARNED: LazyLock<Vocabulary> = LazyLock::new(|| Vocabulary::learn(&WORLD
 pub(crate) static TOKENIZER: LazyLock<Published> =
     LazyLock::new(|| Published::parse(&LEARNED.sentencepiece(), true).unwrap());
 
-/// All the text of a document that no picture interrupts, joined.
+/// All the text of a document that no image interrupts, joined.
 fn texts(task: Task, index: u64) -> Vec<String> {
     let mut texts = vec![String::new()];
     for piece in WORLD.document(Split::Train, task, 1_000_000 + index).pieces {
@@ -36,7 +36,7 @@ fn every_text_comes_back_without_bytes() {
             if !text.contains(['<', '[']) {
                 words += text.split_whitespace().count();
                 ids_of_words += ids.len() - 1;
-                // A leading space is lost after a picture; elsewhere nothing is.
+                // A leading space is lost after an image; elsewhere nothing is.
                 assert_eq!(TOKENIZER.decode(&ids, true).trim_start(), text.trim_start());
             }
         }

@@ -2,14 +2,14 @@
 
 use std::{fmt, sync::Arc};
 
-/// Width and height of every picture, in pixels.
+/// Width and height of every image, in pixels.
 pub const SIDE: usize = 64;
 
 /// An RGB image of [`SIDE`] × [`SIDE`] pixels, cheap to clone.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Picture(Arc<[u8]>);
+pub struct Image(Arc<[u8]>);
 
-impl Picture {
+impl Image {
     /// The number of bytes of an image.
     pub const BYTES: usize = SIDE * SIDE * 3;
 
@@ -18,7 +18,7 @@ impl Picture {
     /// # Panics
     /// If `rgb` has another length than [`Self::BYTES`].
     pub fn new(rgb: Vec<u8>) -> Self {
-        assert_eq!(rgb.len(), Self::BYTES, "a picture is {SIDE} x {SIDE} x 3 bytes");
+        assert_eq!(rgb.len(), Self::BYTES, "an image is {SIDE} x {SIDE} x 3 bytes");
         Self(rgb.into())
     }
 
@@ -28,8 +28,8 @@ impl Picture {
     }
 }
 
-impl fmt::Debug for Picture {
+impl fmt::Debug for Image {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Picture").finish_non_exhaustive()
+        f.debug_struct("Image").finish_non_exhaustive()
     }
 }
