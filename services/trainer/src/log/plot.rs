@@ -1,107 +1,88 @@
-//! A curve as a PNG: samples across, loss up on a logarithmic scale.
+//! The curve of a loss as a PNG: samples across, the loss up on a logarithmic scale.
+
+mod canvas_backend;
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use embedded_graphics::{
-    Drawable,
-    geometry::Point,
-    mono_font::ascii::FONT_9X15,
-    pixelcolor::Rgb888,
-    primitives::{Line, Primitive, PrimitiveStyle},
-    text::Alignment,
-};
+use anyhow::{Context, Result, anyhow};
 use emu2_sheet::canvas::Canvas;
+use plotters::prelude::{
+    BLACK, ChartBuilder, Color, IntoDrawingArea, IntoFont, LineSeries, RGBColor, TRANSPARENT,
+};
+
+use canvas_backend::CanvasBackend;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 540;
-/// Between the image's edges and the axes.
-const LEFT: i32 = 80;
-const RIGHT: i32 = 40;
-const TOP: i32 = 40;
-const BOTTOM: i32 = 50;
-/// Labelled lines along each axis.
-const TICKS: i32 = 5;
-const GREY: Rgb888 = Rgb888::new(210, 210, 210);
-const BLUE: Rgb888 = Rgb888::new(30, 80, 170);
+/// Pixels between the image's edges and whatever is drawn.
+const MARGIN: u32 = 15;
+/// Pixels for the labels below and left of the axes.
+const LABELS_HEIGHT: u32 = 45;
+const LABELS_WIDTH: u32 = 65;
+/// Labels along each axis, at most.
+const LABELS: usize = 6;
+const GREY: RGBColor = RGBColor(210, 210, 210);
+const BLUE: RGBColor = RGBColor(30, 80, 170);
 
-/// `points`: samples and loss, in order.
+/// Writes the curve through `points`, each of samples and loss, in order.
+///
+/// # Errors
+/// When the file cannot be written.
 pub(super) fn draw(path: &Path, title: &str, points: &[(f64, f64)]) -> Result<()> {
-    let mut canvas = Canvas::white(WIDTH, HEIGHT);
     // What is not finite has no place; a loss of 0 has none on this scale.
-    let points: Vec<_> = points.iter().copied().filter(|&(_, loss)| loss.is_finite() && loss > 0.0).collect();
-    let axes = Axes::around(&points);
-    frame(&mut canvas, title, &axes);
-    let curve: Vec<_> = points.iter().map(|&point| axes.place(point)).collect();
-    // Line by line: joints of a thick polyline overflow on sharp angles.
-    for ends in curve.windows(2) {
-        let line = Line::new(ends[0], ends[1]).into_styled(PrimitiveStyle::with_stroke(BLUE, 2));
-        line.draw(&mut canvas).expect("infallible");
-    }
+    let points = points.iter().filter(|(_, loss)| loss.is_finite() && *loss > 0.0);
+    // Logarithms on a linear axis: plotters' logarithmic one has labels at powers of ten alone, of which most curves
+    // cross none.
+    let points: Vec<_> = points.map(|&(samples, loss)| (samples, loss.ln())).collect();
+    let mut canvas = Canvas::white(WIDTH, HEIGHT);
+    // Its error borrows the canvas, so that only its text can be passed on.
+    chart(&mut canvas, title, &points).map_err(|error| anyhow!("cannot draw the curve: {error}"))?;
     canvas.0.save(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// What the image's edges stand for.
-struct Axes {
-    samples_max: f64,
-    /// Logarithms.
-    low: f64,
-    high: f64,
+/// Draws axes and curve. `points`: samples and the logarithm of the loss.
+fn chart(canvas: &mut Canvas, title: &str, points: &[(f64, f64)]) -> Result<(), Box<dyn std::error::Error>> {
+    // Its family and size are not looked at: see `CanvasBackend`.
+    let font = || ("monospace", 15).into_font().color(&BLACK);
+    let samples_max = points.iter().map(|point| point.0).fold(1.0, f64::max);
+    let area = CanvasBackend(canvas).into_drawing_area();
+    let mut chart = ChartBuilder::on(&area)
+        .caption(format!("{title}: loss"), font())
+        .margin(MARGIN)
+        .x_label_area_size(LABELS_HEIGHT)
+        .y_label_area_size(LABELS_WIDTH)
+        .build_cartesian_2d(0.0..samples_max, logarithms(points))?;
+    chart
+        .configure_mesh()
+        .x_labels(LABELS)
+        .y_labels(LABELS)
+        .x_label_formatter(&|samples| format!("{samples:.0}"))
+        .y_label_formatter(&|logarithm| format!("{:.3}", logarithm.exp()))
+        .x_desc("samples")
+        .label_style(font())
+        .axis_desc_style(font())
+        .bold_line_style(GREY)
+        .light_line_style(TRANSPARENT)
+        .draw()?;
+    chart.draw_series(LineSeries::new(points.iter().copied(), BLUE.stroke_width(2)))?;
+    area.present()?;
+    Ok(())
 }
 
-impl Axes {
-    fn around(points: &[(f64, f64)]) -> Self {
-        let samples_max = points.iter().map(|point| point.0).fold(1.0, f64::max);
-        let logarithms = || points.iter().map(|point| point.1.ln());
-        let (low, high) =
-            (logarithms().fold(f64::INFINITY, f64::min), logarithms().fold(f64::NEG_INFINITY, f64::max));
-        if low.is_finite() && high > low {
-            Self { samples_max, low, high }
-        } else {
-            // One point, or none: any scale around it.
-            let middle = if low.is_finite() { low } else { 0.0 };
-            Self { samples_max, low: middle - 1.0, high: middle + 1.0 }
-        }
+/// Returns the lowest and the highest logarithm, or a range around the only one.
+fn logarithms(points: &[(f64, f64)]) -> std::ops::Range<f64> {
+    let logarithms = || points.iter().map(|point| point.1);
+    let (low, high) =
+        (logarithms().fold(f64::INFINITY, f64::min), logarithms().fold(f64::NEG_INFINITY, f64::max));
+    if low < high {
+        return low..high;
     }
-
-    fn place(&self, (samples, loss): (f64, f64)) -> Point {
-        let up = (loss.ln() - self.low) / (self.high - self.low);
-        Self::at(samples / self.samples_max, up)
-    }
-
-    /// Shares of the way across and up.
-    fn at(across: f64, up: f64) -> Point {
-        let (width, height) = (WIDTH as i32 - LEFT - RIGHT, HEIGHT as i32 - TOP - BOTTOM);
-        Point::new(LEFT + (across * f64::from(width)) as i32, TOP + ((1.0 - up) * f64::from(height)) as i32)
-    }
-}
-
-/// Lines, numbers and titles.
-fn frame(canvas: &mut Canvas, title: &str, axes: &Axes) {
-    let grey = PrimitiveStyle::with_stroke(GREY, 1);
-    let mut text = |text: &str, at, alignment| canvas.label(text, &FONT_9X15, at, alignment);
-    text(title, Point::new(LEFT, 25), Alignment::Left);
-    text("samples", Axes::at(0.5, 0.0) + Point::new(0, 40), Alignment::Center);
-    text("loss", Point::new(LEFT - 8, 25), Alignment::Right);
-    for tick in 0..=TICKS {
-        let share = f64::from(tick) / f64::from(TICKS);
-        let samples = format!("{:.0}", share * axes.samples_max);
-        text(&samples, Axes::at(share, 0.0) + Point::new(0, 20), Alignment::Center);
-        let loss = format!("{:.3}", (axes.low + share * (axes.high - axes.low)).exp());
-        text(&loss, Axes::at(0.0, share) + Point::new(-8, 5), Alignment::Right);
-    }
-    for tick in 0..=TICKS {
-        let share = f64::from(tick) / f64::from(TICKS);
-        for (x, y, x_end, y_end) in [(share, 0.0, share, 1.0), (0.0, share, 1.0, share)] {
-            let line = Line::new(Axes::at(x, y), Axes::at(x_end, y_end));
-            line.into_styled(grey).draw(canvas).expect("infallible");
-        }
-    }
+    let middle = if low.is_finite() { low } else { 0.0 };
+    middle - 1.0..middle + 1.0
 }
 
 #[cfg(test)]
 mod tests {
-    use embedded_graphics::pixelcolor::RgbColor;
     use image::Rgb;
 
     use super::*;
@@ -116,9 +97,17 @@ mod tests {
         let points: Vec<_> = (1..=100).map(|i| (f64::from(i), 100.0 / f64::from(i))).collect();
         draw(&path, "a curve", &points).unwrap();
         let image = image::open(&path).unwrap().to_rgb8();
-        let blue = Rgb([BLUE.r(), BLUE.g(), BLUE.b()]);
+        let blue = Rgb([BLUE.0, BLUE.1, BLUE.2]);
         let rows = |column: u32| (0..HEIGHT).find(|&row| *image.get_pixel(column, row) == blue);
-        let (first, last) = (rows(LEFT as u32 + 20).unwrap(), rows(WIDTH - RIGHT as u32 - 5).unwrap());
+        let left = MARGIN + LABELS_WIDTH;
+        let (first, last) = (rows(left + 20).unwrap(), rows(WIDTH - MARGIN - 5).unwrap());
         assert!(first < last, "{first} {last}");
+        // Labels of both axes, and the title.
+        let black = |columns: std::ops::Range<u32>, rows: std::ops::Range<u32>| {
+            columns.into_iter().any(|x| rows.clone().any(|y| *image.get_pixel(x, y) == Rgb([0; 3])))
+        };
+        assert!(black(MARGIN..left - 10, 100..400), "labels of losses");
+        assert!(black(left..WIDTH, HEIGHT - MARGIN - LABELS_HEIGHT + 10..HEIGHT), "labels of samples");
+        assert!(black(left..WIDTH, 0..30), "a title");
     }
 }
