@@ -7,6 +7,7 @@
 //! | `bad_input.rs` | every bad request has its code and a message with field, limit and value |
 //! | `cache.rs` | an image is encoded once, whoever asks |
 //! | `cancel.rs` | a client that leaves, or whose time is up, frees every stage |
+//! | `client.rs` | the command `emu2`: starts without libtorch, lists models, has one help for all commands |
 //! | `convert.rs` | a published pickle, converted, is the same model |
 //! | `invariants.rs` | the architecture's rules, read from the sources |
 //! | `layouts.rs` | the same weights in another published layout are the same model |
@@ -21,6 +22,7 @@ mod api;
 mod bad_input;
 mod cache;
 mod cancel;
+mod client;
 mod convert;
 mod failover;
 mod invariants;
