@@ -6,7 +6,7 @@ use embedded_graphics::{
     geometry::{OriginDimensions, Point, Size},
     mono_font::{MonoFont, MonoTextStyle},
     pixelcolor::{Rgb888, RgbColor},
-    text::{Alignment, Baseline, Text, TextStyleBuilder},
+    text::{Baseline, Text, TextStyleBuilder},
 };
 use image::{Rgb, RgbImage};
 
@@ -18,13 +18,6 @@ impl Canvas {
     /// Returns a white canvas of `width` × `height` pixels.
     pub fn white(width: u32, height: u32) -> Self {
         Self(RgbImage::from_pixel(width, height, Rgb([255; 3])))
-    }
-
-    /// Draws one line of text in black. Its baseline begins at `at`, is centred there or ends there, as `alignment`
-    /// says.
-    pub fn label(&mut self, text: &str, font: &MonoFont<'_>, at: Point, alignment: Alignment) {
-        let style = MonoTextStyle::new(font, Rgb888::BLACK);
-        Text::with_alignment(text, at, style, alignment).draw(self).expect("infallible");
     }
 
     /// Draws lines of text in black, with the top left corner of the first at `at`.
