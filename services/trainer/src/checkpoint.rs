@@ -101,7 +101,7 @@ pub fn resume(path: &Path, optimizer: &mut AdamW) -> Result<Progress> {
 ///
 /// # Errors
 /// When the file is no checkpoint of this model.
-pub fn give_on(path: &Path, model: &Model) -> Result<Progress> {
+pub fn restore_model(path: &Path, model: &Model) -> Result<Progress> {
     let tensors = read(path)?;
     let mut weights = under(&tensors, WEIGHTS);
     weights.extend(under(&tensors, AVERAGE));

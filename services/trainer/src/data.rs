@@ -45,7 +45,7 @@ pub use concept::Concept;
 pub use document::{Document, Piece, Task};
 pub use drawings::Drawings;
 pub use loader::Loader;
-pub use scene::{Bounds, Layout, Place, Relation, Scene, Thing};
+pub use scene::{Arrangement, Bounds, Place, Relation, Scene, Thing};
 pub use sequence::{ImageSlot, Queries, Sequence};
 pub use tasks::Ability;
 pub use vocabulary::Vocabulary;

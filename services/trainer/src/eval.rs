@@ -152,7 +152,7 @@ async fn ask_all(args: &Eval, router: RouterArgs) -> Result<()> {
         .with_context(|| format!("cannot write {}", args.results.display()))
 }
 
-/// What answers depend on: those of another model, seed or way of painting are not mixed with these.
+/// Returns what answers depend on: those of another model, seed or way of painting are not mixed with these.
 async fn served(client: &mut Client, args: &Eval, concepts: usize) -> Result<serde_json::Value> {
     let models = client.models().await?;
     let digests: Vec<_> = models
@@ -188,13 +188,13 @@ async fn answer(context: &EvalContext, mut client: Client, case: Case) -> Result
         None => None,
     };
     let scores = match &image {
-        Some(image) => case.painted(&document, &context.judge.look(&scaled(image))),
-        None => case.told(&document, &text),
+        Some(image) => case.score_image(&document, &context.judge.inspect(&scaled(image))),
+        None => case.score_text(&document, &text),
     };
     Ok(Record { case, text: image.is_none().then_some(text), scores })
 }
 
-/// The text and the image of an answer that came to its end: half of one is not a wrong one.
+/// Returns the text and the image of an answer that came to its end: half of one is not a wrong one.
 async fn whole(
     mut events: impl Stream<Item = Result<v1::GenerateEvent>> + Unpin,
 ) -> Result<(String, Option<v1::ImageResult>)> {
@@ -210,7 +210,7 @@ async fn whole(
     bail!("the stream ended before the answer was finished")
 }
 
-/// As large as scenes are.
+/// Returns the image at the size of scenes.
 fn scaled(image: &RgbImage) -> RgbImage {
     let side = SIDE as u32;
     if image.dimensions() == (side, side) {
@@ -219,14 +219,14 @@ fn scaled(image: &RgbImage) -> RgbImage {
     image::imageops::resize(image, side, side, image::imageops::FilterType::Triangle)
 }
 
-/// Shares of real scenes whose thing, count and background the judge finds.
+/// Returns the shares of real scenes whose thing, count and background the judge finds.
 fn judge_scores(context: &EvalContext) -> [(&'static str, f64); 3] {
     let mut right = [("object", 0.0), ("count", 0.0), ("background", 0.0)];
     for index in 0..JUDGED_SCENES {
         let mut rng = context.world.random(Split::Test, "judged", index);
         let composer = context.world.composer(Split::Test);
         let scene = if index % 2 == 0 { composer.single(&mut rng) } else { composer.spread(&mut rng) };
-        let verdict = context.judge.look(&rgb(&context.world.image(&scene)));
+        let verdict = context.judge.inspect(&rgb(&context.world.image(&scene)));
         let (concept, count) = scene.counts()[0];
         let found = [
             verdict.concept() == Some(concept),

@@ -117,7 +117,7 @@ impl Source {
         for stage in stages {
             let path = checkpoint::path(&self.runs, &stage.name);
             if path.exists() {
-                let progress = checkpoint::give_on(&path, model)
+                let progress = checkpoint::restore_model(&path, model)
                     .with_context(|| format!("{} does not fit this model", path.display()))?;
                 done.insert(stage.name.clone(), progress);
             }
@@ -186,7 +186,7 @@ mod tests {
         Stage::parse(name, text).unwrap()
     }
 
-    /// As if a stage had set all of a part to one value.
+    /// Writes a checkpoint as if a stage had set all of a part to one value.
     fn trained(source: &Source, sections: &Sections, stage: &Stage, value: f64) {
         let model = Model::new(sections, 0, Device::Cpu).unwrap();
         let variables = model.train(&["visual.".to_owned()]).unwrap().into_iter().map(|(name, tensor)| {

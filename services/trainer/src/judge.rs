@@ -19,7 +19,7 @@ const DISTANCE_MIN: u8 = 36;
 /// A thing has at least this many pixels, and this share of the largest one's.
 const PIXELS_MIN: usize = 12;
 const SHARE_MIN: f32 = 0.12;
-/// Of two shapes a factor e apart in width by height, in squared levels of colour.
+/// The distance of two shapes a factor e apart in width by height, in squared levels of colour.
 const SHAPE_WEIGHT: f32 = 4_000.0;
 
 /// What an image was found to show.
@@ -83,7 +83,7 @@ impl Judge {
     }
 
     /// Finds background and things of an image.
-    pub fn look(&self, image: &RgbImage) -> Verdict {
+    pub fn inspect(&self, image: &RgbImage) -> Verdict {
         let (background, rgb) = background(image);
         let mut regions = regions(image, rgb);
         regions.sort_by_key(|region| std::cmp::Reverse(region.pixels));
@@ -115,7 +115,7 @@ fn shape(width: u32, height: u32) -> f32 {
     (width as f32 / height as f32).ln()
 }
 
-/// Mean of squared differences where the drawing would lie on the background.
+/// Returns the mean of squared differences where the drawing would lie on the background.
 fn difference(seen: &RgbImage, drawing: &RgbaImage, background: [u8; 3]) -> f32 {
     let pixels = seen.pixels().zip(drawing.pixels());
     let sum: f32 = pixels
@@ -131,7 +131,7 @@ fn difference(seen: &RgbImage, drawing: &RgbaImage, background: [u8; 3]) -> f32 
     sum / (COMPARED_SIDE * COMPARED_SIDE) as f32
 }
 
-/// What most of the border is nearest to, and the colour that it has there.
+/// Returns what most of the border is nearest to, and the colour that it has there.
 fn background(image: &RgbImage) -> (Background, [u8; 3]) {
     let (width, height) = image.dimensions();
     let border = image
@@ -161,7 +161,8 @@ struct Region {
     pixels: usize,
 }
 
-/// Connected pixels that stand out; regions whose bounds overlap are one thing (a drawing may have parts).
+/// Returns regions of connected pixels that stand out; regions whose bounds overlap are one thing (a drawing may have
+/// parts).
 fn regions(image: &RgbImage, background: [u8; 3]) -> Vec<Region> {
     let (width, height) = image.dimensions();
     let out = |x: u32, y: u32| {
@@ -206,7 +207,7 @@ fn flood(open: &mut [bool], width: u32, start: u32) -> Region {
     region
 }
 
-/// Two regions whose bounds share a pixel, the first before the second.
+/// Returns two regions whose bounds share a pixel, the first before the second.
 fn overlapping(regions: &[Region]) -> Option<(usize, usize)> {
     let overlap = |one: Bounds, other: Bounds| {
         one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom

@@ -31,27 +31,27 @@ pub struct Layout {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Predictions {
     /// The rows whose hidden states predict.
-    pub from: Vec<i64>,
-    /// What each of them predicts.
-    pub what: Vec<i64>,
+    pub rows: Vec<i64>,
+    /// What each of them predicts: a token id, or a place in [`Layout::slots`].
+    pub targets: Vec<i64>,
 }
 
 impl Predictions {
-    fn push(&mut self, from: usize, what: i64) {
-        self.from.push(from as i64);
-        self.what.push(what);
+    fn push(&mut self, row: usize, target: i64) {
+        self.rows.push(row as i64);
+        self.targets.push(target);
     }
 
     /// Returns whether nothing is predicted.
     pub fn is_empty(&self) -> bool {
-        self.from.is_empty()
+        self.rows.is_empty()
     }
 }
 
 impl Layout {
     /// Returns the numbers of the images to paint, among all images. `queries`: embeddings of an image.
     pub fn painted(&self, queries: i64) -> Vec<i64> {
-        let mut images: Vec<i64> = self.images.what.iter().map(|place| place / queries).collect();
+        let mut images: Vec<i64> = self.images.targets.iter().map(|place| place / queries).collect();
         images.dedup();
         images
     }
@@ -113,8 +113,8 @@ mod tests {
         assert_eq!((layout.sequences, layout.tokens, images.len()), (2, 6, 2));
         assert_eq!(layout.ids, [1, 8, 9, 9, 10, 5, 1, 9, 9, 2, 0, 0]);
         assert_eq!(layout.slots, [2, 3, 7, 8]);
-        assert_eq!(layout.text, Predictions { from: vec![0, 4, 8], what: vec![8, 5, 2] });
-        assert_eq!(layout.images, Predictions { from: vec![1, 2], what: vec![0, 1] });
+        assert_eq!(layout.text, Predictions { rows: vec![0, 4, 8], targets: vec![8, 5, 2] });
+        assert_eq!(layout.images, Predictions { rows: vec![1, 2], targets: vec![0, 1] });
         assert_eq!(layout.painted(2), [0]);
         let error = Layout::new(&[long], 3).unwrap_err().to_string();
         assert!(error.contains("3 embeddings each, one has 2"), "{error}");

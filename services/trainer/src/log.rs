@@ -73,8 +73,8 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log in the stage's folder. Lines of steps after `progress` are dropped: they are made again. `bar`: whether a
-    /// person watches.
+    /// Opens the log in the stage's folder. Lines of steps after `progress` are dropped: they are made again. `bar`:
+    /// whether a person watches.
     ///
     /// # Errors
     /// When the file cannot be read or written.

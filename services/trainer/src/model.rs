@@ -52,7 +52,7 @@ pub struct Model {
     pub alphas_cumprod: Tensor,
     variables: Rc<VarStore>,
     /// Where variables are narrower than float32: the values that they are rounded from.
-    exact: BTreeMap<String, Tensor>,
+    master_weights: BTreeMap<String, Tensor>,
     dir: Rc<ModelDir>,
 }
 
@@ -93,10 +93,10 @@ impl Model {
         if kind == self.kind() {
             return Ok(self);
         }
-        let exact = self.variables();
+        let master_weights = self.variables();
         let narrow = Self::build(self.dir, self.variables.device(), kind)?;
-        narrow.restore(exact.iter().map(|(name, value)| (name.as_str(), value)))?;
-        Ok(Self { exact, ..narrow })
+        narrow.restore(master_weights.iter().map(|(name, value)| (name.as_str(), value)))?;
+        Ok(Self { master_weights, ..narrow })
     }
 
     fn build(dir: Rc<ModelDir>, device: Device, kind: Kind) -> Result<Self> {
@@ -118,7 +118,7 @@ impl Model {
         w.finish()?;
         let schedule = EulerDiscrete::new(&dir.section::<SchedulerConfig>("scheduler")?)?;
         let alphas_cumprod = Tensor::from_slice(schedule.alphas_cumprod()).to_device(device);
-        Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables, exact: BTreeMap::new(), dir })
+        Ok(Self { tower, llm, unet, vae, alphas_cumprod, variables, master_weights: BTreeMap::new(), dir })
     }
 
     /// Returns the device of all variables.
@@ -143,8 +143,8 @@ impl Model {
 
     /// Returns the float32 values by the names of the variables that are rounded from them; none where variables are in
     /// float32.
-    pub fn exact(&self) -> &BTreeMap<String, Tensor> {
-        &self.exact
+    pub fn master_weights(&self) -> &BTreeMap<String, Tensor> {
+        &self.master_weights
     }
 
     /// Returns the variables whose names have one of these prefixes, such as `visual.`; gradients are kept for them
@@ -176,8 +176,8 @@ impl Model {
                 bail!("`{name}` is not a weight of this model")
             };
             copy(variable, value).with_context(|| format!("`{name}`"))?;
-            if let Some(exact) = self.exact.get(name) {
-                copy(&mut exact.shallow_clone(), value)?;
+            if let Some(master_weights) = self.master_weights.get(name) {
+                copy(&mut master_weights.shallow_clone(), value)?;
             }
         }
         Ok(())

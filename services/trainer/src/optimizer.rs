@@ -68,8 +68,8 @@ impl OptimizerConfig {
         problems
     }
 
-    /// Returns the learning rate at `step` of `steps`, the first of which is 0: a line up, then a cosine down. `restarted`: the step at which
-    /// the optimizer last began without its state.
+    /// Returns the learning rate at `step` of `steps`, the first of which is 0: a line up, then a cosine down.
+    /// `restarted`: the step at which the optimizer last began without its state.
     pub fn rate(&self, step: u64, steps: u64, restarted: u64) -> f64 {
         let rise = |since: u64| (since + 1) as f64 / self.warm_up_steps.max(1) as f64;
         let way = (step as f64 / steps.max(1) as f64).min(1.0);
@@ -121,9 +121,9 @@ impl AdamW {
     ///
     /// # Errors
     /// When a value has another shape than its variable.
-    pub fn begin_at(&mut self, exact: &BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn set_master_weights(&mut self, master_weights: &BTreeMap<String, Tensor>) -> Result<()> {
         for (name, slot) in &mut self.slots {
-            let Some(value) = exact.get(name) else { continue };
+            let Some(value) = master_weights.get(name) else { continue };
             for tensor in [Some(&mut slot.weight), slot.average.as_mut()].into_iter().flatten() {
                 copy(tensor, value).with_context(|| format!("`{name}`"))?;
             }

@@ -92,7 +92,7 @@ fn covering(scene: &Scene, grid_side: usize) -> Vec<Option<Thing>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Concept, Layout, Place, Style};
+    use crate::data::{Arrangement, Concept, Place, Style};
 
     #[test]
     fn a_query_is_named_after_what_covers_it() {
@@ -104,7 +104,7 @@ mod tests {
         };
         let scene = Scene {
             background: Background::Red,
-            layout: Layout::Single(Place::TopLeft),
+            arrangement: Arrangement::Single(Place::TopLeft),
             things: vec![thing(7, 0, 0, 24), thing(9, 40, 48, 14)],
             circled: None,
         };

@@ -79,8 +79,8 @@ mod tests {
         assert_eq!(steps.len(), STEPS.len());
         for (step, (title, ability, _)) in steps.iter().zip(STEPS) {
             assert_eq!(step.title, title);
-            assert_eq!(step.answer == AnswerKind::Image, ability.painted());
-            assert_eq!(step.right.is_some(), !ability.painted());
+            assert_eq!(step.answer == AnswerKind::Image, ability.answers_with_image());
+            assert_eq!(step.right.is_some(), !ability.answers_with_image());
         }
     }
 }

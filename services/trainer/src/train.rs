@@ -137,7 +137,7 @@ impl<'a> State<'a> {
             (name, (tensor, share))
         });
         let mut optimizer = AdamW::new(stage.optimizer.clone(), variables.collect());
-        optimizer.begin_at(model.exact())?;
+        optimizer.set_master_weights(model.master_weights())?;
         let mut progress = before;
         if checkpoint.exists() {
             progress = checkpoint::resume(checkpoint, &mut optimizer)

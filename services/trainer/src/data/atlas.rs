@@ -64,13 +64,13 @@ pub struct Sprite {
 /// The drawings of all concepts in one style.
 pub struct Atlas {
     drawings: Vec<RgbaImage>,
-    /// By concept, then by size.
+    /// The sprites by concept, then by size.
     sprites: Vec<OnceLock<Sprite>>,
 }
 
 impl Atlas {
-    /// Opens the drawings of a style, rasterising them where that has not been done. `drawings`: the folder that `deploy/fetch/drawings.py` prints; the
-    /// rasterised drawings are kept there too.
+    /// Opens the drawings of a style, rasterising them where that has not been done. `drawings`: the folder that
+    /// `deploy/fetch/drawings.py` prints; the rasterised drawings are kept there too.
     ///
     /// # Errors
     /// When a set is missing, or lacks a drawing of a concept.

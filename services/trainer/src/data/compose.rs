@@ -10,7 +10,7 @@ use crate::data::{
     drawings::Drawings,
     held_out,
     image::SIDE,
-    scene::{Bounds, Layout, Place, Relation, Scene, Thing},
+    scene::{Arrangement, Bounds, Place, Relation, Scene, Thing},
 };
 
 /// Which compositions a scene may have.
@@ -91,7 +91,7 @@ impl Composer<'_> {
             Some(sides) => (self.size(rng, SINGLE_SIZES), quarter(sides)),
         };
         let thing = self.thing(rng, (concept, style, size), cell);
-        self.finish(rng, Layout::Single(place), vec![thing])
+        self.finish(rng, Arrangement::Single(place), vec![thing])
     }
 
     /// Draws the same thing 1 to 4 times, each in a quarter of the image.
@@ -108,7 +108,7 @@ impl Composer<'_> {
             }
             let things = cells[..count as usize].iter();
             let things = things.map(|&cell| self.thing(rng, (concept, style, size), cell)).collect();
-            self.finish(rng, Layout::Group(None), things)
+            self.finish(rng, Arrangement::Group(None), things)
         })
     }
 
@@ -128,7 +128,7 @@ impl Composer<'_> {
             let cells = gather_cells(place, steps);
             let things = cells[..count as usize].iter();
             let things = things.map(|&cell| self.thing(rng, (concept, style, size), cell)).collect();
-            self.finish(rng, Layout::Group(Some(place)), things)
+            self.finish(rng, Arrangement::Group(Some(place)), things)
         })
     }
 
@@ -153,7 +153,7 @@ impl Composer<'_> {
                 self.thing(rng, (concept, style, size), cell)
             });
             let things = things.collect();
-            self.finish(rng, Layout::Pair(relation), things)
+            self.finish(rng, Arrangement::Pair(relation), things)
         })
     }
 
@@ -175,7 +175,7 @@ impl Composer<'_> {
                 self.thing(rng, (concept, style, size), cell_of(place))
             });
             let things = things.collect();
-            self.finish(rng, Layout::Corners(places), things)
+            self.finish(rng, Arrangement::Corners(places), things)
         })
     }
 
@@ -265,9 +265,9 @@ impl Composer<'_> {
 
     /// Every thing is legible on some background; two together need not be, and then white it is: at worst one of
     /// them is hard to see.
-    fn finish(&self, rng: &mut ChaCha8Rng, layout: Layout, things: Vec<Thing>) -> Scene {
+    fn finish(&self, rng: &mut ChaCha8Rng, arrangement: Arrangement, things: Vec<Thing>) -> Scene {
         let background = self.background(rng, &things, &[]).unwrap_or(Background::White);
-        Scene { background, layout, things, circled: None }
+        Scene { background, arrangement, things, circled: None }
     }
 
     fn novel(&self, rng: &mut ChaCha8Rng, draw: impl Fn(&mut ChaCha8Rng) -> Scene) -> Scene {

@@ -1,15 +1,15 @@
 //! Scenes in words.
 
-use crate::data::scene::{Bounds, Layout, Place, Scene};
+use crate::data::scene::{Arrangement, Bounds, Place, Scene};
 
 /// Coordinates in text reach from 0 to this.
 const COORDINATE_MAX: f32 = 224.0;
 
 /// Returns `a cat at the top left on a red background`: things, where they are if that can be said, and the background.
 pub fn whole(scene: &Scene) -> String {
-    let place = match &scene.layout {
-        Layout::Single(place) | Layout::Group(Some(place)) => format!(" {}", at(*place)),
-        Layout::Group(None) | Layout::Pair(_) | Layout::Corners(_) => String::new(),
+    let place = match &scene.arrangement {
+        Arrangement::Single(place) | Arrangement::Group(Some(place)) => format!(" {}", at(*place)),
+        Arrangement::Group(None) | Arrangement::Pair(_) | Arrangement::Corners(_) => String::new(),
     };
     format!("{}{place} {}", things(scene), on_background(scene))
 }
@@ -24,8 +24,8 @@ pub fn things(scene: &Scene) -> String {
             _ => format!("{count} {}", concept.plural()),
         })
         .collect();
-    match (&scene.layout, counted.as_slice()) {
-        (Layout::Pair(relation), [first, second]) => format!("{first} {} {second}", relation.name()),
+    match (&scene.arrangement, counted.as_slice()) {
+        (Arrangement::Pair(relation), [first, second]) => format!("{first} {} {second}", relation.name()),
         (_, [before @ .., last]) if !before.is_empty() => format!("{} and {last}", before.join(", ")),
         _ => counted.concat(),
     }
@@ -47,9 +47,9 @@ pub fn at(place: Place) -> String {
 /// Returns `[red, cat, 3, bottom left].` of things that are in one place.
 pub fn tuple(scene: &Scene) -> String {
     let thing = scene.things[0].concept.name();
-    let place = match &scene.layout {
-        Layout::Single(place) | Layout::Group(Some(place)) => place.name(),
-        Layout::Group(None) | Layout::Pair(_) | Layout::Corners(_) => "everywhere",
+    let place = match &scene.arrangement {
+        Arrangement::Single(place) | Arrangement::Group(Some(place)) => place.name(),
+        Arrangement::Group(None) | Arrangement::Pair(_) | Arrangement::Corners(_) => "everywhere",
     };
     format!("[{}, {thing}, {}, {place}].", scene.background.name(), scene.things.len())
 }

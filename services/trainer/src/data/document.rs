@@ -108,8 +108,8 @@ pub enum Piece {
     Text {
         /// The text itself.
         text: String,
-        /// Whether cross-entropy falls on its tokens. Such a piece begins with a space, with a special token or after an
-        /// image, so that no token straddles its beginning.
+        /// Whether cross-entropy falls on its tokens. Such a piece begins with a space, with a special token or after
+        /// an image, so that no token straddles its beginning.
         learn: bool,
     },
     /// An image: `[IMG]`, one slot of n_query embeddings, `[/IMG]`.

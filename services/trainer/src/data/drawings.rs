@@ -22,12 +22,13 @@ pub struct Drawings {
     noto: Atlas,
     fluent: Atlas,
     twemoji: Option<Atlas>,
-    /// By style (in the order of their declaration), then by concept: one bit a background.
+    /// Where drawings are legible, by style (in the order of their declaration), then by concept: one bit a background.
     legible: [Vec<u8>; 3],
 }
 
 impl Drawings {
-    /// Opens the drawings of the trained styles. `folder`: what `deploy/fetch/drawings.py` prints. `unseen`: also the style that is never trained on.
+    /// Opens the drawings of the trained styles. `folder`: what `deploy/fetch/drawings.py` prints. `unseen`: also the
+    /// style that is never trained on.
     pub fn open(folder: &Path, unseen: bool) -> Result<Self> {
         let noto = Atlas::open(folder, Style::Noto)?;
         let fluent = Atlas::open(folder, Style::Fluent)?;

@@ -12,7 +12,8 @@ pub fn pair(first: Concept, second: Concept) -> bool {
     chosen(&format!("pair {} {}", first.name(), second.name()))
 }
 
-/// Returns whether the training data never shows this thing this often. Each is shown once: else it could not be learned.
+/// Returns whether the training data never shows this thing this often. Each is shown once: else it could not be
+/// learned.
 pub fn count(concept: Concept, count: u32) -> bool {
     count > 1 && chosen(&format!("count {} {count}", concept.name()))
 }

@@ -141,7 +141,7 @@ pub struct Thing {
 
 /// How the things of a scene are arranged, which is what can be said of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Layout {
+pub enum Arrangement {
     /// One thing, at a place.
     Single(Place),
     /// The same thing 1 to 4 times; gathered at a place, or spread.
@@ -158,7 +158,7 @@ pub struct Scene {
     /// The colour behind the things.
     pub background: Background,
     /// How the things are arranged.
-    pub layout: Layout,
+    pub arrangement: Arrangement,
     /// The things, 1 to 4 of them.
     pub things: Vec<Thing>,
     /// The index of the thing with a red circle around it.
@@ -181,7 +181,7 @@ impl Scene {
     /// Returns a pair described from its other thing; any other scene as it is.
     pub fn turned(&self) -> Self {
         let mut scene = self.clone();
-        if let Layout::Pair(relation) = &mut scene.layout {
+        if let Arrangement::Pair(relation) = &mut scene.arrangement {
             *relation = relation.turned();
             scene.things.reverse();
         }
@@ -190,8 +190,8 @@ impl Scene {
 
     /// Returns the scene as its description goes where one is enough: a pair from its left or upper thing.
     pub fn in_reading_order(&self) -> Self {
-        match self.layout {
-            Layout::Pair(Relation::RightOf | Relation::Below) => self.turned(),
+        match self.arrangement {
+            Arrangement::Pair(Relation::RightOf | Relation::Below) => self.turned(),
             _ => self.clone(),
         }
     }

@@ -105,13 +105,13 @@ fn things_lie_apart_and_where_their_layout_says() {
             })
         };
         let center = |index: usize| scene.things[index].bounds.center();
-        let holds = match &scene.layout {
-            Layout::Single(place) => scene.things.len() == 1 && lies(*place, whole),
-            Layout::Group(place) => {
+        let holds = match &scene.arrangement {
+            Arrangement::Single(place) => scene.things.len() == 1 && lies(*place, whole),
+            Arrangement::Group(place) => {
                 let same = scene.things.iter().all(|thing| thing.concept == scene.things[0].concept);
                 same && scene.things.len() > 1 && place.is_none_or(|place| lies(place, whole))
             }
-            Layout::Pair(relation) => {
+            Arrangement::Pair(relation) => {
                 let [dx, dy] = [0, 1].map(|axis| center(1)[axis] - center(0)[axis]);
                 let along = match relation {
                     Relation::LeftOf => dx,
@@ -121,7 +121,7 @@ fn things_lie_apart_and_where_their_layout_says() {
                 };
                 along > 8.0
             }
-            Layout::Corners(places) => {
+            Arrangement::Corners(places) => {
                 let mut pairs = places.iter().zip(&scene.things);
                 places.len() == scene.things.len() && pairs.all(|(place, thing)| lies(*place, thing.bounds))
             }

@@ -17,7 +17,7 @@ use crate::data::{
     world::{Split, World},
 };
 
-/// Stands for a space inside pieces.
+/// The character that stands for a space inside pieces.
 const SPACE: char = '\u{2581}';
 
 /// Documents of each task that words are counted in.
@@ -28,14 +28,14 @@ const CHARACTERS: std::ops::RangeInclusive<char> = '!'..='~';
 
 /// The learned pieces of a tokenizer, without the special ones.
 pub struct Vocabulary {
-    /// Best first: what merges two shorter ones.
+    /// Pieces that merge two shorter ones, best first.
     merged: Vec<String>,
     characters: Vec<String>,
 }
 
 impl Vocabulary {
-    /// Learns a vocabulary by byte-pair encoding: the commonest pair of neighbours becomes a piece, until `size` is reached: of the whole
-    /// vocabulary, with bytes and all special tokens (the chat template's too).
+    /// Learns a vocabulary by byte-pair encoding: the commonest pair of neighbours becomes a piece, until `size` is
+    /// reached: of the whole vocabulary, with bytes and all special tokens (the chat template's too).
     pub fn learn(world: &World, size: usize) -> Result<Self> {
         let words = words(world);
         let characters: BTreeSet<char> =
@@ -132,7 +132,7 @@ impl Vocabulary {
         }))
     }
 
-    /// Every way to make each piece of two others: sentencepiece takes any.
+    /// Returns every way to make each piece of two others: sentencepiece takes any.
     fn merges(&self, vocab: &HashMap<&str, usize>) -> Vec<[String; 2]> {
         let ways = |piece: &'_ String| {
             let cuts = piece.char_indices().skip(1).map(|(cut, _)| piece.split_at(cut));
@@ -143,7 +143,7 @@ impl Vocabulary {
     }
 }
 
-/// Of neighbours, by how often their words come; the first by name where some are as common.
+/// Returns the pair of neighbours that comes most often; the first by name where some are as common.
 fn commonest(words: &[(Vec<String>, u64)]) -> Option<(String, String)> {
     let mut counts: BTreeMap<(&str, &str), u64> = BTreeMap::new();
     for (pieces, count) in words {
@@ -168,7 +168,7 @@ fn merge(words: &mut [(Vec<String>, u64)], left: &str, right: &str) {
     }
 }
 
-/// With their leading space, and how often the documents have each.
+/// Returns words with their leading space, and how often the documents have each.
 fn words(world: &World) -> BTreeMap<String, u64> {
     let mut words = BTreeMap::new();
     let mut count = |text: &str| {
@@ -195,7 +195,7 @@ fn words(world: &World) -> BTreeMap<String, u64> {
     words
 }
 
-/// Special tokens are not learned; their brackets part what is around them.
+/// Returns whether a character is a bracket of special tokens, which are not learned and part what is around them.
 fn special(c: char) -> bool {
     matches!(c, '<' | '>')
 }

@@ -34,9 +34,9 @@ pub struct World {
 }
 
 impl World {
-    /// Opens the drawings. `drawings`: the folder that `deploy/fetch/drawings.py` prints. `concepts`: how many, the first
-    /// of the table.
-    /// `unseen`: whether [`Split::Unseen`] is asked for, whose drawings are fetched with `--unseen`.
+    /// Opens the drawings. `drawings`: the folder that `deploy/fetch/drawings.py` prints. `concepts`: how many, the
+    /// first of the table. `unseen`: whether [`Split::Unseen`] is asked for, whose drawings are fetched with
+    /// `--unseen`.
     pub fn open(drawings: &Path, concepts: usize, seed: u64, unseen: bool) -> Result<Self> {
         ensure!(
             (8..=CONCEPTS_MAX).contains(&concepts),
@@ -76,7 +76,8 @@ impl World {
         Composer { drawings: &self.drawings, concepts: self.concepts, styles, novelty, tidy: false }
     }
 
-    /// Returns what draws scenes to paint at random: as [`Self::composer`], but tidy, and all in one of the split's styles.
+    /// Returns what draws scenes to paint at random: as [`Self::composer`], but tidy, and all in one of the split's
+    /// styles.
     pub fn painter(&self, split: Split) -> Composer<'_> {
         let composer = self.composer(split);
         Composer { styles: &composer.styles[..1], tidy: true, ..composer }

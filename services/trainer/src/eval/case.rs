@@ -37,9 +37,10 @@ impl Column {
     /// Every column, in the order of the table.
     pub const ALL: [Self; 4] = [Self::Trained, Self::Unseen, Self::TextOnly, Self::Shuffled];
 
-    /// Returns whether an ability has this column: baselines are of answers in text: what is painted follows from what is given.
+    /// Returns whether an ability has this column. Baselines are of answers in text alone: what is painted follows from
+    /// what is given.
     pub fn applies(self, ability: Ability) -> bool {
-        matches!(self, Self::Trained | Self::Unseen) || !ability.painted()
+        matches!(self, Self::Trained | Self::Unseen) || !ability.answers_with_image()
     }
 
     fn split(self) -> Split {
@@ -84,7 +85,7 @@ impl Case {
                 _ => parts.push(part(piece)?),
             }
         }
-        let output = if self.ability.painted() {
+        let output = if self.ability.answers_with_image() {
             v1::generate_request::Output::Image(v1::ImageOutput {
                 steps: Some(context.image_settings.steps),
                 guidance_scale: Some(context.image_settings.guidance_scale),
@@ -98,7 +99,8 @@ impl Case {
                 ..Default::default()
             })
         };
-        let model = if self.ability.painted() { &context.image_model } else { &context.text_model };
+        let model =
+            if self.ability.answers_with_image() { &context.image_model } else { &context.text_model };
         Ok(v1::GenerateRequest {
             model: model.clone(),
             input: Some(v1::generate_request::Input::Prompt(v1::Prompt { parts })),
@@ -110,7 +112,7 @@ impl Case {
     }
 
     /// Returns the scores of an answer in text.
-    pub fn told(&self, document: &Document, answer: &str) -> Scores {
+    pub fn score_text(&self, document: &Document, answer: &str) -> Scores {
         if self.ability == Ability::Locate {
             let overlap = bounds(answer).map_or(0.0, |found| overlap(found, document.scene.things[0].bounds));
             return Scores::from([("iou".to_owned(), overlap)]);
@@ -129,7 +131,7 @@ impl Case {
     }
 
     /// Returns the scores of an image, by what the judge sees in it.
-    pub fn painted(&self, document: &Document, verdict: &Verdict) -> Scores {
+    pub fn score_image(&self, document: &Document, verdict: &Verdict) -> Scores {
         let scene = &document.scene;
         let (concept, count) = scene.counts()[0];
         let object = ("object", verdict.concept() == Some(concept));
@@ -176,12 +178,12 @@ fn png(image: &Image) -> Result<Vec<u8>> {
     Ok(png.into_inner())
 }
 
-/// A short answer without what is around it: upstream, too, cuts its answers to be compared.
+/// Returns a short answer without what is around it: upstream, too, cuts its answers to be compared.
 fn clean(answer: &str) -> &str {
     answer.split('.').next().unwrap_or_default().trim()
 }
 
-/// The first four coordinates of an answer, in pixels: left, top, right, bottom.
+/// Returns the first four coordinates of an answer, in pixels: left, top, right, bottom.
 fn bounds(answer: &str) -> Option<[f32; 4]> {
     let mut coordinates = answer.split("<patch_index_").skip(1).map(|rest| {
         let number = rest.split('>').next()?.parse::<f32>().ok()?;
@@ -191,7 +193,7 @@ fn bounds(answer: &str) -> Option<[f32; 4]> {
     Some([next()?, next()?, next()?, next()?])
 }
 
-/// Intersection over union.
+/// Returns the intersection over the union of two boxes.
 fn overlap([left, top, right, bottom]: [f32; 4], other: Bounds) -> f64 {
     let [other_left, other_top, other_right, other_bottom] =
         [other.left, other.top, other.right, other.bottom].map(|edge| edge as f32);
@@ -206,7 +208,7 @@ fn overlap([left, top, right, bottom]: [f32; 4], other: Bounds) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Layout, tests::WORLD};
+    use crate::data::{Arrangement, tests::WORLD};
     use crate::judge::{Found, Judge};
 
     fn case(ability: Ability) -> Case {
@@ -215,11 +217,11 @@ mod tests {
 
     #[test]
     fn right_answers_are_right_and_others_wrong() {
-        for ability in Ability::all().filter(|ability| !ability.painted()) {
+        for ability in Ability::all().filter(|ability| !ability.answers_with_image()) {
             let case = case(ability);
             let document = case.document(&WORLD);
             let Some(Piece::Text { text, .. }) = document.pieces.last() else { panic!("{document:?}") };
-            let score = |answer: &str| case.told(&document, answer).into_values().next().unwrap();
+            let score = |answer: &str| case.score_text(&document, answer).into_values().next().unwrap();
             assert!(score(text) > 0.95, "{ability:?}: {text}");
             assert!(score(&format!("{}. [IMG]", text.trim())) > 0.95, "{ability:?}: {text}");
             assert!(score("") < 0.05 && score(" a nothing.") < 0.05, "{ability:?}");
@@ -230,8 +232,8 @@ mod tests {
     fn a_pair_may_be_told_from_either_thing() {
         let case = case(Ability::Pair);
         let document = case.document(&WORLD);
-        let right = |answer: String| case.told(&document, &answer)["right"] == 1.0;
-        let Layout::Pair(relation) = document.scene.layout else { panic!("{document:?}") };
+        let right = |answer: String| case.score_text(&document, &answer)["right"] == 1.0;
+        let Arrangement::Pair(relation) = document.scene.arrangement else { panic!("{document:?}") };
         let [first, second] = [0, 1].map(|index: usize| document.scene.things[index].concept.with_article());
         assert!(right(format!(" {first} {} {second} on a red background.", relation.name())));
         assert!(right(format!(" {second} {} {first} on a red background.", relation.turned().name())));
@@ -242,15 +244,15 @@ mod tests {
     #[test]
     fn real_images_are_right() {
         let judge = Judge::new(WORLD.drawings(), WORLD.concepts(), &crate::data::Style::TRAINED);
-        for ability in Ability::all().filter(|ability| ability.painted()) {
+        for ability in Ability::all().filter(|ability| ability.answers_with_image()) {
             let case = case(ability);
             let document = case.document(&WORLD);
-            let verdict = judge.look(&rgb(&WORLD.image(&document.scene)));
-            let scores = case.painted(&document, &verdict);
+            let verdict = judge.inspect(&rgb(&WORLD.image(&document.scene)));
+            let scores = case.score_image(&document, &verdict);
             assert!(scores.values().all(|&score| score == 1.0), "{ability:?}: {scores:?}");
             let things =
                 vec![Found { bounds: Bounds { left: 0, top: 0, right: 1, bottom: 1 }, ..verdict.things[0] }];
-            let moved = case.painted(&document, &Verdict { things, ..verdict });
+            let moved = case.score_image(&document, &Verdict { things, ..verdict });
             assert_eq!(moved.get("inside").copied().unwrap_or_default(), 0.0, "{ability:?}: {moved:?}");
         }
     }

@@ -25,7 +25,7 @@ pub struct Record {
     pub scores: Scores,
 }
 
-/// As it is written.
+/// A record as it is written.
 #[derive(Serialize, Deserialize)]
 struct Line {
     ability: String,

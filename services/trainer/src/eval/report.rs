@@ -10,7 +10,7 @@ use super::{
 };
 use crate::data::Ability;
 
-/// Of the normal distribution, for 95 %.
+/// The quantile of the normal distribution for intervals of 95 %.
 const Z: f64 = 1.96;
 
 /// Below: the least that two cores should reach; then where training on a GPU should get.
@@ -84,7 +84,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Of the cases asked for that were answered.
+    /// Makes the table of those of `asked` that were answered.
     pub fn new(records: &Records, asked: &[Case], judge: [(&'static str, f64); 3]) -> Self {
         let mut rows: Vec<Row> = Vec::new();
         let mut scores: BTreeMap<(usize, &'static str), Vec<f64>> = BTreeMap::new();
@@ -111,7 +111,7 @@ impl Report {
         row.columns.get(column(Column::Trained)).map(|score| score.mean)
     }
 
-    /// What a row must reach, in words, and whether it does.
+    /// Returns what a row must reach, in words, and whether it does.
     fn bar(&self, row: &Row) -> Option<(String, bool)> {
         let found = self.mean(&row.ability, &row.score)?;
         let names = |shots: u32| self.mean(&label(Ability::Names { shots }), "right");
@@ -131,7 +131,7 @@ impl Report {
         })
     }
 
-    /// Bars met, and all of them; a bar whose row was not asked for is not met.
+    /// Returns the number of bars met, and of all of them; a bar whose row was not asked for is not met.
     pub fn bars(&self) -> (usize, usize) {
         let met = self.rows.iter().filter(|row| self.bar(row).is_some_and(|(_, met)| met)).count();
         (met, BARS.len())

@@ -5,10 +5,10 @@ use crate::data::{SIDE, Scene, Split, World, tests::WORLD};
 
 const SCENES: u64 = 200;
 
-fn look(judge: &Judge, scene: &Scene) -> Verdict {
+fn inspect(judge: &Judge, scene: &Scene) -> Verdict {
     let side = SIDE as u32;
     let image = RgbImage::from_raw(side, side, WORLD.image(scene).rgb().to_vec()).unwrap();
-    judge.look(&image)
+    judge.inspect(&image)
 }
 
 /// Shares of scenes whose thing, count and background are found.
@@ -18,7 +18,7 @@ fn scores(styles: &[Style], scene: impl Fn(&World, u64) -> Scene) -> [f64; 3] {
     let mut wrong = std::collections::BTreeMap::<&str, u32>::new();
     for index in 0..SCENES {
         let scene = scene(&WORLD, index);
-        let found = look(&judge, &scene);
+        let found = inspect(&judge, &scene);
         let (concept, count) = scene.counts()[0];
         if found.concept() != Some(concept) || found.count() != count as usize {
             *wrong.entry(concept.name()).or_default() += 1;
@@ -66,6 +66,6 @@ fn it_knows_real_scenes() {
 #[test]
 fn an_empty_image_shows_nothing() {
     let judge = Judge::new(WORLD.drawings(), 8, &Style::TRAINED);
-    let found = judge.look(&RgbImage::from_pixel(64, 64, image::Rgb(Background::Green.rgb())));
+    let found = judge.inspect(&RgbImage::from_pixel(64, 64, image::Rgb(Background::Green.rgb())));
     assert_eq!((found.background, found.count(), found.concept()), (Background::Green, 0, None));
 }

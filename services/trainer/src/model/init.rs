@@ -7,7 +7,8 @@ use tch::{Tensor, nn::VarStore};
 
 /// Standard deviation of the random model's values.
 const RANDOM: f64 = 0.02;
-/// Of rows of the vocabulary, and of positions and the class token: below the images' embeddings, which are about 1.
+/// The deviation of rows of the vocabulary, of positions and of the class token: below the images' embeddings, which
+/// are about 1.
 const TABLES: f64 = 0.1;
 const HEAD: f64 = 0.02;
 /// Torch's own layers use uniform values of this deviation times the root of the fan-in.
@@ -37,7 +38,8 @@ pub(super) fn scale(variables: &VarStore) {
     }
 }
 
-/// Of a norm. The tower's sit on its branches and make them as wide as the trunk, however small what they normalise.
+/// Returns the initial scale of a norm. The tower's norms sit on its branches and make them as wide as the trunk,
+/// however small what they normalise.
 fn gain(name: &str) -> f64 {
     if name.starts_with("visual.blocks.") { BRANCHES } else { 1.0 }
 }

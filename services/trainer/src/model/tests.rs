@@ -59,14 +59,14 @@ fn what_is_trained_is_named() {
 fn a_narrow_model_knows_what_it_was_rounded_from() {
     let [wide, narrow] = [(); 2].map(|()| Model::new(&nano(), 0, Device::Cpu).unwrap());
     let narrow = narrow.computing_in(Kind::BFloat16).unwrap();
-    assert_eq!((wide.exact().len(), narrow.kind()), (0, Kind::BFloat16));
+    assert_eq!((wide.master_weights().len(), narrow.kind()), (0, Kind::BFloat16));
     let variables = narrow.variables();
     for (name, value) in wide.variables() {
-        assert_eq!(narrow.exact()[&name], value, "{name}");
+        assert_eq!(narrow.master_weights()[&name], value, "{name}");
         assert_eq!(variables[&name], value.to_kind(Kind::BFloat16), "{name}");
     }
     let name = "project_up.weight";
     let values = wide.variables()[name].ones_like() * 0.1;
     narrow.restore([(name, &values)]).unwrap();
-    assert_eq!(narrow.exact()[name], values);
+    assert_eq!(narrow.master_weights()[name], values);
 }

@@ -61,7 +61,7 @@ impl<'a> LlmPass<'a> {
         let Some(embeddings) = &self.embeddings else { return self.forward(&self.tokens) };
         // Where no image is predicted the inputs do not differ, and a second pass would be for nothing.
         let input = if self.layout.images.is_empty() { EmbeddingInput::TeacherForcing } else { input };
-        let targets = self.rows(&self.layout.images.what);
+        let targets = self.rows(&self.layout.images.targets);
         let reading = |embeddings: &Tensor| {
             let slots = self.rows(&self.layout.slots);
             self.forward(&self.tokens.index_copy(0, &slots, &self.llm.project_up(embeddings)))
@@ -86,14 +86,14 @@ impl<'a> LlmPass<'a> {
     /// Returns the embeddings that are predicted from hidden states, of every image that is learned:
     /// [(images queries), width]
     pub(crate) fn predicted(&self, hidden: &Tensor) -> Tensor {
-        self.llm.project_down(&hidden.index_select(0, &self.rows(&self.layout.images.from)))
+        self.llm.project_down(&hidden.index_select(0, &self.rows(&self.layout.images.rows)))
     }
 
     /// Returns the tower's embeddings that are to be predicted, detached: [(images queries), width]; `None` where no
     /// image is learned.
     pub(crate) fn target(&self) -> Option<Tensor> {
         let embeddings = self.embeddings.as_ref().filter(|_| !self.layout.images.is_empty())?;
-        Some(embeddings.index_select(0, &self.rows(&self.layout.images.what)).detach())
+        Some(embeddings.index_select(0, &self.rows(&self.layout.images.targets)).detach())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Naming: what stands where in an image, on which background, and how many, read from the tower's embeddings through
-//! linear heads that are dropped with their stage. It stands in the place of the CLIP that the paper's tower comes from.
+//! linear heads that are dropped with their stage. It stands in the place of the CLIP that the paper's tower comes
+//! from.
 
 #[cfg(test)]
 mod tests;

@@ -128,8 +128,8 @@ pub fn next_element_loss(
     let hidden = pass.hidden(regression.input);
     let mut loss = Loss::new(llm.device());
     if !layout.text.is_empty() {
-        let logits = llm.logits(&hidden.index_select(0, &pass.rows(&layout.text.from)));
-        let tokens = pass.rows(&layout.text.what);
+        let logits = llm.logits(&hidden.index_select(0, &pass.rows(&layout.text.rows)));
+        let tokens = pass.rows(&layout.text.targets);
         let entropy = logits.cross_entropy_for_logits(&tokens);
         loss.part("token_accuracy", accuracy(&logits, &tokens));
         loss.add("cross_entropy", entropy, 1.0);

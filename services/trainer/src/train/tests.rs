@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::{
-    data::{Background, Document, Image, Layout, Piece, Queries, Scene, Task},
+    data::{Arrangement, Background, Document, Image, Piece, Queries, Scene, Task},
     model::Sections,
     objective::{
         autoencode::{Autoencode, AutoencodeConfig},
@@ -40,7 +40,7 @@ impl SampleSource for Toy {
         };
         let scene = Scene {
             background: Background::Red,
-            layout: Layout::Group(None),
+            arrangement: Arrangement::Group(None),
             things: Vec::new(),
             circled: None,
         };
@@ -275,7 +275,7 @@ fn a_narrow_stage_begins_with_wide_weights() {
     for (_, mut value) in next.variables() {
         let _ = tch::no_grad(|| value.zero_());
     }
-    let progress = checkpoint::give_on(&run.checkpoint("naming"), &next).unwrap();
+    let progress = checkpoint::restore_model(&run.checkpoint("naming"), &next).unwrap();
     assert_eq!((progress.steps, weights(&next, "visual.")), (0, wide));
 }
 
@@ -319,7 +319,7 @@ fn a_resumed_run_has_the_same_losses_bit_for_bit() {
     }
     let read = |folder: &tempfile::TempDir| {
         let model = model();
-        checkpoint::give_on(&checkpoint::path(folder.path(), "unet"), &model).unwrap();
+        checkpoint::restore_model(&checkpoint::path(folder.path(), "unet"), &model).unwrap();
         weights(&model, "unet.")
     };
     assert_eq!(read(&folders[0]), read(&folders[1]), "averages");

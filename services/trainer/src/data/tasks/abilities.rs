@@ -87,7 +87,7 @@ impl Ability {
     }
 
     /// Returns whether the answer is an image.
-    pub fn painted(self) -> bool {
+    pub fn answers_with_image(self) -> bool {
         matches!(self, Self::Autoencode | Self::TextToImage | Self::Subject | Self::Boxed)
     }
 }

@@ -9,7 +9,7 @@ use crate::data::{
     concept::Concept,
     describe,
     document::{Document, Piece, Task},
-    scene::{Layout, Scene},
+    scene::{Arrangement, Scene},
     tasks::draw::{Draw, document},
 };
 
@@ -37,7 +37,7 @@ const EPISODES_ALIKE: u64 = 16;
 /// One episode's.
 struct Length {
     names: usize,
-    /// Of each name.
+    /// Demonstrations of each name.
     shots: u32,
     glossary: bool,
 }
@@ -181,7 +181,7 @@ pub(super) fn circled(draw: &mut Draw, shots: u32) -> Document {
         ]);
         if shot == shots {
             // The order of things is the order they are told in, which nothing here tells.
-            scene.layout = Layout::Group(None);
+            scene.arrangement = Arrangement::Group(None);
             scene.things.swap(0, chosen);
             scene.circled = Some(0);
             return document(Task::Circle, scene, pieces);

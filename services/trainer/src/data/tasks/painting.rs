@@ -8,7 +8,7 @@ use crate::data::{
     describe,
     document::{Document, Piece, Task},
     held_out,
-    scene::{Layout, Place, Scene},
+    scene::{Arrangement, Place, Scene},
     tasks::draw::{Draw, document},
     world::Split,
 };
@@ -99,7 +99,7 @@ fn recoloured(draw: &mut Draw, before: &Scene) -> Option<(String, Scene)> {
 
 /// The first thing by another, where it is one of its kind.
 fn replaced(draw: &mut Draw, before: &Scene) -> Option<(String, Scene)> {
-    if matches!(before.layout, Layout::Group(_)) {
+    if matches!(before.arrangement, Arrangement::Group(_)) {
         return None;
     }
     let old = before.things[0];
@@ -117,12 +117,12 @@ fn replaced(draw: &mut Draw, before: &Scene) -> Option<(String, Scene)> {
 
 /// One of two.
 fn removed(draw: &mut Draw, before: &Scene) -> Option<(String, Scene)> {
-    let Layout::Pair(_) = before.layout else { return None };
+    let Arrangement::Pair(_) = before.arrangement else { return None };
     let gone = draw.rng.random_range(0..2u32) as usize;
     let text = format!(" remove the {}", before.things[gone].concept.name());
     let mut after = before.clone();
     after.things.remove(gone);
-    after.layout = Layout::Group(None);
+    after.arrangement = Arrangement::Group(None);
     Some((text, after))
 }
 

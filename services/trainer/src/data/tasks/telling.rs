@@ -9,7 +9,7 @@ use rand::{
 use crate::data::{
     describe,
     document::{Document, Piece, Task},
-    scene::{Layout, Place, Scene, Thing},
+    scene::{Arrangement, Place, Scene, Thing},
     tasks::draw::{Draw, document},
 };
 
@@ -26,7 +26,7 @@ pub(super) fn caption(draw: &mut Draw) -> Document {
     }
     let scene = draw.world.composer(draw.split).any(&mut draw.rng);
     match draw.rng.random_range(0..4u32) {
-        0 if matches!(scene.layout, Layout::Single(_)) => name(draw, scene),
+        0 if matches!(scene.arrangement, Arrangement::Single(_)) => name(draw, scene),
         0 | 1 => {
             let text = Piece::learned(format!(" {}.", describe::whole(&scene.in_reading_order())));
             let pieces = vec![draw.given(&scene), text];
@@ -68,11 +68,11 @@ pub(crate) fn ask(asked: Asked, scene: &Scene, thing: usize) -> Option<(String, 
     let concept = scene.things[thing].concept;
     let alike = scene.things.iter().filter(|other| other.concept == concept).count();
     Some(match asked {
-        Asked::What => match scene.layout {
-            Layout::Single(_) | Layout::Group(_) => {
+        Asked::What => match scene.arrangement {
+            Arrangement::Single(_) | Arrangement::Group(_) => {
                 ("what is in the picture?".to_owned(), concept.name().to_owned())
             }
-            Layout::Pair(_) | Layout::Corners(_) => return None,
+            Arrangement::Pair(_) | Arrangement::Corners(_) => return None,
         },
         Asked::HowMany if alike == scene.things.len() => {
             ("how many things are there?".to_owned(), alike.to_string())
@@ -88,7 +88,7 @@ pub(crate) fn ask(asked: Asked, scene: &Scene, thing: usize) -> Option<(String, 
         }
         Asked::Colour => ("which colour is the background?".to_owned(), scene.background.name().to_owned()),
         Asked::Related => {
-            let Layout::Pair(relation) = scene.layout else { return None };
+            let Arrangement::Pair(relation) = scene.arrangement else { return None };
             let [first, second] = [0, 1].map(|index: usize| scene.things[index].concept.name());
             (format!("what is {} the {second}?", relation.name()), first.to_owned())
         }
@@ -96,10 +96,10 @@ pub(crate) fn ask(asked: Asked, scene: &Scene, thing: usize) -> Option<(String, 
 }
 
 fn place(scene: &Scene, thing: usize) -> Option<Place> {
-    match &scene.layout {
-        Layout::Single(place) | Layout::Group(Some(place)) => Some(*place),
-        Layout::Corners(places) => Some(places[thing]),
-        Layout::Group(None) | Layout::Pair(_) => None,
+    match &scene.arrangement {
+        Arrangement::Single(place) | Arrangement::Group(Some(place)) => Some(*place),
+        Arrangement::Corners(places) => Some(places[thing]),
+        Arrangement::Group(None) | Arrangement::Pair(_) => None,
     }
 }
 
@@ -124,7 +124,7 @@ pub(super) fn relation(draw: &mut Draw) -> Document {
 
 /// Turns of an interview, at most.
 const TURNS_MAX: usize = 5;
-/// And of one about where things are, which takes each of them at its place and in its box.
+/// The turns of an interview about where things are, which takes each of them at its place and in its box.
 const PLACES_MAX: usize = 8;
 
 /// Several questions about one image, in the wording of a single one: each is another look for the price of its own
@@ -160,8 +160,8 @@ fn whereabouts(scene: &Scene) -> Vec<(String, String)> {
 fn turns(scene: &Scene) -> Vec<(String, String)> {
     const ALL: [Asked; 5] = [Asked::What, Asked::HowMany, Asked::Where, Asked::Colour, Asked::Related];
     let mut turns = Vec::new();
-    let tellings = match scene.layout {
-        Layout::Pair(_) => vec![scene.clone(), scene.turned()],
+    let tellings = match scene.arrangement {
+        Arrangement::Pair(_) => vec![scene.clone(), scene.turned()],
         _ => vec![scene.clone()],
     };
     turns.push((DESCRIBE.to_owned(), format!(" {}.", describe::whole(&scene.in_reading_order()))));
@@ -296,9 +296,9 @@ fn grounded(scene: &Scene) -> String {
         format!("<phrase>{}</phrase><object>{}</object>", thing.concept.with_article(), coordinates(thing))
     });
     let things: Vec<String> = things.collect();
-    let joint = match scene.layout {
-        Layout::Pair(relation) => relation.name(),
-        Layout::Single(_) | Layout::Group(_) | Layout::Corners(_) => "and",
+    let joint = match scene.arrangement {
+        Arrangement::Pair(relation) => relation.name(),
+        Arrangement::Single(_) | Arrangement::Group(_) | Arrangement::Corners(_) => "and",
     };
     format!("{}{}", things.join(joint), describe::on_background(scene))
 }

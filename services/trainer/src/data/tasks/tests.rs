@@ -238,8 +238,8 @@ fn cases_ask_for_what_they_are_called() {
             let document = WORLD.case(split, ability, index);
             let shown = format!("{ability:?} {index}: {document:?}");
             match document.pieces.last().unwrap() {
-                Piece::Image { learn, .. } => assert!(*learn && ability.painted(), "{shown}"),
-                Piece::Text { learn, .. } => assert!(*learn && !ability.painted(), "{shown}"),
+                Piece::Image { learn, .. } => assert!(*learn && ability.answers_with_image(), "{shown}"),
+                Piece::Text { learn, .. } => assert!(*learn && !ability.answers_with_image(), "{shown}"),
                 _ => panic!("{shown}"),
             }
             if split == Split::Test && document.scene.things.len() > 1 {

@@ -47,12 +47,12 @@ fn golden_batch(golden: &Golden) -> (Layout, Tensor) {
         for position in padding..tokens - 1 {
             let from = (row * tokens + position - padding) as i64;
             if text[row][position] == 1 {
-                layout.text.from.push(from);
-                layout.text.what.push(ids[position + 1]);
+                layout.text.rows.push(from);
+                layout.text.targets.push(ids[position + 1]);
             }
             if images[row][position] == 1 {
-                layout.images.from.push(from);
-                layout.images.what.push(layout.slots.len() as i64);
+                layout.images.rows.push(from);
+                layout.images.targets.push(layout.slots.len() as i64);
                 layout.slots.push(from + 1);
             }
         }
@@ -92,8 +92,8 @@ fn losses_and_gradients_are_the_official_ones() {
         assert_relative("ce", parts["cross_entropy"], number(&want["ce"]), 1e-5);
         assert_relative("mse", parts["mean_squared_error"], number(&want["mse"]), 1e-5);
         assert_relative("total", loss.total.double_value(&[]), number(&want["total"]), 1e-5);
-        assert_eq!(layout.text.from.len() as u64, want["n_ce"].as_u64().unwrap());
-        assert_eq!(layout.images.from.len() as u64, want["n_reg"].as_u64().unwrap());
+        assert_eq!(layout.text.rows.len() as u64, want["n_ce"].as_u64().unwrap());
+        assert_eq!(layout.images.rows.len() as u64, want["n_reg"].as_u64().unwrap());
 
         loss.total.backward();
         for (name, norm) in want["grad_norms"].as_object().unwrap() {
