@@ -1,47 +1,62 @@
 //! What can go wrong, each once, and the one place where it becomes a status.
 
-use std::time::Duration;
-
-use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
+use emu2_engine::error::{EngineError, EngineFault, RETRY_AFTER};
+use emu2_nn::{checkpoint::CheckpointError, device::DeviceError};
 use emu2_proto::array::ArrayError;
-use emu2_serve::status::{Violation, exhausted, internal, unavailable};
+use emu2_serve::status::{self, Violation};
 use tonic::Status;
 
 use crate::preprocess::decode::ImageError;
 
-/// About one batch: then a place, or memory, may be free.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
-
 /// Why the model cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A device cannot be opened.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The checkpoint is incomplete or contradicts itself.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The first forward failed.
     #[error("the warm-up failed: {0}")]
     WarmUp(#[from] EngineFault),
 }
 
-/// Why a picture was not encoded.
+/// What the model computed is no sound array: its values are not finite.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("the embeddings are not sound: {0}")]
+pub struct UnsoundEmbeddings(#[from] pub ArrayError);
+
+/// Why an image was not encoded.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum EncodeError {
+    /// The file could not be decoded, or is beyond a limit.
     #[error("image {0}")]
     Image(#[from] ImageError),
+    /// The request names neither an image nor the mean colour.
     #[error("source must be image or mean_colour, got nothing")]
     NoSource,
+    /// Pooling cannot leave that many embeddings.
     #[error("n_query {0}")]
     Queries(String),
+    /// As many images are in the service as may be.
     #[error("all {max} places for images are taken (max_images)")]
-    Full { max: usize },
+    Full {
+        /// The value of `max_images`.
+        max: usize,
+    },
+    /// The model is still loading.
     #[error("the model is still loading")]
     Loading,
-    #[error("the encoder's engine has stopped")]
-    Stopped,
+    /// The engine refused the image or failed it.
     #[error(transparent)]
-    Fault(#[from] EngineFault),
-    #[error("the embeddings are not sound: {0}")]
-    Unsound(#[from] ArrayError),
+    Engine(#[from] EngineError<UnsoundEmbeddings>),
+}
+
+impl From<UnsoundEmbeddings> for Status {
+    fn from(error: UnsoundEmbeddings) -> Self {
+        status::internal(error.to_string())
+    }
 }
 
 impl From<EncodeError> for Status {
@@ -53,14 +68,10 @@ impl From<EncodeError> for Status {
                 Violation::new("source", "must be image or mean_colour, got nothing").into()
             }
             EncodeError::Queries(problem) => Violation::new("n_query", problem).into(),
-            EncodeError::Full { .. } | EncodeError::Fault(EngineFault::OutOfMemory(_)) => {
-                exhausted(message, RETRY_AFTER)
-            }
-            // This replica is about to exit, or is not there yet; another may have the answer.
-            EncodeError::Loading | EncodeError::Stopped | EncodeError::Fault(EngineFault::Device(_)) => {
-                unavailable(message)
-            }
-            EncodeError::Fault(EngineFault::Panic(_)) | EncodeError::Unsound(_) => internal(message),
+            EncodeError::Full { .. } => status::exhausted(message, RETRY_AFTER),
+            // Another replica may have the answer.
+            EncodeError::Loading => status::unavailable(message),
+            EncodeError::Engine(error) => error.into(),
         }
     }
 }

@@ -1,17 +1,18 @@
-//! The visual encoder service: pictures in, embeddings out, behind `emu2.stage.v1.VisualEncoder`.
+//! The visual encoder service: images in, embeddings out, behind `emu2.stage.v1.VisualEncoder`.
 //!
 //! | module | holds |
 //! |---|---|
 //! | `service` | the edge: requests checked, answers put on the wire |
-//! | [`preprocess`] | an encoded picture → normalised pixels, as Pillow and CLIP do it; no torch |
-//! | [`engine`] | the thread that owns the model, and its batches |
+//! | [`preprocess`] | an encoded image → normalised pixels, as Pillow and CLIP do it; no torch |
+//! | [`engine`] | the stage that runs on the step engine: the model and its batches |
 //! | [`eva_vit`] | the model |
 //! | [`config`], [`error`], [`metrics`] | what their names say |
 //!
-//! A picture's way: `service` (a permit) → `preprocess` (a thread of its own) → `engine` (a batch) → `service`.
+//! An image's way: `service` (a permit) → `preprocess` (a thread of its own) → `engine` (a batch) → `service`.
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
 use anyhow::Context;
+use emu2_engine::load::LoadMetrics;
 use emu2_nn::checkpoint::Progress;
 use emu2_serve::{
     server::{Listeners, Server},
@@ -30,7 +31,7 @@ pub mod preprocess;
 mod service;
 
 pub use config::Config;
-use engine::{Engine, Started};
+use engine::Started;
 use metrics::Metrics;
 use service::Service;
 
@@ -42,10 +43,11 @@ pub const NAME: &str = "emu2-encoder";
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
+    let load_metrics = LoadMetrics::register(&mut registry, "encoder");
     let server = Server::new(NAME, &config.server, listeners);
     let readiness = server.readiness();
     let progress = Progress::observed(move |percent| readiness.loading(percent));
-    let Started { engine, loaded, ended } = Engine::start(&config, progress, metrics.clone());
+    let Started { engine, loaded, ended } = engine::start(&config, progress, load_metrics, metrics.clone());
     let service = Service::new(&config, engine, metrics);
     let server = server.service(service.clone().into_grpc()).registry(registry);
     // The service's own handle ends with the load: from then on only the server's keep the engine.

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use emu2_engine::error::EngineError;
 use emu2_proto::{
     pooling,
     stage::{
@@ -27,7 +28,7 @@ use tracing::{Instrument, Span};
 
 use crate::{
     config::Config,
-    engine::{Encoded, Engine, ModelInfo, Picture, Pixels},
+    engine::{Encoded, Engine, ModelInfo, Pixels, PreparedImage},
     error::EncodeError,
     metrics::Metrics,
     preprocess::{
@@ -137,7 +138,9 @@ impl Service {
         let prepared = self.prepare(request.source, model).await?;
         let Preprocessed { waited, took, .. } = prepared;
         let pixels = if prepared.pixels.is_empty() { Pixels::Mean } else { Pixels::Values(prepared.pixels) };
-        let encoded = self.engine.encode(Picture { pixels, n_query }, priority).await?;
+        // Dropping the handle takes the image out of the queue.
+        let mut submitted = self.engine.submit(PreparedImage { pixels, n_query }, priority)?;
+        let encoded = submitted.next().await.ok_or(EngineError::Stopped)??;
         let Encoded { embeddings, queued, took: encode } = encoded;
         Ok(EncodeResponse {
             id: request.id,

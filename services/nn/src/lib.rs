@@ -10,6 +10,7 @@
 //! | [`layers`] | linear, norms, convolution, embedding, built from loaded tensors |
 //! | [`attention`] | the one attention function |
 //! | [`engine`] | the thread that owns a model |
+//! | [`thread`] | what a thread that computes with torch sets up |
 //! | `golden` | numbers of the official model, for tests (feature `golden`) |
 //!
 //! Words for shapes, used in every model: batch, tokens, width, heads, head_width, queries (embeddings of one
@@ -24,4 +25,5 @@ pub mod engine;
 pub mod golden;
 pub mod layers;
 pub mod random;
+pub mod thread;
 pub mod weights;

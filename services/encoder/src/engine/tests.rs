@@ -3,22 +3,28 @@ use std::{
     time::Duration,
 };
 
+use emu2_engine::error::EngineError;
 use emu2_nn::golden::{self, assert_close, forward_tolerance};
+use emu2_serve::priority::Priority;
 use prometheus_client::registry::Registry;
+use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Answers each picture with its n_query, once per permission; writes down its batches.
+/// What an image in the queue comes to.
+type Answer = JoinHandle<Result<f32, EngineError<UnsoundEmbeddings>>>;
+
+/// Answers each image with its n_query, once per permission; writes down its batches.
 struct Probe {
     permissions: std_mpsc::Receiver<Result<(), &'static str>>,
     batches: Arc<Mutex<Vec<Vec<u32>>>>,
 }
 
 impl BatchEncoder for Probe {
-    fn encode(&self, batch: &[Picture]) -> Vec<Result<Array, ArrayError>> {
-        let numbers: Vec<u32> = batch.iter().map(|picture| picture.n_query).collect();
+    fn encode(&self, batch: &[PreparedImage]) -> Vec<Result<Array, ArrayError>> {
+        let numbers: Vec<u32> = batch.iter().map(|image| image.n_query).collect();
         self.batches.lock().unwrap().push(numbers.clone());
         if let Err(panic) = self.permissions.recv().unwrap() {
             panic!("{panic}");
@@ -30,7 +36,8 @@ impl BatchEncoder for Probe {
 }
 
 struct Bench {
-    engine: Engine,
+    engine: engine::Engine<Encoder<Probe>>,
+    metrics: Metrics,
     ended: oneshot::Receiver<()>,
     permit: std_mpsc::Sender<Result<(), &'static str>>,
     batches: Arc<Mutex<Vec<Vec<u32>>>>,
@@ -41,36 +48,32 @@ impl Bench {
         let (permit, permissions) = std_mpsc::channel();
         let batches = Arc::new(Mutex::new(Vec::new()));
         let probe = Probe { permissions, batches: Arc::clone(&batches) };
-        let info = ModelInfo {
-            weights_digest: String::new(),
-            dtype: Dtype::F32,
-            width: 1,
-            image_size: 1,
-            grid_side: 1,
-        };
-        let metrics = Metrics::register(&mut Registry::default());
-        let bounds = Bounds { waiting: 8, batch };
-        let Started { engine, loaded, ended } =
-            Engine::start_with(bounds, 1, metrics, move || Ok((probe, info)));
-        loaded.await.unwrap().unwrap();
-        Self { engine, ended, permit, batches }
+        let registry = &mut Registry::default();
+        let metrics = Metrics::register(registry);
+        let load_metrics = LoadMetrics::register(registry, "encoder");
+        let options = Options { name: "encoder", max_waiting: 8, limit_name: "max_images" };
+        let stage = Encoder::new(probe, batch, metrics.clone());
+        let load = || Ok::<_, LoadError>((stage, ()));
+        let started = engine::Engine::start(options, load_metrics, || thread::set_up(1), load);
+        started.loaded.await.unwrap().unwrap();
+        Self { engine: started.engine, metrics, ended: started.ended, permit, batches }
     }
 
-    /// A picture in the queue, known by its number.
-    fn submit(&self, number: u32) -> tokio::task::JoinHandle<Result<f32, EncodeError>> {
+    /// An image in the queue, known by its number.
+    fn submit(&self, number: u32) -> Answer {
         self.submit_as(Priority::Normal, number)
     }
 
-    fn submit_as(
-        &self,
-        priority: Priority,
-        number: u32,
-    ) -> tokio::task::JoinHandle<Result<f32, EncodeError>> {
-        let engine = self.engine.clone();
+    fn submit_as(&self, priority: Priority, number: u32) -> Answer {
+        let submitted = self.engine.submit(PreparedImage { pixels: Pixels::Mean, n_query: number }, priority);
         tokio::spawn(async move {
-            let encoded = engine.encode(Picture { pixels: Pixels::Mean, n_query: number }, priority).await?;
+            let encoded = submitted?.next().await.ok_or(EngineError::Stopped)??;
             Ok(encoded.embeddings.values().next().unwrap())
         })
+    }
+
+    fn waiting(&self) -> usize {
+        self.engine.load().current().waiting
     }
 
     async fn until(&self, holds: impl Fn(&Self) -> bool) {
@@ -82,16 +85,13 @@ impl Bench {
         tokio::time::timeout(PATIENCE, waiting).await.expect("it comes to hold");
     }
 
-    /// One picture in the model, and these behind it in the queue.
-    async fn busy(
-        &self,
-        numbers: std::ops::RangeInclusive<u32>,
-    ) -> Vec<tokio::task::JoinHandle<Result<f32, EncodeError>>> {
+    /// One image in the model, and these behind it in the queue.
+    async fn busy(&self, numbers: std::ops::RangeInclusive<u32>) -> Vec<Answer> {
         let mut handles = vec![self.submit(0)];
         self.until(|bench| bench.batches.lock().unwrap().len() == 1).await;
         for (waiting, number) in numbers.enumerate() {
             handles.push(self.submit(number));
-            self.until(|bench| bench.engine.metrics.waiting.get() == waiting as i64 + 1).await;
+            self.until(|bench| bench.waiting() == waiting + 1).await;
         }
         handles
     }
@@ -107,8 +107,8 @@ async fn what_queued_while_the_engine_was_busy_is_one_batch() {
         assert_eq!(handle.await.unwrap(), Ok(number as f32));
     }
     assert_eq!(*bench.batches.lock().unwrap(), [vec![0], vec![1, 2, 3, 4, 5]]);
-    assert_eq!(bench.engine.metrics.waiting.get(), 0);
-    assert_eq!(bench.engine.metrics.encoded.get(), 6);
+    assert_eq!(bench.waiting(), 0);
+    assert_eq!(bench.metrics.encoded.get(), 6);
 }
 
 #[tokio::test]
@@ -119,7 +119,7 @@ async fn higher_classes_are_encoded_first() {
         [(Priority::Low, 3), (Priority::High, 4), (Priority::Normal, 5)].into_iter().enumerate()
     {
         handles.push(bench.submit_as(priority, number));
-        bench.until(|bench| bench.engine.metrics.waiting.get() == waiting as i64 + 3).await;
+        bench.until(|bench| bench.waiting() == waiting + 3).await;
     }
     (0..4).for_each(|_| bench.permit.send(Ok(())).unwrap());
     for handle in handles {
@@ -154,7 +154,7 @@ async fn callers_that_left_are_not_worked_for() {
         handle.await.unwrap().unwrap();
     }
     assert_eq!(*bench.batches.lock().unwrap(), [vec![0], vec![2, 4]]);
-    assert_eq!(bench.engine.metrics.left.get(), 2);
+    assert_eq!(bench.engine.load().callers_left(), 2);
 }
 
 #[tokio::test]
@@ -162,12 +162,12 @@ async fn a_full_queue_refuses_and_a_closed_one_says_so() {
     let bench = Bench::new(8).await;
     let handles = bench.busy(1..=8).await;
     let refused = bench.submit(9).await.unwrap();
-    assert_eq!(refused, Err(EncodeError::Full { max: 8 }));
-    assert_eq!(bench.engine.metrics.waiting.get(), 8);
+    assert_eq!(refused, Err(EngineError::Full { max: 8, limit_name: "max_images" }));
+    assert_eq!(bench.waiting(), 8);
     drop(bench.permit);
     // Without permissions the probe panics: a fault of each batch, not of the engine.
     for handle in handles {
-        assert!(matches!(handle.await.unwrap(), Err(EncodeError::Fault(EngineFault::Panic(_)))));
+        assert_eq!(handle.await.unwrap(), Err(EngineError::StepFailed));
     }
     drop(bench.engine);
     tokio::time::timeout(PATIENCE, bench.ended).await.unwrap().unwrap();
@@ -177,22 +177,14 @@ async fn a_full_queue_refuses_and_a_closed_one_says_so() {
 async fn a_panic_ends_its_batch_and_a_broken_device_the_engine() {
     let bench = Bench::new(8).await;
     bench.permit.send(Err("a defect")).unwrap();
-    let failed = bench.submit(1).await.unwrap();
-    assert!(matches!(failed, Err(EncodeError::Fault(EngineFault::Panic(_)))), "{failed:?}");
+    assert_eq!(bench.submit(1).await.unwrap(), Err(EngineError::StepFailed));
     bench.permit.send(Ok(())).unwrap();
     assert_eq!(bench.submit(2).await.unwrap(), Ok(2.0));
     bench.permit.send(Err("CUDA error: an illegal memory access was encountered")).unwrap();
-    let failed = bench.submit(3).await.unwrap();
-    assert!(matches!(failed, Err(EncodeError::Fault(EngineFault::Device(_)))), "{failed:?}");
+    assert_eq!(bench.submit(3).await.unwrap(), Err(EngineError::Stopped));
     tokio::time::timeout(PATIENCE, bench.ended).await.unwrap().unwrap();
-    assert_eq!(
-        bench
-            .engine
-            .encode(Picture { pixels: Pixels::Mean, n_query: 4 }, Priority::Normal)
-            .await
-            .unwrap_err(),
-        EncodeError::Stopped
-    );
+    let late = PreparedImage { pixels: Pixels::Mean, n_query: 4 };
+    assert_eq!(bench.engine.submit(late, Priority::Normal).unwrap_err(), EngineError::Stopped);
 }
 
 #[test]
@@ -205,9 +197,9 @@ fn one_batch_mixes_queries_and_the_mean_colour() {
     let pixels = golden.tensor("pixels");
     let values = |index: i64| Pixels::Values(pixels.get(index).contiguous().view(-1).try_into().unwrap());
     let batch = [
-        Picture { pixels: values(0), n_query: 16 },
-        Picture { pixels: Pixels::Mean, n_query: 4 },
-        Picture { pixels: values(1), n_query: 1 },
+        PreparedImage { pixels: values(0), n_query: 16 },
+        PreparedImage { pixels: Pixels::Mean, n_query: 4 },
+        PreparedImage { pixels: values(1), n_query: 1 },
     ];
     let encoded: Vec<Tensor> = model
         .encode(&batch)
