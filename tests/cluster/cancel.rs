@@ -22,6 +22,9 @@ async fn cluster() -> Cluster {
 }
 
 /// A request that would paint for minutes.
+const LLM_RUNNING: &str = "emu2_stage_running{stage=\"llm\"}";
+const DECODER_RUNNING: &str = "emu2_stage_running{stage=\"decoder\"}";
+
 fn long_painting() -> v1::GenerateRequest {
     let output =
         v1::ImageOutput { steps: Some(250), height: Some(512), width: Some(512), ..Default::default() };
@@ -48,8 +51,8 @@ async fn held(cluster: &Cluster) -> Vec<(&'static str, f64)> {
         let metrics = metrics(member.admin.unwrap()).await;
         let gauges: &[&'static str] = match member.stage {
             "encoder" => &["emu2_rpc_in_flight_requests"],
-            "llm" => &["emu2_llm_running_sequences", "emu2_llm_waiting_sequences"],
-            _ => &["emu2_decoder_active_requests"],
+            "llm" => &[LLM_RUNNING, "emu2_stage_waiting{stage=\"llm\"}"],
+            _ => &[DECODER_RUNNING, "emu2_stage_waiting{stage=\"decoder\"}"],
         };
         held.extend(gauges.iter().map(|gauge| (*gauge, value(&metrics, gauge))));
     }
@@ -78,7 +81,7 @@ async fn a_client_that_leaves_frees_the_decoder() {
     let cluster = cluster().await;
     let mut events = client(cluster.addr).await.generate(long_painting()).await.unwrap().into_inner();
     while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::DenoiseProgress(_))) {}
-    until(&cluster, |held| held.contains(&("emu2_decoder_active_requests", 1.0))).await;
+    until(&cluster, |held| held.contains(&(DECODER_RUNNING, 1.0))).await;
     drop(events);
     assert_freed(&cluster).await;
     cluster.stop().await.unwrap();
@@ -95,7 +98,7 @@ async fn a_client_that_leaves_frees_the_llm() {
         .unwrap()
         .into_inner();
     while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::TextDelta(_))) {}
-    until(&cluster, |held| held.contains(&("emu2_llm_running_sequences", 1.0))).await;
+    until(&cluster, |held| held.contains(&(LLM_RUNNING, 1.0))).await;
     drop(events);
     assert_freed(&cluster).await;
     cluster.stop().await.unwrap();

@@ -63,6 +63,9 @@ fn written(events: &[Event]) -> String {
     deltas.collect()
 }
 
+const LLM_RUNNING: &str = "emu2_stage_running{stage=\"llm\"}";
+const DECODER_RUNNING: &str = "emu2_stage_running{stage=\"decoder\"}";
+
 fn long_text() -> GenerateRequest {
     let tokens = 200;
     let output = v1::TextOutput {
@@ -82,15 +85,15 @@ async fn a_text_whose_llm_is_killed_or_stopped_is_the_same_text() {
     let is_text = |event: &Event| matches!(event, Event::TextDelta(_));
 
     let (seen, stream) = begun(&mut client, long_text(), is_text).await;
-    let stopped = busy(llms, "emu2_llm_running_sequences").await;
+    let stopped = busy(llms, LLM_RUNNING).await;
     stopped.pause();
     assert_eq!(written(&rest(seen, stream).await), undisturbed, "the llm was stopped");
     stopped.wake();
-    let awake = async { while stopped.metric("emu2_llm_running_sequences").await > 0.0 {} };
+    let awake = async { while stopped.metric(LLM_RUNNING).await > 0.0 {} };
     tokio::time::timeout(Duration::from_secs(20), awake).await.expect("it finds its call cancelled");
 
     let (seen, stream) = begun(&mut client, long_text(), is_text).await;
-    busy(llms, "emu2_llm_running_sequences").await.kill();
+    busy(llms, LLM_RUNNING).await.kill();
     assert_eq!(written(&rest(seen, stream).await), undisturbed, "the llm was killed");
 }
 
@@ -101,7 +104,7 @@ async fn a_picture_whose_decoder_is_killed_is_the_same_picture() {
     let undisturbed = painted(&mut client, request()).await.unwrap();
     let is_step = |event: &Event| matches!(event, Event::DenoiseProgress(_));
     let (seen, stream) = begun(&mut client, request(), is_step).await;
-    busy(&cluster.stages[4..6], "emu2_decoder_active_requests").await.kill();
+    busy(&cluster.stages[4..6], DECODER_RUNNING).await.kill();
     let events = rest(seen, stream).await;
     let steps: Vec<_> = events
         .iter()

@@ -108,7 +108,7 @@ impl Process {
         fs::read_to_string(&self.errors).unwrap()
     }
 
-    /// A gauge or counter without labels; 0 while it is not told.
+    /// A gauge or counter by its name with its labels, if it has any; 0 while it is not told.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
         let mut stream = TcpStream::connect(self.admin).await.unwrap();
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();

@@ -17,7 +17,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 use crate::{
     error::LoadError,
     noise::standard_normal,
-    scheduler::{EulerDiscrete, Schedule, SchedulerConfig, Step},
+    schedule::{EulerDiscrete, Schedule, SchedulerConfig, Step},
     unet::{TIME_IDS, Unet, UnetConfig},
     vae::{self, VaeConfig},
 };
@@ -30,7 +30,7 @@ const WARM_UP_LATENTS: usize = 8;
 
 /// An image to paint: everything that decides its pixels.
 #[derive(Clone, Debug)]
-pub struct PaintRequest {
+pub struct DenoiseRequest {
     /// Pixels; multiples of [`ModelInfo::scale_factor`].
     pub height: usize,
     pub width: usize,
@@ -74,7 +74,7 @@ pub struct ModelInfo {
 
 /// A finished image: [height, width, 3], row-major.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
+pub struct RgbImage {
     pub rgb: Vec<u8>,
     pub height: usize,
     pub width: usize,
@@ -107,9 +107,14 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// In the UNet's batch.
+    /// Rows that the sample takes in the UNet's batch.
     pub fn rows(&self) -> usize {
         1 + usize::from(self.negative.is_some())
+    }
+
+    /// Pixels of the image, counted once.
+    pub fn image_pixels(&self) -> u64 {
+        self.pixels / self.rows() as u64
     }
 
     pub fn steps_done(&self) -> usize {
@@ -127,7 +132,7 @@ impl Sample {
 
 /// The image decoder of Emu2 on its device.
 #[derive(Debug)]
-pub struct Painter {
+pub struct DiffusionPipeline {
     pub unet: Unet,
     pub vae: vae::Decoder,
     scheduler: EulerDiscrete,
@@ -136,7 +141,7 @@ pub struct Painter {
     kind: Kind,
 }
 
-impl Painter {
+impl DiffusionPipeline {
     pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, ModelInfo), LoadError> {
         if !(dir.has(Part::Unet) && dir.has(Part::Vae)) {
             return Err(dir.unsupported("the model has no `unet` and `vae`: it paints no images").into());
@@ -175,7 +180,7 @@ impl Painter {
         let nothing =
             Array::new(Dtype::F32, vec![1, width], vec![0; 4 * width].into()).expect("zeros are an array");
         let side = WARM_UP_LATENTS * self.scale_factor;
-        let request = PaintRequest {
+        let request = DenoiseRequest {
             height: side,
             width: side,
             steps: 1,
@@ -188,11 +193,11 @@ impl Painter {
         };
         let mut sample = self.start(&request);
         self.step(&mut [&mut sample]);
-        self.picture(&sample);
+        self.image(&sample);
     }
 
     /// Puts what a request brings on the device; nothing is computed yet. The request has been checked.
-    pub fn start(&self, request: &PaintRequest) -> Sample {
+    pub fn start(&self, request: &DenoiseRequest) -> Sample {
         let schedule = self.scheduler.schedule(request.steps);
         let (height, width) = (request.height / self.scale_factor, request.width / self.scale_factor);
         let channels = self.unet.config.in_channels as usize;
@@ -240,14 +245,14 @@ impl Painter {
 
     /// The image of a sample's latents; `None` when they are not finite, which only a defect of the weights or of
     /// the device can cause.
-    pub fn picture(&self, sample: &Sample) -> Option<Picture> {
+    pub fn image(&self, sample: &Sample) -> Option<RgbImage> {
         if !bool::try_from(sample.latents.isfinite().all()).expect("one truth value") {
             return None;
         }
         let levels = vae::levels(&self.vae.image(&sample.latents));
         let (_, height, width, _) = levels.size4().expect("images have four dimensions");
         let rgb = Vec::try_from(levels.flatten(0, -1)).expect("levels are bytes");
-        Some(Picture { rgb, height: height as usize, width: width as usize })
+        Some(RgbImage { rgb, height: height as usize, width: width as usize })
     }
 
     /// The noise in the latents, after guidance: [batch, channels, height, width_px] -> the same

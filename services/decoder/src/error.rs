@@ -1,13 +1,9 @@
 //! What can go wrong, each once, and the one place where it becomes a status.
 
-use std::time::Duration;
-
-use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
-use emu2_serve::status::{exhausted, internal, unavailable};
+use emu2_engine::error::{EngineError, EngineFault};
+use emu2_nn::{checkpoint::CheckpointError, device::DeviceError};
+use emu2_serve::status::internal;
 use tonic::Status;
-
-/// About one step of a large image: then memory or a place may be free.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Why the model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -30,33 +26,33 @@ impl LoadError {
     }
 }
 
-/// Why an image was not painted.
+/// The model's latents are not finite, which only a defect of the weights or of the device can cause.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the model's latents are not finite")]
+pub struct LatentsNotFinite;
+
+/// Why an image was not decoded.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum PaintError {
-    #[error("the decoder's queue is full")]
-    Full,
-    #[error("the decoder's engine has stopped")]
-    Stopped,
+pub enum DecodeError {
+    /// The engine refused the request or failed it.
     #[error(transparent)]
-    Fault(#[from] EngineFault),
-    #[error("the model's latents are not finite")]
-    NotFinite,
+    Engine(#[from] EngineError<LatentsNotFinite>),
+    /// The image was denoised, but could not be compressed.
     #[error("the image cannot be written as PNG: {0}")]
     Png(String),
 }
 
-impl From<PaintError> for Status {
-    fn from(error: PaintError) -> Self {
-        let message = error.to_string();
+impl From<LatentsNotFinite> for Status {
+    fn from(error: LatentsNotFinite) -> Self {
+        internal(error.to_string())
+    }
+}
+
+impl From<DecodeError> for Status {
+    fn from(error: DecodeError) -> Self {
         match error {
-            PaintError::Full | PaintError::Fault(EngineFault::OutOfMemory(_)) => {
-                exhausted(message, RETRY_AFTER)
-            }
-            // This replica is about to exit; another may paint the image from its seed.
-            PaintError::Stopped | PaintError::Fault(EngineFault::Device(_)) => unavailable(message),
-            PaintError::Fault(EngineFault::Panic(_)) | PaintError::NotFinite | PaintError::Png(_) => {
-                internal(message)
-            }
+            DecodeError::Engine(error) => error.into(),
+            DecodeError::Png(_) => internal(error.to_string()),
         }
     }
 }

@@ -10,7 +10,7 @@ use emu2_serve::status::Violation;
 
 use crate::{
     config::Config,
-    denoise::{ModelInfo, PaintRequest, SizeConditions},
+    denoise::{DenoiseRequest, ModelInfo, SizeConditions},
 };
 
 #[cfg(test)]
@@ -97,13 +97,13 @@ impl Intake {
     }
 
     /// The request, once the stream has ended or everything has come.
-    pub(crate) fn finish(self) -> Result<PaintRequest, Vec<Violation>> {
+    pub(crate) fn finish(self) -> Result<DenoiseRequest, Vec<Violation>> {
         let missing: Vec<_> = self.all_rows().filter_map(Rows::missing).collect();
         if !missing.is_empty() {
             return Err(missing);
         }
         let start = self.start;
-        Ok(PaintRequest {
+        Ok(DenoiseRequest {
             height: start.height as usize,
             width: start.width as usize,
             steps: start.steps as usize,

@@ -5,11 +5,11 @@
 //! | [`config`] | the service's configuration |
 //! | `service` | the edge: `VisualDecoder` of the stage protocol; PNG |
 //! | `intake` | a request as it comes in, checked |
-//! | [`engine`] | the thread that owns the model, one denoising step at a time |
-//! | [`turns`] | which requests take the next step |
+//! | [`engine`] | the stage that runs on the step engine, one denoising step at a time |
+//! | [`scheduler`] | which requests take the next step |
 //! | [`denoise`] | one step of a batch; what UNet, VAE and schedule do together |
 //! | [`unet`], [`vae`], [`blocks`] | the models |
-//! | [`scheduler`] | timesteps and noise levels |
+//! | [`schedule`] | timesteps and noise levels |
 //! | [`noise`] | a seed's initial noise |
 //! | `switches` | settings of published configurations that have one supported value |
 //! | [`error`], [`metrics`] | what goes wrong, and what is counted |
@@ -17,6 +17,7 @@
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
 use anyhow::Context;
+use emu2_engine::load::LoadMetrics;
 use emu2_nn::checkpoint::Progress;
 use emu2_serve::{
     server::{Listeners, Server},
@@ -32,10 +33,10 @@ pub mod error;
 mod intake;
 pub mod metrics;
 pub mod noise;
+pub mod schedule;
 pub mod scheduler;
 mod service;
 mod switches;
-pub mod turns;
 pub mod unet;
 pub mod vae;
 
@@ -48,7 +49,9 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     let server = Server::new("emu2-decoder", &config.server, listeners);
     let readiness = server.readiness();
     let progress = Progress::observed(move |percent| readiness.loading(percent));
-    let started = engine::start(&config, progress, metrics::Metrics::register(&mut registry));
+    let load_metrics = LoadMetrics::register(&mut registry, "decoder");
+    let metrics = metrics::Metrics::register(&mut registry);
+    let started = engine::start(&config, progress, load_metrics, metrics);
     let service = service::Service::new(&config, started.engine);
     let server = server.service(service.clone().into_grpc()).registry(registry);
     // Takes this handle of the service along, so that from then on only the server holds the engine.

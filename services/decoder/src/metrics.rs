@@ -1,12 +1,10 @@
-//! Every metric of the decoder, unit last; those of its RPCs are the server's.
-
-use std::sync::atomic::AtomicU64;
+//! The metrics of the decoder alone, unit last; those of its RPCs are `emu2-serve`'s, those of its load
+//! `emu2-engine`'s.
 
 use emu2_serve::metrics::duration_histogram;
 use prometheus_client::{
     metrics::{
         counter::Counter,
-        gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
     },
     registry::{Registry, Unit},
@@ -15,12 +13,6 @@ use prometheus_client::{
 /// Cloning shares the values.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// `emu2_decoder_active_requests`: those that the engine holds, waiting or being painted.
-    pub(crate) active: Gauge,
-    /// `emu2_decoder_backlog_seconds`: at the present pace; what replicas are scaled by.
-    pub(crate) backlog: Gauge<f64, AtomicU64>,
-    /// `emu2_decoder_queue_wait_seconds`: from submission to the first step.
-    pub(crate) queue_wait: Histogram,
     /// `emu2_decoder_denoise_step_seconds`: one step of one batch.
     pub(crate) denoise_step: Histogram,
     /// `emu2_decoder_batch_rows`: samples of the UNet in one step; guidance takes two a request.
@@ -31,32 +23,18 @@ pub struct Metrics {
     pub(crate) steps: Counter,
     /// `emu2_decoder_images_total`
     pub(crate) images: Counter,
-    /// `emu2_decoder_abandoned_requests_total`: left by their callers before they were done.
-    pub(crate) abandoned: Counter,
-    /// `emu2_decoder_failed_requests_total`: by a fault of ours.
-    pub(crate) failed: Counter,
 }
 
 impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
-            active: Gauge::default(),
-            backlog: Gauge::default(),
-            queue_wait: duration_histogram(),
             denoise_step: duration_histogram(),
             batch_rows: Histogram::new(exponential_buckets(1.0, 2.0, 8)),
             vae: duration_histogram(),
             steps: Counter::default(),
             images: Counter::default(),
-            abandoned: Counter::default(),
-            failed: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("emu2_decoder");
-        registry.register("active_requests", "Requests that the engine holds", metrics.active.clone());
-        let help = "Work held, at the present pace";
-        registry.register_with_unit("backlog", help, Unit::Seconds, metrics.backlog.clone());
-        let help = "Time from submission to the first denoising step";
-        registry.register_with_unit("queue_wait", help, Unit::Seconds, metrics.queue_wait.clone());
         let help = "Time of one denoising step of one batch";
         registry.register_with_unit("denoise_step", help, Unit::Seconds, metrics.denoise_step.clone());
         registry.register("batch_rows", "Rows of one denoising step", metrics.batch_rows.clone());
@@ -68,12 +46,6 @@ impl Metrics {
         );
         registry.register("steps", "Denoising steps of requests", metrics.steps.clone());
         registry.register("images", "Images painted", metrics.images.clone());
-        registry.register("abandoned_requests", "Requests whose caller left", metrics.abandoned.clone());
-        registry.register(
-            "failed_requests",
-            "Requests that failed by a fault of ours",
-            metrics.failed.clone(),
-        );
         metrics
     }
 }
@@ -86,20 +58,15 @@ mod tests {
     fn names_are_the_documented_ones() {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
-        metrics.queue_wait.observe(0.5);
+        metrics.vae.observe(0.5);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for name in [
-            "emu2_decoder_active_requests 0",
-            "emu2_decoder_backlog_seconds 0.0",
-            "emu2_decoder_queue_wait_seconds_count 1",
             "emu2_decoder_denoise_step_seconds_count 0",
             "emu2_decoder_batch_rows_count 0",
-            "emu2_decoder_vae_seconds_count 0",
+            "emu2_decoder_vae_seconds_count 1",
             "emu2_decoder_steps_total 0",
             "emu2_decoder_images_total 0",
-            "emu2_decoder_abandoned_requests_total 0",
-            "emu2_decoder_failed_requests_total 0",
         ] {
             assert!(text.contains(name), "{name} not in\n{text}");
         }

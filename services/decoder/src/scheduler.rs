@@ -1,239 +1,135 @@
-//! The noise schedule: at which timesteps the UNet is asked, and how much noise is left at each.
+//! Who takes the next denoising step: a batch of one shape, at most so many pixels, shapes in turn.
 //!
-//! Euler's method on the probability-flow equation (Karras et al., arXiv 2206.00364, algorithm 2 without churn) over
-//! the training schedule of Stable Diffusion XL; upstream's is diffusers 0.24 `EulerDiscreteScheduler` with
-//! "leading" spacing. Numbers only: what is done with them to latents is in [`crate::denoise`].
+//! Pure, so that fairness is tested without a model. Shapes go round robin, so a crowd at one size does not keep
+//! another size waiting for more than the shapes before it. Within a shape the oldest go first and stay until they
+//! are done: an image half painted is of no use to anybody, and every image ends after a bounded number of steps. Among
+//! those that have not begun higher classes go first, and nobody is overtaken for ever (see [`emu2_serve::priority`]).
 
-use serde::Deserialize;
+use std::{collections::VecDeque, hash::Hash};
 
-use crate::{
-    error::LoadError,
-    switches::{Settings, Supported, unsupported},
-};
-
-/// Section `scheduler` of a model's configuration; the defaults are Emu2's.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
-pub struct SchedulerConfig {
-    pub num_train_timesteps: usize,
-    pub beta_start: f64,
-    pub beta_end: f64,
-    /// Added to every timestep, so that the last is not 0.
-    pub steps_offset: usize,
-    #[serde(flatten)]
-    settings: Settings,
+/// What a request asks of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand<S> {
+    /// Only equal shapes share a batch.
+    pub shape: S,
+    /// Of its image, once for each row that it takes in the batch.
+    pub pixels: u64,
 }
 
-const SUPPORTED: &[(&str, Supported)] = &[
-    ("beta_schedule", Supported::Text("scaled_linear")),
-    ("interpolation_type", Supported::Text("linear")),
-    ("prediction_type", Supported::Text("epsilon")),
-    ("timestep_spacing", Supported::Text("leading")),
-    ("trained_betas", Supported::Off),
-    ("use_karras_sigmas", Supported::Off),
-];
+/// Round robin over the shapes.
+#[derive(Debug)]
+pub struct StepScheduler<S> {
+    /// The next one first; shapes that nobody asked for last time are forgotten.
+    order: VecDeque<S>,
+    max_batch_pixels: u64,
+}
 
-impl Default for SchedulerConfig {
-    fn default() -> Self {
-        Self {
-            num_train_timesteps: 1000,
-            beta_start: 0.00085,
-            beta_end: 0.012,
-            steps_offset: 1,
-            settings: Settings::new(),
+impl<S: Copy + Eq + Hash> StepScheduler<S> {
+    pub fn new(max_batch_pixels: u64) -> Self {
+        Self { order: VecDeque::new(), max_batch_pixels }
+    }
+
+    /// Positions in `demands` (oldest first) of those that step together now; empty when there are none. One that
+    /// alone exceeds the bound goes alone.
+    pub fn next(&mut self, demands: &[Demand<S>]) -> Vec<usize> {
+        self.order.retain(|shape| demands.iter().any(|demand| demand.shape == *shape));
+        for demand in demands {
+            if !self.order.contains(&demand.shape) {
+                self.order.push_back(demand.shape);
+            }
         }
-    }
-}
+        let Some(shape) = self.order.pop_front() else { return Vec::new() };
+        self.order.push_back(shape);
 
-impl SchedulerConfig {
-    fn problems(&self) -> Vec<String> {
-        let mut problems = unsupported(&self.settings, SUPPORTED);
-        if self.num_train_timesteps < 2 {
-            problems
-                .push(format!("`num_train_timesteps` must be at least 2, got {}", self.num_train_timesteps));
+        let mut pixels = 0;
+        let mut batch = Vec::new();
+        for (position, demand) in demands.iter().enumerate().filter(|(_, demand)| demand.shape == shape) {
+            if batch.is_empty() || pixels + demand.pixels <= self.max_batch_pixels {
+                pixels += demand.pixels;
+                batch.push(position);
+            }
         }
-        let (start, end) = (self.beta_start, self.beta_end);
-        if !(0.0 < start && start <= end && end < 1.0) {
-            problems
-                .push(format!("`beta_start` and `beta_end` must rise within 0 and 1, got {start} and {end}"));
-        }
-        problems
+        batch
     }
-}
-
-/// The training schedule, from which a schedule of any number of steps is taken.
-#[derive(Clone, Debug)]
-pub struct EulerDiscrete {
-    alphas_cumprod: Vec<f32>,
-    steps_offset: usize,
-}
-
-impl EulerDiscrete {
-    pub fn new(config: &SchedulerConfig) -> Result<Self, LoadError> {
-        LoadError::check("scheduler", config.problems())?;
-        Ok(Self { alphas_cumprod: alphas_cumprod(config), steps_offset: config.steps_offset })
-    }
-
-    /// Share of the image's variance that is left at each training timestep: x_t = √ᾱ x_0 + √(1 − ᾱ) noise.
-    pub fn alphas_cumprod(&self) -> &[f32] {
-        &self.alphas_cumprod
-    }
-
-    /// `steps` must be from 1 to the number of training timesteps, which is the most that can be told apart.
-    pub fn schedule(&self, steps: usize) -> Schedule {
-        debug_assert!((1..=self.alphas_cumprod.len()).contains(&steps));
-        // "Leading": multiples of a whole ratio, counted from 0 and then shifted.
-        let ratio = self.alphas_cumprod.len() / steps;
-        let timesteps: Vec<f32> = (0..steps).rev().map(|i| (i * ratio + self.steps_offset) as f32).collect();
-        let sigmas = timesteps.iter().map(|&timestep| self.sigma(timestep)).chain([0.0]).collect();
-        Schedule { timesteps, sigmas }
-    }
-
-    /// Linear between the training timesteps; beyond the last, the last.
-    fn sigma(&self, timestep: f32) -> f32 {
-        let last = self.alphas_cumprod.len() - 1;
-        let at = |index: usize| {
-            let alpha = self.alphas_cumprod[index.min(last)];
-            f64::from(((1.0 - alpha) / alpha).sqrt())
-        };
-        let below = timestep.floor();
-        let fraction = f64::from(timestep - below);
-        let (low, high) = (at(below as usize), at(below as usize + 1));
-        (low + fraction * (high - low)) as f32
-    }
-}
-
-/// Betas are the squares of equal steps between the roots of their ends ("scaled linear").
-///
-/// The rounding is upstream's: float32 throughout, but for the running product, which torch keeps in float64. Early
-/// sigmas are roots of 1 − ᾱ with ᾱ near 1, so another rounding would move them by more than 1e-6.
-fn alphas_cumprod(config: &SchedulerConfig) -> Vec<f32> {
-    let count = config.num_train_timesteps;
-    let (start, end) = (config.beta_start.sqrt() as f32, config.beta_end.sqrt() as f32);
-    let step = (end - start) / (count - 1) as f32;
-    // As torch.linspace: the second half is counted from the end.
-    let root =
-        |i: usize| if i < count / 2 { start + step * i as f32 } else { end - step * (count - 1 - i) as f32 };
-    let alphas = (0..count).map(|i| 1.0 - root(i) * root(i));
-    let product = alphas.scan(1.0_f64, |product, alpha: f32| {
-        *product *= f64::from(alpha);
-        Some(*product as f32)
-    });
-    product.collect()
-}
-
-/// The steps of one request.
-#[derive(Clone, Debug)]
-pub struct Schedule {
-    /// Falling.
-    timesteps: Vec<f32>,
-    /// One more than timesteps; the last is 0.
-    sigmas: Vec<f32>,
-}
-
-/// Where one step starts and ends.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
-    pub timestep: f32,
-    /// Standard deviation of the noise in the latents before the step, and after it.
-    pub sigma: f32,
-    pub sigma_next: f32,
-}
-
-impl Schedule {
-    /// How many.
-    pub fn steps(&self) -> usize {
-        self.timesteps.len()
-    }
-
-    pub fn step(&self, index: usize) -> Step {
-        Step {
-            timestep: self.timesteps[index],
-            sigma: self.sigmas[index],
-            sigma_next: self.sigmas[index + 1],
-        }
-    }
-
-    /// What standard normal noise is multiplied by to become the first latents. It belongs to this schedule, whose
-    /// first sigma is the largest; that of the training schedule is larger.
-    pub fn init_noise_sigma(&self) -> f32 {
-        input_scale(self.sigmas[0])
-    }
-}
-
-impl Step {
-    /// What latents are divided by before the UNet sees them: their standard deviation.
-    pub fn input_scale(&self) -> f32 {
-        input_scale(self.sigma)
-    }
-}
-
-fn input_scale(sigma: f32) -> f32 {
-    (sigma * sigma + 1.0).sqrt()
 }
 
 #[cfg(test)]
 mod tests {
-    use emu2_nn::golden;
-    use serde_json::json;
-    use tch::Tensor;
+    use emu2_engine::line::Line;
+    use emu2_serve::priority::{OVERTAKEN_MAX, Priority};
 
     use super::*;
 
-    fn scheduler() -> EulerDiscrete {
-        EulerDiscrete::new(&SchedulerConfig::default()).unwrap()
+    /// One image at a time, and one more of the highest class for each that is done.
+    #[test]
+    fn a_lower_class_is_decoded_in_the_end() {
+        let (mut scheduler, mut line, mut number) = (StepScheduler::new(1), Line::default(), 1);
+        line.push(Priority::Low, 0);
+        let decoded_before = loop {
+            line.push(Priority::High, number);
+            number += 1;
+            let demands: Vec<_> = line.iter().map(|_| Demand { shape: 'a', pixels: 1 }).collect();
+            if line.remove(scheduler.next(&demands)[0]) == Some(0) {
+                break number - 2;
+            }
+        };
+        assert_eq!(decoded_before, OVERTAKEN_MAX);
     }
 
-    fn values(tensor: &Tensor) -> Vec<f32> {
-        Vec::try_from(tensor.flatten(0, -1)).unwrap()
-    }
-
-    fn assert_relative(name: &str, got: &[f32], want: &[f32]) {
-        assert_eq!(got.len(), want.len(), "{name}");
-        for (i, (got, want)) in got.iter().zip(want).enumerate() {
-            assert!((got - want).abs() <= 1e-6 * want.abs(), "{name}[{i}]: {got} instead of {want}");
-        }
+    fn demands(list: &[(char, u64)]) -> Vec<Demand<char>> {
+        list.iter().map(|&(shape, pixels)| Demand { shape, pixels }).collect()
     }
 
     #[test]
-    fn schedules_are_the_official_ones() {
-        let golden = golden::file("scheduler.safetensors");
-        let scheduler = scheduler();
-        assert_relative(
-            "alphas_cumprod",
-            scheduler.alphas_cumprod(),
-            &values(&golden.tensor("alphas_cumprod")),
-        );
-        for steps in [4, 20, 50] {
-            let schedule = scheduler.schedule(steps);
-            let want = |name: &str| values(&golden.tensor(&format!("n{steps}.{name}")));
-            assert_eq!(schedule.timesteps, want("timesteps"));
-            assert_relative("sigmas", &schedule.sigmas, &want("sigmas"));
-            assert_relative("init_noise_sigma", &[schedule.init_noise_sigma()], &want("init_noise_sigma"));
-        }
+    fn a_batch_is_of_one_shape_and_shapes_take_scheduler() {
+        let mut scheduler = StepScheduler::new(100);
+        let waiting = demands(&[('a', 1), ('b', 1), ('a', 1), ('c', 1), ('b', 1)]);
+        let batches: Vec<_> = (0..4).map(|_| scheduler.next(&waiting)).collect();
+        assert_eq!(batches, [vec![0, 2], vec![1, 4], vec![3], vec![0, 2]]);
+        assert!(scheduler.next(&[]).is_empty());
     }
 
     #[test]
-    fn every_number_of_steps_falls_to_zero() {
-        let scheduler = scheduler();
-        for steps in [1, 2, 3, 7, 499, 501, 999, 1000] {
-            let schedule = scheduler.schedule(steps);
-            assert_eq!(schedule.steps(), steps);
-            assert!(schedule.timesteps.windows(2).all(|pair| pair[0] > pair[1]), "{steps}");
-            // Beyond the last training timestep there is only its sigma: 1000 steps meet it twice.
-            assert!(schedule.sigmas.windows(2).all(|pair| pair[0] >= pair[1]), "{steps}");
-            assert_eq!(schedule.step(steps - 1).sigma_next, 0.0);
-            assert!(schedule.step(steps - 1).sigma > 0.0);
-        }
+    fn a_batch_is_bounded_and_the_oldest_go_first() {
+        let mut scheduler = StepScheduler::new(4);
+        assert_eq!(scheduler.next(&demands(&[('a', 2), ('a', 1), ('a', 2), ('a', 1)])), [0, 1, 3]);
+        assert_eq!(scheduler.next(&demands(&[('a', 9), ('a', 1)])), [0], "alone, but not never");
     }
 
     #[test]
-    fn other_schedules_are_refused_by_name() {
-        let config = json!({"timestep_spacing": "trailing", "use_karras_sigmas": true, "beta_start": 0.5});
-        let config: SchedulerConfig = serde_json::from_value(config).unwrap();
-        let error = EulerDiscrete::new(&config).unwrap_err().to_string();
-        for name in ["timestep_spacing", "trailing", "use_karras_sigmas", "beta_start", "scheduler"] {
-            assert!(error.contains(name), "{error}");
+    fn a_crowd_keeps_nobody_of_another_shape_waiting() {
+        let mut scheduler = StepScheduler::new(2);
+        let mut waiting = demands(&[('a', 1); 50]);
+        waiting.push(Demand { shape: 'b', pixels: 1 });
+        assert_eq!(scheduler.next(&waiting), [0, 1]);
+        assert_eq!(scheduler.next(&waiting), [50]);
+        // New arrivals queue behind shapes that already wait.
+        waiting.insert(0, Demand { shape: 'c', pixels: 1 });
+        assert_eq!(scheduler.next(&waiting), [1, 2]);
+        assert_eq!(scheduler.next(&waiting), [51]);
+        assert_eq!(scheduler.next(&waiting), [0]);
+    }
+
+    #[test]
+    fn every_request_is_done_after_its_steps_and_those_before_it() {
+        // Requests as (shape, pixels, steps left); one step of each batch at a time.
+        let mut left: Vec<(char, u64, usize)> = (0..60_usize)
+            .map(|i| (['a', 'b', 'c'][i * i % 3], 1 + (i as u64 * 7) % 5, 1 + i * 11 % 13))
+            .collect();
+        let (mut scheduler, mut served) = (StepScheduler::new(8), 0);
+        let bound: usize = left.iter().map(|(_, _, steps)| steps).sum();
+        while !left.is_empty() {
+            let waiting: Vec<_> = left.iter().map(|&(shape, pixels, _)| Demand { shape, pixels }).collect();
+            let batch = scheduler.next(&waiting);
+            assert!(!batch.is_empty());
+            assert!(batch.iter().all(|&i| waiting[i].shape == waiting[batch[0]].shape));
+            let pixels: u64 = batch.iter().map(|&i| waiting[i].pixels).sum();
+            assert!(batch.len() == 1 || pixels <= 8);
+            batch.iter().for_each(|&i| left[i].2 -= 1);
+            left.retain(|&(_, _, steps)| steps > 0);
+            served += 1;
+            assert!(served <= bound);
         }
+        assert!(served < bound, "requests have shared steps");
     }
 }

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use emu2_engine::error::EngineError;
 use emu2_proto::{
     stage::{
         DecodeEvent, DecodeFinished, DecodeRequest, DecodedImage, DecoderInfo, DecoderInfoRequest,
@@ -31,9 +32,9 @@ use tracing::{Instrument, Span};
 
 use crate::{
     config::Config,
-    denoise::{ModelInfo, PaintRequest, Picture},
-    engine::{Engine, Event, Painted},
-    error::PaintError,
+    denoise::{DenoiseRequest, ModelInfo, RgbImage},
+    engine::{Engine, Event, FinishedImage},
+    error::{DecodeError, LatentsNotFinite},
     intake::{Intake, Limits},
 };
 
@@ -76,11 +77,11 @@ impl Service {
     /// One call from its first message to its last event. When the caller leaves, everything here is dropped, and
     /// with it the engine's channel, which takes the request out of the batch.
     async fn call(self, messages: Streaming<DecodeRequest>, priority: Priority, sender: Sender<DecodeEvent>) {
-        let painted = tokio::select! {
-            painted = self.paint(messages, priority, &sender) => painted,
+        let image = tokio::select! {
+            image = self.paint(messages, priority, &sender) => image,
             () = sender.closed() => return,
         };
-        if let Err(status) = painted {
+        if let Err(status) = image {
             // Nobody to tell is no news.
             let _ = sender.send(Err(status)).await;
         }
@@ -100,18 +101,17 @@ impl Service {
             sender.send(Ok(event)).await.map_err(|_| sender.closed_status())
         };
         let mut events = self.engine.submit(request, priority)?;
-        while let Some(event) = events.recv().await {
-            match event {
+        while let Some(event) = events.next().await {
+            match event? {
                 Event::Step(step) => tell(progress(step, steps)).await?,
-                Event::Failed(error) => return Err(error.into()),
-                Event::Painted(painted) => {
-                    let finished = finished(&painted, &limits.model);
-                    tell(image(painted.picture).await?).await?;
+                Event::Finished(image) => {
+                    let finished = finished(&image, &limits.model);
+                    tell(compressed(image.image).await?).await?;
                     return tell(finished).await;
                 }
             }
         }
-        Err(PaintError::Stopped.into())
+        Err(EngineError::<LatentsNotFinite>::Stopped.into())
     }
 
     /// Reads messages until the request is complete; what comes after is not read.
@@ -119,7 +119,7 @@ impl Service {
         &self,
         mut messages: Streaming<DecodeRequest>,
         limits: &Limits,
-    ) -> Result<PaintRequest, Status> {
+    ) -> Result<DenoiseRequest, Status> {
         let first = self.next(&mut messages).await?;
         let mut intake = Intake::open(first, limits).map_err(invalid)?;
         while !intake.is_complete() {
@@ -178,30 +178,30 @@ fn progress(step: usize, steps: usize) -> decode_event::Event {
     decode_event::Event::Step(DenoiseStep { step: step as u32, steps: steps as u32 })
 }
 
-fn finished(painted: &Painted, model: &ModelInfo) -> decode_event::Event {
+fn finished(image: &FinishedImage, model: &ModelInfo) -> decode_event::Event {
     let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
     decode_event::Event::Finished(DecodeFinished {
         weights_digest: model.weights_digest.clone(),
-        queue_ms: milliseconds(painted.queue),
-        denoise_ms: milliseconds(painted.denoise),
-        vae_ms: milliseconds(painted.vae),
+        queue_ms: milliseconds(image.queue),
+        denoise_ms: milliseconds(image.denoise),
+        vae_ms: milliseconds(image.vae),
     })
 }
 
 /// Compressing takes as long as some steps, so not on the threads that serve connections.
-async fn image(picture: Picture) -> Result<decode_event::Event, PaintError> {
-    let encoded = tokio::task::spawn_blocking(move || png(&picture).map(|png| (png, picture))).await;
-    let (png, picture) = encoded.map_err(|error| PaintError::Png(error.to_string()))??;
-    let (height, width) = (picture.height as u32, picture.width as u32);
+async fn compressed(image: RgbImage) -> Result<decode_event::Event, DecodeError> {
+    let encoded = tokio::task::spawn_blocking(move || png(&image).map(|png| (png, image))).await;
+    let (png, image) = encoded.map_err(|error| DecodeError::Png(error.to_string()))??;
+    let (height, width) = (image.height as u32, image.width as u32);
     Ok(decode_event::Event::Image(DecodedImage { png: png.into(), height, width }))
 }
 
 /// Compressed fast rather than well: the image goes to a caller, not to an archive.
-fn png(picture: &Picture) -> Result<Vec<u8>, PaintError> {
+fn png(image: &RgbImage) -> Result<Vec<u8>, DecodeError> {
     let mut file = Cursor::new(Vec::new());
     let encoder = PngEncoder::new_with_quality(&mut file, CompressionType::Fast, FilterType::Adaptive);
     encoder
-        .write_image(&picture.rgb, picture.width as u32, picture.height as u32, ExtendedColorType::Rgb8)
-        .map_err(|error| PaintError::Png(error.to_string()))?;
+        .write_image(&image.rgb, image.width as u32, image.height as u32, ExtendedColorType::Rgb8)
+        .map_err(|error| DecodeError::Png(error.to_string()))?;
     Ok(file.into_inner())
 }

@@ -193,9 +193,11 @@ impl<'a, S: Stage> Outbox<'a, S> {
     /// Ends a request that `fault` hit. Its text goes to the log alone.
     pub fn fault(&mut self, ticket: Ticket, fault: &EngineFault) {
         error!(ticket, %fault, "work failed");
-        self.entries.metrics.fail();
         self.device_lost |= matches!(fault, EngineFault::Device(_));
-        self.end(ticket, Err(EngineError::from(fault)));
+        if self.entries.contains(ticket) {
+            self.entries.metrics.fail();
+            self.end(ticket, Err(EngineError::from(fault)));
+        }
     }
 
     pub(crate) fn fail_with(&mut self, ticket: Ticket, error: EngineError<S::Error>) {

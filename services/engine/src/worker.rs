@@ -83,6 +83,11 @@ impl<S: Stage> Worker<S> {
         &self.stage
     }
 
+    /// Gives the stage back, with whatever it holds.
+    pub fn into_stage(self) -> S {
+        self.stage
+    }
+
     /// Runs until all handles are gone, or the device is lost.
     pub fn run(mut self) {
         if self.serve() == Err(DeviceLost) {

@@ -1,211 +1,44 @@
-//! The thread that owns the model, and the handle that everyone else has.
-//!
-//! ```text
-//! Engine::submit ─▶ commands (bounded) ─▶ receive ─▶ drop who left ─▶ plan ─▶ one forward ─▶ events, one queue a request
-//! ```
-//!
-//! The thread waits only for commands, and only when there is nothing to compute. It never waits for a caller: a
-//! request's event queue has room for everything that the request can produce.
+//! The language model on the step engine: sequences join and leave between any two forwards.
 
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
-};
+use std::collections::BTreeMap;
 
-use emu2_nn::{
-    array,
-    engine::{Ending, EngineFault, Pulse, guarded, spawn},
+use emu2_engine::{
+    engine::{self, Options},
+    error::{EngineFault, guarded},
+    load::LoadMetrics,
+    stage::{Arrival, Batch, Outbox, Stage, Ticket},
 };
+use emu2_nn::{array, thread};
 use emu2_proto::array::Array;
-use emu2_serve::priority::Priority;
 use tch::Tensor;
-use tokio::sync::{mpsc, oneshot};
-use tracing::{Span, error, warn};
 
 use crate::{
-    error::{EngineError, LoadError},
+    error::{LoadError, SequenceError},
     kv::KvCache,
     llama::Llama,
     load::{Loaded, ModelConfig, load},
     metrics::Metrics,
-    prompt::Prompt,
-    scheduler::{Plan, Scheduler, SchedulerLimits, Ticket, Work},
-    search::{TextIds, TextParameters},
-    sequence::{Progress, Sequence},
-    step,
+    request::{Event, Request, SlotEmbeddings},
+    scheduler::{Plan, Scheduler, SchedulerLimits, Work},
+    search::TextIds,
+    sequence::{Advance, Sequence},
+    step::{self, StepInput},
 };
 
-/// Commands that may wait for the step that is running; each is a prompt or one picture's embeddings.
-const COMMANDS: usize = 256;
+/// The engine of the llm.
+pub type Engine = engine::Engine<LanguageModel>;
 
-/// A prompt to continue.
-#[derive(Debug)]
-pub struct Request {
-    /// Extended by what `resumed` counts: ids of a text, or a last slot for rows of an image.
-    pub prompt: Prompt,
-    pub output: Output,
-    /// Tokens or rows of the output that another replica has given: positions at the prompt's end.
-    pub resumed: usize,
-    /// The caller's; the stages become its children.
-    pub span: Span,
-}
+/// A request in the llm's engine.
+pub type Generation = engine::RequestHandle<LanguageModel>;
 
-#[derive(Clone, Debug)]
-pub enum Output {
-    Text(TextParameters),
-    /// So many embeddings of an image.
-    Image {
-        queries: usize,
-    },
-}
+/// An llm engine that is loading.
+pub type Started = engine::Started<LanguageModel, Loaded, LoadError>;
 
-impl Output {
-    /// Events at most: one for each token or embedding, and the end.
-    fn max_events(&self) -> usize {
-        1 + match self {
-            Self::Text(parameters) => parameters.max_new_tokens,
-            Self::Image { queries } => *queries,
-        }
-    }
-}
-
-/// What a request gets: tokens or embeddings in order, then `Finished` or `Failed`.
-#[derive(Debug)]
-pub enum Event {
-    Tokens(Vec<u32>),
-    /// `rows`: [1, embedding_width], the `start`-th of the image.
-    Embeddings {
-        start: usize,
-        rows: Array,
-    },
-    /// `complete`: it ended by itself rather than at `max_new_tokens`.
-    Finished {
-        complete: bool,
-        generated_tokens: usize,
-        timings: Timings,
-    },
-    Failed(EngineError),
-}
-
-/// Milliseconds in each stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timings {
-    pub queue_ms: f64,
-    pub prefill_ms: f64,
-    pub generate_ms: f64,
-}
-
-#[derive(Debug)]
-enum Command {
-    Start {
-        ticket: Ticket,
-        request: Request,
-        priority: Priority,
-        events: mpsc::Sender<Event>,
-    },
-    Embeddings {
-        ticket: Ticket,
-        slot: usize,
-        embeddings: Array,
-    },
-    /// Some caller left; look for who.
-    Left,
-}
-
-/// A handle to the engine; the thread ends when all handles and generations are gone.
-#[derive(Clone, Debug)]
-pub struct Engine {
-    commands: mpsc::Sender<Command>,
-    tickets: Arc<AtomicU64>,
-    pulse: Pulse,
-}
-
-/// An engine that is loading.
-#[derive(Debug)]
-pub struct Started {
-    pub engine: Engine,
-    /// When the model is warm, or why it never will be.
-    pub loaded: oneshot::Receiver<Result<Loaded, LoadError>>,
-    /// When a thread that served has ended: its handles are gone, or its device failed.
-    pub ended: oneshot::Receiver<()>,
-}
-
-impl Engine {
-    /// Starts the thread, which loads first.
-    pub fn start(config: ModelConfig, metrics: Metrics) -> Started {
-        Self::start_on(DEVICE, config, metrics)
-    }
-
-    fn start_on(on_device: OnDevice, config: ModelConfig, metrics: Metrics) -> Started {
-        let (commands, queue) = mpsc::channel(COMMANDS);
-        let (ending, ended) = Ending::channel();
-        let (cores, pulse) = (config.cores, Pulse::default());
-        let beats = pulse.clone();
-        let load = move || load(&config).map(|(model, loaded)| ((model, loaded.clone(), config), loaded));
-        let serve = move |(model, loaded, config): (Llama, Loaded, ModelConfig)| {
-            let _serving = ending.begin();
-            Worker::new(model, &loaded, &config, queue, metrics, on_device).run(&beats);
-        };
-        let loaded = spawn("llm", cores, load, serve);
-        Started { engine: Self { commands, tickets: Arc::default(), pulse }, loaded, ended }
-    }
-
-    /// How long the current step has been running; 0 between steps.
-    pub fn step_ms(&self) -> u64 {
-        self.pulse.step_ms()
-    }
-
-    /// Never waits: a full queue is an error.
-    pub fn submit(&self, request: Request, priority: Priority) -> Result<Generation, EngineError> {
-        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
-        let (sender, events) = mpsc::channel(request.output.max_events());
-        let start = Command::Start { ticket, request, priority, events: sender };
-        self.commands.try_send(start).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => EngineError::Busy,
-            mpsc::error::TrySendError::Closed(_) => EngineError::Stopped,
-        })?;
-        Ok(Generation { ticket, events, commands: self.commands.clone() })
-    }
-}
-
-/// A request in the engine; dropping it takes the request out of the batch before the next step.
-#[derive(Debug)]
-pub struct Generation {
-    ticket: Ticket,
-    events: mpsc::Receiver<Event>,
-    commands: mpsc::Sender<Command>,
-}
-
-impl Generation {
-    /// The embeddings of one slot, [len, embedding_width] of the engine's dtype.
-    pub async fn place(&self, slot: usize, embeddings: Array) -> Result<(), EngineError> {
-        let command = Command::Embeddings { ticket: self.ticket, slot, embeddings };
-        self.commands.send(command).await.map_err(|_| EngineError::Stopped)
-    }
-
-    /// The next event; none after `Finished` or `Failed`.
-    pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
-    }
-}
-
-impl Drop for Generation {
-    fn drop(&mut self) {
-        self.events.close();
-        // The engine may be asleep for want of this request's embeddings. With a full queue it is not asleep.
-        let _ = self.commands.try_send(Command::Left);
-    }
-}
-
-/// What a worker asks of its device outside its steps. A test puts what fails in their place.
-#[derive(Clone, Copy)]
+/// What a stage asks of its device outside its forwards. A test puts what fails in their place.
+#[derive(Clone, Copy, Debug)]
 struct OnDevice {
     place: fn(&Llama, &Array) -> Tensor,
     allocate: fn(&Llama, i64) -> KvCache,
@@ -216,161 +49,59 @@ const DEVICE: OnDevice = OnDevice {
     allocate: Llama::kv_cache,
 };
 
-/// The device does not work any more: the thread must end, and with it the service.
+/// The llm's stage: the model, and the sequences that it continues.
 #[derive(Debug)]
-struct DeviceLost;
-
-/// What lives on the engine's thread.
-struct Worker {
+pub struct LanguageModel {
     model: Llama,
     text_ids: TextIds,
     scheduler: Scheduler,
     sequences: BTreeMap<Ticket, Sequence>,
-    commands: mpsc::Receiver<Command>,
     kv_entry_bytes: usize,
     metrics: Metrics,
     on_device: OnDevice,
 }
 
-impl Worker {
+/// Index of positions of prompts in [`LanguageModel::UNITS`].
+const PREFILL: usize = 0;
+/// Index of tokens and embeddings of outputs.
+const DECODE: usize = 1;
+
+/// Starts the engine's thread, which loads and warms the model first.
+pub fn start(config: ModelConfig, load_metrics: LoadMetrics, metrics: Metrics) -> Started {
+    start_on(DEVICE, config, load_metrics, metrics)
+}
+
+fn start_on(
+    on_device: OnDevice,
+    config: ModelConfig,
+    load_metrics: LoadMetrics,
+    metrics: Metrics,
+) -> Started {
+    let (cores, max_waiting) = (config.cores, config.max_waiting);
+    let options = Options { name: "llm", max_waiting, limit_name: "max_waiting" };
+    let load = move || {
+        let (model, loaded) = load(&config)?;
+        Ok((LanguageModel::new(model, &loaded, &config, metrics, on_device), loaded))
+    };
+    engine::Engine::start(options, load_metrics, move || thread::set_up(cores), load)
+}
+
+impl LanguageModel {
     fn new(
         model: Llama,
         loaded: &Loaded,
         config: &ModelConfig,
-        commands: mpsc::Receiver<Command>,
         metrics: Metrics,
         on_device: OnDevice,
     ) -> Self {
         let kv_entry_bytes = model.config().kv_bytes(model.kind());
-        let limits = SchedulerLimits {
-            kv_entries: loaded.kv_entries,
-            prefill_chunk: config.prefill_chunk,
-            max_waiting: config.max_waiting,
-        };
+        let limits = SchedulerLimits { kv_entries: loaded.kv_entries, prefill_chunk: config.prefill_chunk };
         metrics.kv_budget.set((loaded.kv_entries * kv_entry_bytes) as i64);
-        Self {
-            model,
-            text_ids: loaded.text_ids,
-            scheduler: Scheduler::new(limits),
-            sequences: BTreeMap::new(),
-            commands,
-            kv_entry_bytes,
-            metrics,
-            on_device,
-        }
+        let (scheduler, sequences) = (Scheduler::new(limits), BTreeMap::new());
+        Self { model, text_ids: loaded.text_ids, scheduler, sequences, kv_entry_bytes, metrics, on_device }
     }
 
-    fn run(mut self, pulse: &Pulse) {
-        if let Err(DeviceLost) = self.serve(pulse) {
-            error!(dropped = self.sequences.len(), "device lost, the engine stops");
-            self.fail_all(EngineError::Stopped);
-        }
-    }
-
-    /// Until nobody is left.
-    fn serve(&mut self, pulse: &Pulse) -> Result<(), DeviceLost> {
-        let mut idle = true;
-        while self.receive(idle)? {
-            let _beat = pulse.beat();
-            idle = self.turn()?;
-        }
-        Ok(())
-    }
-
-    /// Whether there was nothing to do.
-    fn turn(&mut self) -> Result<bool, DeviceLost> {
-        self.drop_left();
-        let plan = self.scheduler.plan();
-        let idle = plan.work.is_empty() && plan.admitted.is_empty();
-        self.step(plan)?;
-        self.report();
-        Ok(idle)
-    }
-
-    /// Takes every command that has come; waits for one if there is nothing else to do. False when nobody is left.
-    fn receive(&mut self, idle: bool) -> Result<bool, DeviceLost> {
-        if idle {
-            match self.commands.blocking_recv() {
-                Some(command) => self.obey(command)?,
-                None => return Ok(false),
-            }
-        }
-        loop {
-            match self.commands.try_recv() {
-                Ok(command) => self.obey(command)?,
-                Err(mpsc::error::TryRecvError::Empty) => return Ok(true),
-                Err(mpsc::error::TryRecvError::Disconnected) => return Ok(false),
-            }
-        }
-    }
-
-    fn obey(&mut self, command: Command) -> Result<(), DeviceLost> {
-        match command {
-            Command::Start { ticket, request, priority, events } => {
-                let sequence = Sequence::new(request, self.text_ids, events);
-                match self.scheduler.submit(ticket, sequence.demand(priority)) {
-                    Ok(()) => drop(self.sequences.insert(ticket, sequence)),
-                    Err(refusal) => sequence.fail(EngineError::Refused(refusal)),
-                }
-            }
-            Command::Embeddings { ticket, slot, embeddings } => {
-                // It may have failed or left since.
-                let Some(sequence) = self.sequences.get_mut(&ticket) else { return Ok(()) };
-                match guarded(|| (self.on_device.place)(&self.model, &embeddings)) {
-                    Ok(embeddings) => {
-                        let ready = sequence.place(slot, embeddings);
-                        self.scheduler.set_ready(ticket, ready);
-                    }
-                    Err(fault) => self.suffer([ticket], &fault)?,
-                }
-            }
-            Command::Left => {}
-        }
-        Ok(())
-    }
-
-    /// Whoever's caller left does not see another step.
-    fn drop_left(&mut self) {
-        let left = self.sequences.iter().filter(|(_, sequence)| sequence.caller_left());
-        let left: Vec<Ticket> = left.map(|(&ticket, _)| ticket).collect();
-        for ticket in left {
-            self.metrics.left.inc();
-            self.remove(ticket);
-        }
-    }
-
-    fn step(&mut self, mut plan: Plan) -> Result<(), DeviceLost> {
-        for ticket in plan.admitted {
-            // On its own: what does not fit is no reason for anyone else to fail.
-            if let Err(fault) = self.admit(ticket) {
-                plan.work.remove(&ticket);
-                self.suffer([ticket], &fault)?;
-            }
-        }
-        if plan.work.is_empty() {
-            return Ok(());
-        }
-        let started = Instant::now();
-        let answers = guarded(|| {
-            let working =
-                self.sequences.iter_mut().filter_map(|(ticket, it)| Some((it, plan.work.get(ticket)?)));
-            let feeds: Vec<_> = working.map(|(sequence, work)| sequence.feed(work)).collect();
-            self.metrics.step_rows.observe(feeds.iter().map(|feed| feed.ids.len() as f64).sum());
-            step::run(&self.model, feeds)
-        });
-        match answers {
-            Ok(answers) => {
-                self.metrics.step_duration.observe(started.elapsed().as_secs_f64());
-                for ((&ticket, work), answer) in plan.work.iter().zip(answers) {
-                    self.advance(ticket, work, answer)?;
-                }
-                Ok(())
-            }
-            // Their caches may hold half a step.
-            Err(fault) => self.suffer(plan.work.into_keys(), &fault),
-        }
-    }
-
+    /// Gives a sequence its cache. On its own: what does not fit is no reason for anyone else to fail.
     fn admit(&mut self, ticket: Ticket) -> Result<(), EngineFault> {
         let sequence = self.sequences.get_mut(&ticket).expect("the scheduler admits only the living");
         let entries = sequence.kv_entries() as i64;
@@ -378,53 +109,98 @@ impl Worker {
         Ok(())
     }
 
-    fn advance(&mut self, ticket: Ticket, work: &Work, answer: step::Answer) -> Result<(), DeviceLost> {
-        let Some(sequence) = self.sequences.get_mut(&ticket) else { return Ok(()) };
-        self.metrics.count(work, &answer);
-        match guarded(|| sequence.advance(answer)) {
-            Ok(Ok(Progress::Continues)) => {}
-            Ok(Ok(Progress::Ended)) => self.remove(ticket),
-            Ok(Err(error)) => self.fail(ticket, error),
-            Err(fault) => self.suffer([ticket], &fault)?,
-        }
+    fn forward(&mut self, work: &BTreeMap<Ticket, Work>) -> Vec<step::StepOutput> {
+        let working = self.sequences.iter_mut().filter_map(|(ticket, it)| Some((it, work.get(ticket)?)));
+        let inputs: Vec<StepInput<'_>> = working.map(|(sequence, work)| sequence.feed(work)).collect();
+        self.metrics.step_rows.observe(inputs.iter().map(|input| input.ids.len() as f64).sum());
+        step::run(&self.model, inputs)
+    }
+
+    fn show_reserved(&self) {
+        self.metrics.kv_reserved.set((self.scheduler.reserved() * self.kv_entry_bytes) as i64);
+    }
+}
+
+impl Stage for LanguageModel {
+    const UNITS: &'static [&'static str] = &["prefilled_position", "decoded_token"];
+    type Request = Request;
+    type Input = SlotEmbeddings;
+    type Event = Event;
+    type Error = SequenceError;
+    type Work = Plan;
+
+    /// One for each token or embedding, and the end.
+    fn max_events(request: &Request) -> usize {
+        request.output.max_len() + 1
+    }
+
+    fn join(
+        &mut self,
+        ticket: Ticket,
+        request: Request,
+        Arrival { priority, span }: Arrival,
+    ) -> Result<(), SequenceError> {
+        let sequence = Sequence::new(request, self.text_ids, span);
+        self.scheduler.submit(ticket, sequence.demand(priority))?;
+        self.sequences.insert(ticket, sequence);
         Ok(())
     }
 
-    /// Ends the requests that a fault hit; the engine goes on unless the device is lost.
-    fn suffer(
-        &mut self,
-        tickets: impl IntoIterator<Item = Ticket>,
-        fault: &EngineFault,
-    ) -> Result<(), DeviceLost> {
-        error!(%fault, "work failed");
-        for ticket in tickets {
-            self.fail(ticket, EngineError::from(fault));
-        }
-        if matches!(fault, EngineFault::Device(_)) { Err(DeviceLost) } else { Ok(()) }
+    fn input(&mut self, ticket: Ticket, SlotEmbeddings { slot, embeddings }: SlotEmbeddings) {
+        let embeddings = (self.on_device.place)(&self.model, &embeddings);
+        let sequence = self.sequences.get_mut(&ticket).expect("input is for whoever has joined");
+        self.scheduler.set_ready(ticket, sequence.place(slot, embeddings));
     }
 
-    fn fail(&mut self, ticket: Ticket, error: EngineError) {
-        if let Some(sequence) = self.sequences.get(&ticket) {
-            warn!(ticket, %error, "request failed");
-            sequence.fail(error);
-        }
-        self.remove(ticket);
+    fn plan(&mut self) -> Option<Batch<Plan>> {
+        let plan = self.scheduler.plan();
+        self.show_reserved();
+        let tickets: Vec<Ticket> = plan.admitted.iter().chain(plan.work.keys()).copied().collect();
+        let prefilled: usize = plan.work.values().map(Work::prefilled).sum();
+        // Tokens that are decoded beside a prompt's chunk ride along: the chunk decides what the step takes.
+        let (kind, units) = if prefilled > 0 { (PREFILL, prefilled) } else { (DECODE, plan.work.len()) };
+        (!tickets.is_empty()).then_some(Batch { tickets, kind, units: units as f64, work: plan })
     }
 
-    fn fail_all(&mut self, error: EngineError) {
-        for ticket in self.sequences.keys().copied().collect::<Vec<_>>() {
-            self.fail(ticket, error.clone());
+    fn step(&mut self, Plan { admitted, mut work }: Plan, outbox: &mut Outbox<'_, Self>) {
+        for ticket in admitted {
+            match self.admit(ticket) {
+                Ok(()) => {
+                    let waited = outbox.begin(ticket).unwrap_or_default();
+                    self.sequences.get_mut(&ticket).expect("it was admitted").waited(waited);
+                }
+                Err(fault) => {
+                    work.remove(&ticket);
+                    outbox.fault(ticket, &fault);
+                }
+            }
+        }
+        if work.is_empty() {
+            return;
+        }
+        let outputs = self.forward(&work);
+        for ((ticket, work), output) in work.into_iter().zip(outputs) {
+            self.metrics.count(&work, &output);
+            let sequence = self.sequences.get_mut(&ticket).expect("what works is alive");
+            match guarded(|| sequence.advance(output)) {
+                Ok(Ok(Advance { told, finished })) => {
+                    told.into_iter().for_each(|event| outbox.send(ticket, event));
+                    finished.into_iter().for_each(|event| outbox.finish(ticket, event));
+                }
+                Ok(Err(error)) => outbox.fail(ticket, error),
+                Err(fault) => outbox.fault(ticket, &fault),
+            }
         }
     }
 
-    fn remove(&mut self, ticket: Ticket) {
+    fn leave(&mut self, ticket: Ticket) {
         self.sequences.remove(&ticket);
         self.scheduler.remove(ticket);
+        self.show_reserved();
     }
 
-    fn report(&self) {
-        self.metrics.running.set(self.scheduler.running() as i64);
-        self.metrics.waiting.set(self.scheduler.waiting() as i64);
-        self.metrics.kv_reserved.set((self.scheduler.reserved() * self.kv_entry_bytes) as i64);
+    fn units_left(&self) -> Vec<f64> {
+        let decode: usize = self.sequences.values().map(Sequence::output_left).sum();
+        vec![self.scheduler.prefill_left() as f64, decode as f64]
     }
 }

@@ -2,15 +2,13 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use emu2_nn::{checkpoint::CheckpointError, device::DeviceError, engine::EngineFault};
+use emu2_engine::error::EngineFault;
+use emu2_nn::{checkpoint::CheckpointError, device::DeviceError};
 use emu2_proto::array::ArrayError;
 use emu2_serve::status::{self, ErrorCode, Violation};
 use tonic::Status;
 
-use crate::{prompt::PromptError, scheduler::Refusal, tokenizer::ModelError};
-
-/// Long enough for a text to finish and make room.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+use crate::{prompt::PromptError, scheduler::TooLarge, tokenizer::ModelError};
 
 /// Why the model cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -34,49 +32,28 @@ pub enum LoadError {
     Ended,
 }
 
-/// Why a request that was well formed got no answer.
+/// Why the stage refused a sequence or failed it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum EngineError {
+pub enum SequenceError {
+    /// It would not fit an empty cache.
     #[error("{0}")]
-    Refused(Refusal),
-    #[error("the engine's queue is full")]
-    Busy,
-    #[error("the engine has stopped")]
-    Stopped,
-    #[error("the device is out of memory")]
-    OutOfMemory,
-    /// Said in the log; the caller learns only that it was not their fault.
-    #[error("the step failed")]
-    StepFailed,
+    TooLarge(#[from] TooLarge),
+    /// The model computed a value that is not finite.
     #[error("the model computed a value that is not finite")]
     NotFinite,
 }
 
-impl From<&EngineFault> for EngineError {
-    fn from(fault: &EngineFault) -> Self {
-        match fault {
-            EngineFault::OutOfMemory(_) => Self::OutOfMemory,
-            EngineFault::Device(_) => Self::Stopped,
-            EngineFault::Panic(_) => Self::StepFailed,
-        }
-    }
-}
-
-impl From<ArrayError> for EngineError {
-    /// Of what the model computed: shape and dtype are its own.
+impl From<ArrayError> for SequenceError {
+    /// An array of what the model computed: shape and dtype are its own, so it can only be the values.
     fn from(_: ArrayError) -> Self {
         Self::NotFinite
     }
 }
 
-impl From<EngineError> for Status {
-    fn from(error: EngineError) -> Self {
+impl From<SequenceError> for Status {
+    fn from(error: SequenceError) -> Self {
         match error {
-            EngineError::Refused(Refusal::QueueFull { max_waiting }) => status::exhausted(
-                format!("all {max_waiting} places to wait are taken (max_waiting)"),
-                RETRY_AFTER,
-            ),
-            EngineError::Refused(Refusal::TooLarge { needed, budget }) => Violation::new(
+            SequenceError::TooLarge(TooLarge { needed, budget }) => Violation::new(
                 "text.num_beams",
                 format!(
                     "must let the prompt and every beam's new tokens fit {budget} cache entries \
@@ -84,9 +61,7 @@ impl From<EngineError> for Status {
                 ),
             )
             .into(),
-            EngineError::Busy | EngineError::OutOfMemory => status::exhausted(error.to_string(), RETRY_AFTER),
-            EngineError::Stopped => status::unavailable(error.to_string()),
-            EngineError::StepFailed | EngineError::NotFinite => status::internal(error.to_string()),
+            SequenceError::NotFinite => status::internal(error.to_string()),
         }
     }
 }

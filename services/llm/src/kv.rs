@@ -20,23 +20,23 @@ use tch::{Device, Kind, Tensor};
 #[derive(Clone, Copy, Debug)]
 pub enum Append<'a> {
     /// So many successive positions: a chunk of a prompt, or one more token.
-    Line(i64),
+    Sequential(i64),
     /// One position for each of these rows; row i continues row `parents[i]` of the step before.
-    Branch(&'a [i64]),
+    Beams(&'a [i64]),
 }
 
 impl Append<'_> {
     pub fn rows(&self) -> i64 {
         match self {
-            Self::Line(rows) => *rows,
-            Self::Branch(parents) => parents.len() as i64,
+            Self::Sequential(rows) => *rows,
+            Self::Beams(parents) => parents.len() as i64,
         }
     }
 }
 
 /// Which entries, up to and with its own, each new row sees.
 #[derive(Debug)]
-pub enum Sight {
+pub enum AttentionMask {
     /// The new rows are the only entries: row i sees 0..=i.
     Causal,
     /// One row, which sees every entry.
@@ -45,7 +45,7 @@ pub enum Sight {
     Mask(Tensor),
 }
 
-impl Sight {
+impl AttentionMask {
     pub fn to_device(&self, device: Device) -> Self {
         match self {
             Self::Causal => Self::Causal,
@@ -63,7 +63,7 @@ pub struct Appended {
     pub rows: i64,
     /// Position in the text of each row, which decides its rotation.
     pub positions: Vec<i64>,
-    pub sight: Sight,
+    pub mask: AttentionMask,
 }
 
 /// Keys and values of one layer, each [heads, capacity, head_width].
@@ -115,20 +115,20 @@ impl KvCache {
     pub fn append(&mut self, append: Append<'_>, kind: Kind, device: Device) -> Appended {
         let (start, rows) = (self.entries, append.rows());
         assert!(start + rows <= self.capacity, "{start} + {rows} entries do not fit {}", self.capacity);
-        let (positions, sight) = match append {
-            Append::Line(rows) => {
+        let (positions, mask) = match append {
+            Append::Sequential(rows) => {
                 debug_assert!(self.seen.is_none(), "beams do not become a line again");
                 ((self.position..self.position + rows).collect(), line(start, rows, kind, device))
             }
-            Append::Branch(parents) => {
+            Append::Beams(parents) => {
                 let seen = self.branch(parents, kind, device);
                 self.seen = Some(seen.shallow_clone());
-                (vec![self.position; parents.len()], Sight::Mask(seen))
+                (vec![self.position; parents.len()], AttentionMask::Mask(seen))
             }
         };
         self.entries += rows;
         self.position = positions[positions.len() - 1] + 1;
-        Appended { start, rows, positions, sight }
+        Appended { start, rows, positions, mask }
     }
 
     /// What each new row sees: what its parent saw, and itself.
@@ -146,13 +146,13 @@ impl KvCache {
 }
 
 /// Successive rows: each sees everything before it.
-fn line(start: i64, rows: i64, kind: Kind, device: Device) -> Sight {
+fn line(start: i64, rows: i64, kind: Kind, device: Device) -> AttentionMask {
     match (start, rows) {
-        (_, 1) => Sight::All,
-        (0, _) => Sight::Causal,
+        (_, 1) => AttentionMask::All,
+        (0, _) => AttentionMask::Causal,
         _ => {
             let hidden = Tensor::full([rows, start + rows], f64::NEG_INFINITY, (kind, device));
-            Sight::Mask(hidden.triu(start + 1))
+            AttentionMask::Mask(hidden.triu(start + 1))
         }
     }
 }

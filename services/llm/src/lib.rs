@@ -5,7 +5,8 @@
 //! | `service` | the gRPC edge: requests checked, events put on the wire |
 //! | [`prompt`] | parts → positions: templates, placeholders, slots for embeddings |
 //! | [`tokenizer`] | text ↔ ids, as upstream's pinned tokenizer |
-//! | [`engine`] | the thread that owns the model: commands in, events out |
+//! | [`request`] | what the engine is asked, and what it tells |
+//! | [`engine`] | the stage that runs on the step engine: the model and its sequences |
 //! | [`scheduler`] | who runs and what a step computes; no torch |
 //! | `sequence` | one request in the engine: what it feeds and what it makes of the answer |
 //! | [`step`] | one forward over the rows of all sequences |
@@ -28,6 +29,7 @@ pub mod llama;
 pub mod load;
 pub mod metrics;
 pub mod prompt;
+pub mod request;
 pub mod scheduler;
 pub mod search;
 mod sequence;
@@ -38,6 +40,7 @@ pub mod tokenizer;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
+use emu2_engine::load::LoadMetrics;
 use emu2_nn::checkpoint::Progress;
 use emu2_proto::stage::language_model_server::LanguageModelServer;
 use emu2_serve::{
@@ -47,7 +50,7 @@ use emu2_serve::{
 use prometheus_client::registry::Registry;
 
 pub use config::Config;
-use engine::{Engine, Started};
+use engine::Started;
 use error::LoadError;
 use load::ModelConfig;
 use metrics::Metrics;
@@ -64,7 +67,9 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> an
     let readiness = server.readiness();
     let progress = Progress::observed(move |percent| readiness.loading(percent));
     let model = ModelConfig { progress, ..config.model() };
-    let Started { engine, loaded: loading, ended } = Engine::start(model, Metrics::register(&mut registry));
+    let load_metrics = LoadMetrics::register(&mut registry, "llm");
+    let metrics = Metrics::register(&mut registry);
+    let Started { engine, loaded: loading, ended } = engine::start(model, load_metrics, metrics);
     let loaded = Arc::new(OnceLock::new());
     let max_bytes = config.server.max_message_bytes;
     let service = LanguageModelServer::new(Service::new(&config, engine, Arc::clone(&loaded)))

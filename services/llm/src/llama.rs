@@ -21,7 +21,7 @@ use emu2_nn::{
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::kv::{Append, Appended, KvCache, LayerKv, Sight};
+use crate::kv::{Append, Appended, AttentionMask, KvCache, LayerKv};
 
 /// Section `llama` of config.json, with the full model's values as defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -250,8 +250,12 @@ impl Llama {
     /// padded at their ends, which no row before sees: [batch, tokens, width] -> [batch, tokens, width]
     pub fn forward_whole(&self, x: &Tensor) -> Tensor {
         let (batch, tokens, _) = x.size3().expect("x has three dimensions");
-        let line =
-            Appended { start: 0, rows: tokens, positions: (0..tokens).collect(), sight: Sight::Causal };
+        let line = Appended {
+            start: 0,
+            rows: tokens,
+            positions: (0..tokens).collect(),
+            mask: AttentionMask::Causal,
+        };
         let places = self.places.iter().map(|place| place.step(std::slice::from_ref(&line)));
         let steps: Vec<Step> = places.map(|step| step.repeated(batch)).collect();
         // [batch, tokens, width] -> [(batch tokens), width]
@@ -287,7 +291,7 @@ struct Span {
     rows: i64,
     /// Entries before them.
     start: i64,
-    sight: Sight,
+    mask: AttentionMask,
 }
 
 impl Place {
@@ -301,11 +305,8 @@ impl Place {
     fn step(&self, appended: &[Appended]) -> Step {
         let positions: Vec<i64> = appended.iter().flat_map(|rows| rows.positions.iter().copied()).collect();
         let positions = Tensor::from_slice(&positions).to_device(self.device);
-        let span = |new: &Appended| Span {
-            rows: new.rows,
-            start: new.start,
-            sight: new.sight.to_device(self.device),
-        };
+        let span =
+            |new: &Appended| Span { rows: new.rows, start: new.start, mask: new.mask.to_device(self.device) };
         Step {
             cos: self.cos.index_select(0, &positions),
             sin: self.sin.index_select(0, &positions),
@@ -407,10 +408,10 @@ impl Attention {
 fn attend_span(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, cache: &LayerKv) -> Tensor {
     let (keys, values) = cache.append(span.start, k, v);
     let q = q.unsqueeze(0);
-    let output = match &span.sight {
-        Sight::Causal => attend(&q, &keys, &values, true),
-        Sight::All => attend(&q, &keys, &values, false),
-        Sight::Mask(mask) => attend_masked(&q, &keys, &values, mask),
+    let output = match &span.mask {
+        AttentionMask::Causal => attend(&q, &keys, &values, true),
+        AttentionMask::All => attend(&q, &keys, &values, false),
+        AttentionMask::Mask(mask) => attend_masked(&q, &keys, &values, mask),
     };
     output.squeeze_dim(0).transpose(0, 1)
 }

@@ -2,11 +2,11 @@
 
 use std::{path::PathBuf, rc::Rc, sync::Arc};
 
+use emu2_engine::error::guarded;
 use emu2_nn::{
     array,
     checkpoint::{ModelDir, Part, Progress},
     device,
-    engine::guarded,
 };
 use emu2_proto::{array::Dtype, pooling};
 use serde::Deserialize;
@@ -182,7 +182,7 @@ fn warm_up(model: &Llama, ids: TextIds) {
     let prompt = Tensor::from_slice(&[i64::from(ids.begin); 8]);
     let mut kv = model.kv_cache(9);
     for (x, rows) in [(model.embed(&prompt), 8), (model.embed(&prompt.narrow(0, 0, 1)), 1)] {
-        let hidden = model.forward(&x, &mut [Rows { kv: &mut kv, append: Append::Line(rows) }]);
+        let hidden = model.forward(&x, &mut [Rows { kv: &mut kv, append: Append::Sequential(rows) }]);
         let embedding = model.project_down(&hidden);
         let _ =
             (model.logits(&hidden).double_value(&[0, 0]), model.project_up(&embedding).double_value(&[0, 0]));

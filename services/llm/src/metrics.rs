@@ -1,6 +1,5 @@
-//! Every metric of this service; those of its RPCs are `emu2-serve`'s.
+//! The metrics of this service alone; those of its RPCs are `emu2-serve`'s, those of its load `emu2-engine`'s.
 
-use emu2_serve::metrics::duration_histogram;
 use prometheus_client::{
     metrics::{
         counter::Counter,
@@ -10,19 +9,15 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{scheduler::Work, step::Answer};
+use crate::{scheduler::Work, step::StepOutput};
 
 /// Rows of a step: from one token to a chunk of a prompt beside many beams.
 const ROWS_MAX_LOG2: u16 = 13;
 
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    pub running: Gauge,
-    pub waiting: Gauge,
     pub kv_reserved: Gauge,
     pub kv_budget: Gauge,
-    pub left: Counter,
-    pub step_duration: Histogram,
     pub step_rows: Histogram,
     pub prefilled: Counter,
     pub text_steps: Counter,
@@ -32,34 +27,21 @@ pub struct Metrics {
 impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
-            running: Gauge::default(),
-            waiting: Gauge::default(),
             kv_reserved: Gauge::default(),
             kv_budget: Gauge::default(),
-            left: Counter::default(),
-            step_duration: duration_histogram(),
             step_rows: Histogram::new(exponential_buckets(1.0, 2.0, ROWS_MAX_LOG2)),
             prefilled: Counter::default(),
             text_steps: Counter::default(),
             embeddings: Counter::default(),
         };
         let all = &metrics;
-        registry.register("emu2_llm_running_sequences", "Sequences in the batch", all.running.clone());
-        registry.register(
-            "emu2_llm_waiting_sequences",
-            "Sequences waiting for admission",
-            all.waiting.clone(),
-        );
         let mut bytes = |name, help, gauge: &Gauge| {
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
         };
         bytes("emu2_llm_kv_reserved", "Keys and values promised to running sequences", &all.kv_reserved);
         bytes("emu2_llm_kv_budget", "Keys and values that may be promised", &all.kv_budget);
-        let step = "One forward over all running sequences";
-        registry.register_with_unit("emu2_llm_step_duration", step, Unit::Seconds, all.step_duration.clone());
         registry.register("emu2_llm_step_rows", "Rows of one forward", all.step_rows.clone());
         let mut count = |name, help, counter: &Counter| registry.register(name, help, counter.clone());
-        count("emu2_llm_left_sequences", "Sequences whose caller left before their end", &all.left);
         count("emu2_llm_prefilled_positions", "Positions of prompts computed", &all.prefilled);
         count("emu2_llm_text_steps", "Steps in which a text sequence chose tokens", &all.text_steps);
         count("emu2_llm_regressed_embeddings", "Embeddings of images computed", &all.embeddings);
@@ -67,14 +49,12 @@ impl Metrics {
     }
 
     /// What one sequence did in a step.
-    pub(crate) fn count(&self, work: &Work, answer: &Answer) {
-        if let Work::Prefill(positions) = work {
-            self.prefilled.inc_by(positions.len() as u64);
-        }
+    pub(crate) fn count(&self, work: &Work, answer: &StepOutput) {
+        self.prefilled.inc_by(work.prefilled() as u64);
         match answer {
-            Answer::Nothing => {}
-            Answer::Logits(_) => drop(self.text_steps.inc()),
-            Answer::Embedding(_) => drop(self.embeddings.inc()),
+            StepOutput::Nothing => {}
+            StepOutput::Logits(_) => drop(self.text_steps.inc()),
+            StepOutput::Embedding(_) => drop(self.embeddings.inc()),
         }
     }
 }

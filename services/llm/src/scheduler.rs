@@ -15,15 +15,10 @@
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    ops::Range,
-};
+use std::{collections::BTreeMap, ops::Range};
 
-use emu2_serve::priority::{Priority, Standing};
-
-/// Names a sequence; later ones are greater.
-pub type Ticket = u64;
+use emu2_engine::{line::Line, stage::Ticket};
+use emu2_serve::priority::Priority;
 
 /// What bounds a scheduler; every value at least 1.
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +27,6 @@ pub struct SchedulerLimits {
     pub kv_entries: usize,
     /// Positions of prompts in one step.
     pub prefill_chunk: usize,
-    /// Sequences that wait for admission, be it for embeddings or for memory.
-    pub max_waiting: usize,
 }
 
 /// What a sequence needs.
@@ -48,14 +41,14 @@ pub struct Demand {
     pub priority: Priority,
 }
 
-/// Why a sequence was not taken.
+/// A sequence that would not fit an empty cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    #[error("{max_waiting} sequences are waiting already")]
-    QueueFull { max_waiting: usize },
-    /// It would not fit an empty cache.
-    #[error("it needs {needed} cache entries of {budget}")]
-    TooLarge { needed: usize, budget: usize },
+#[error("it needs {needed} cache entries of {budget}")]
+pub struct TooLarge {
+    /// Entries that it may ever need.
+    pub needed: usize,
+    /// Entries that there are.
+    pub budget: usize,
 }
 
 /// What a sequence adds to a step.
@@ -65,6 +58,16 @@ pub enum Work {
     Prefill(Range<usize>),
     /// What it chose in the step before.
     Decode,
+}
+
+impl Work {
+    /// Positions of a prompt that it computes.
+    pub fn prefilled(&self) -> usize {
+        match self {
+            Self::Prefill(positions) => positions.len(),
+            Self::Decode => 0,
+        }
+    }
 }
 
 /// The next step.
@@ -79,7 +82,7 @@ pub struct Plan {
 pub struct Scheduler {
     limits: SchedulerLimits,
     /// The next one first.
-    waiting: VecDeque<Sequence>,
+    waiting: Line<Sequence>,
     running: Vec<Sequence>,
     /// Entries promised to the running sequences.
     reserved: usize,
@@ -89,27 +92,20 @@ pub struct Scheduler {
 struct Sequence {
     ticket: Ticket,
     demand: Demand,
-    standing: Standing,
     prefilled: usize,
 }
 
 impl Scheduler {
     pub fn new(limits: SchedulerLimits) -> Self {
-        Self { limits, waiting: VecDeque::new(), running: Vec::new(), reserved: 0 }
+        Self { limits, waiting: Line::default(), running: Vec::new(), reserved: 0 }
     }
 
-    pub fn submit(&mut self, ticket: Ticket, demand: Demand) -> Result<(), Refusal> {
-        let SchedulerLimits { kv_entries: budget, max_waiting, .. } = self.limits;
+    pub fn submit(&mut self, ticket: Ticket, demand: Demand) -> Result<(), TooLarge> {
+        let SchedulerLimits { kv_entries: budget, .. } = self.limits;
         if demand.kv_entries > budget {
-            return Err(Refusal::TooLarge { needed: demand.kv_entries, budget });
+            return Err(TooLarge { needed: demand.kv_entries, budget });
         }
-        if self.waiting.len() >= max_waiting {
-            return Err(Refusal::QueueFull { max_waiting });
-        }
-        let standing = Standing::new(demand.priority);
-        let passed = standing.overtakes(self.waiting.iter_mut().rev().map(|waiting| &mut waiting.standing));
-        let place = self.waiting.len() - passed;
-        self.waiting.insert(place, Sequence { ticket, demand, standing, prefilled: 0 });
+        self.waiting.push(demand.priority, Sequence { ticket, demand, prefilled: 0 });
         Ok(())
     }
 
@@ -162,8 +158,13 @@ impl Scheduler {
         self.reserved
     }
 
+    /// Positions of prompts that are not in a cache yet.
+    pub fn prefill_left(&self) -> usize {
+        self.waiting.iter().chain(&self.running).map(|it| it.demand.prompt - it.prefilled).sum()
+    }
+
     fn admit(&mut self) -> Vec<Ticket> {
-        let SchedulerLimits { kv_entries, prefill_chunk, .. } = self.limits;
+        let SchedulerLimits { kv_entries, prefill_chunk } = self.limits;
         let mut admitted = Vec::new();
         let mut index = 0;
         while let Some(next) = self.waiting.get(index) {

@@ -1,22 +1,21 @@
 //! One request while it is being served: its prompt, its cache, what it feeds to the next step, and what it makes of
 //! the answer.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use emu2_nn::array;
 use emu2_serve::priority::Priority;
 use tch::Tensor;
-use tokio::sync::mpsc;
 use tracing::{Span, info_span};
 
 use crate::{
-    engine::{Event, Output, Request, Timings},
-    error::EngineError,
+    error::SequenceError,
     kv::{Append, KvCache},
     prompt::Prompt,
+    request::{Event, Output, Request, Timings},
     scheduler::{Demand, Work},
     search::{Next, Row, Search, TextIds},
-    step::{Answer, Feed, Placed, Wants},
+    step::{OutputKind, Placed, StepInput, StepOutput},
 };
 
 #[derive(Debug)]
@@ -28,25 +27,39 @@ pub(crate) struct Sequence {
     kv_entries: usize,
     /// From admission on.
     kv: Option<KvCache>,
-    events: mpsc::Sender<Event>,
     stages: Stages,
 }
 
 #[derive(Debug)]
 enum Task {
-    Text { search: Search, branches: bool, tokens: Vec<u32>, parents: Vec<i64>, generated: usize },
-    Image { next: Option<Tensor>, done: usize, total: usize },
+    Text {
+        search: Search,
+        beams: bool,
+        tokens: Vec<u32>,
+        parents: Vec<i64>,
+        generated: usize,
+        /// Steps done, which for beams run ahead of the ids that are certain.
+        done: usize,
+        max_new_tokens: usize,
+    },
+    Image {
+        next: Option<Tensor>,
+        done: usize,
+        total: usize,
+    },
 }
 
-/// Whether a sequence goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    Continues,
-    Ended,
+/// What a step came to for one sequence.
+#[derive(Debug, Default)]
+pub(crate) struct Advance {
+    /// To be told while it goes on.
+    pub(crate) told: Option<Event>,
+    /// To be told last: the sequence is at its end.
+    pub(crate) finished: Option<Event>,
 }
 
 impl Sequence {
-    pub(crate) fn new(request: Request, text_ids: TextIds, events: mpsc::Sender<Event>) -> Self {
+    pub(crate) fn new(request: Request, text_ids: TextIds, span: Span) -> Self {
         let Request { prompt, resumed, .. } = request;
         let (task, generated_entries) = match request.output {
             // The last token of a row is never fed back.
@@ -56,10 +69,12 @@ impl Sequence {
                 search.resume(&prompt.ids[prompt.ids.len() - resumed..]);
                 let task = Task::Text {
                     search,
-                    branches: rows > 1,
+                    beams: rows > 1,
                     tokens: Vec::new(),
                     parents: Vec::new(),
                     generated: resumed,
+                    done: resumed,
+                    max_new_tokens: parameters.max_new_tokens,
                 };
                 (task, rows * (parameters.max_new_tokens - resumed - 1))
             }
@@ -70,11 +85,10 @@ impl Sequence {
         Self {
             slots: prompt.slots.iter().map(|_| None).collect(),
             kv_entries: prompt.ids.len() + generated_entries,
-            stages: Stages::begin(request.span, prompt.ids.len()),
+            stages: Stages::begin(span, prompt.ids.len()),
             prompt,
             task,
             kv: None,
-            events,
         }
     }
 
@@ -103,48 +117,58 @@ impl Sequence {
         missing.map_or(self.prompt.ids.len(), |slot| self.prompt.slots[slot].start)
     }
 
-    pub(crate) fn caller_left(&self) -> bool {
-        self.events.is_closed()
+    /// How long it waited until it was admitted.
+    pub(crate) fn waited(&mut self, waited: Duration) {
+        self.stages.timings.queue_ms = waited.as_secs_f64() * 1e3;
     }
 
-    pub(crate) fn feed(&mut self, work: &Work) -> Feed<'_> {
+    /// Tokens or embeddings that may still be asked of it.
+    pub(crate) fn output_left(&self) -> usize {
+        match &self.task {
+            Task::Text { max_new_tokens, done, .. } => max_new_tokens.saturating_sub(*done),
+            Task::Image { done, total, .. } => total - done,
+        }
+    }
+
+    pub(crate) fn feed(&mut self, work: &Work) -> StepInput<'_> {
         let kv = self.kv.as_mut().expect("a sequence has a cache from its admission on");
-        let wants = match self.task {
-            Task::Text { .. } => Wants::Logits,
-            Task::Image { .. } => Wants::Embedding,
+        let output = match self.task {
+            Task::Text { .. } => OutputKind::Logits,
+            Task::Image { .. } => OutputKind::Embedding,
         };
         match (work, &self.task) {
             (Work::Prefill(positions), _) => {
                 let last = positions.end == self.prompt.ids.len();
-                Feed {
+                StepInput {
                     kv,
-                    append: Append::Line(positions.len() as i64),
+                    append: Append::Sequential(positions.len() as i64),
                     ids: self.prompt.ids[positions.clone()].to_vec(),
                     embeddings: placed(&self.prompt, &self.slots, positions),
-                    wants: if last { wants } else { Wants::Nothing },
+                    output: if last { output } else { OutputKind::Nothing },
                 }
             }
-            (Work::Decode, Task::Text { branches, tokens, parents, .. }) => {
-                let append = if *branches { Append::Branch(parents) } else { Append::Line(1) };
-                Feed { kv, append, ids: tokens.clone(), embeddings: Vec::new(), wants }
+            (Work::Decode, Task::Text { beams, tokens, parents, .. }) => {
+                let append = if *beams { Append::Beams(parents) } else { Append::Sequential(1) };
+                StepInput { kv, append, ids: tokens.clone(), embeddings: Vec::new(), output }
             }
             (Work::Decode, Task::Image { next, .. }) => {
                 let next = next.as_ref().expect("the prompt's last position gave the first embedding");
                 let embeddings = vec![Placed { first: 0, embeddings: next.shallow_clone() }];
-                Feed { kv, append: Append::Line(1), ids: vec![0], embeddings, wants }
+                StepInput { kv, append: Append::Sequential(1), ids: vec![0], embeddings, output }
             }
         }
     }
 
-    /// Takes what a step answered and tells the caller.
-    pub(crate) fn advance(&mut self, answer: Answer) -> Result<Progress, EngineError> {
-        let progress = match (answer, &mut self.task) {
-            (Answer::Logits(mut logits), Task::Text { search, tokens, parents, generated, .. }) => {
+    /// Takes what a step answered.
+    pub(crate) fn advance(&mut self, output: StepOutput) -> Result<Advance, SequenceError> {
+        let (told, end) = match (output, &mut self.task) {
+            (StepOutput::Logits(mut logits), Task::Text { search, tokens, parents, generated, done, .. }) => {
                 if !logits.iter().all(|logit| logit.is_finite()) {
-                    return Err(EngineError::NotFinite);
+                    return Err(SequenceError::NotFinite);
                 }
                 let step = search.step(&mut logits);
                 *generated += step.ids.len();
+                *done += 1;
                 let end = match step.next {
                     Next::Rows(rows) => {
                         *tokens = rows.iter().map(|row: &Row| row.token).collect();
@@ -153,37 +177,24 @@ impl Sequence {
                     }
                     Next::End { complete, .. } => Some((complete, *generated)),
                 };
-                if !step.ids.is_empty() {
-                    self.emit(Event::Tokens(step.ids));
-                }
-                end
+                ((!step.ids.is_empty()).then_some(Event::Tokens(step.ids)), end)
             }
-            (Answer::Embedding(embedding), Task::Image { next, done, total }) => {
+            (StepOutput::Embedding(embedding), Task::Image { next, done, total }) => {
                 let event = Event::Embeddings { start: *done, rows: array::from_tensor(&embedding)? };
                 *done += 1;
                 *next = Some(embedding);
-                let end = (done == total).then_some((true, 0));
-                self.emit(event);
-                end
+                (Some(event), (done == total).then_some((true, 0)))
             }
-            (_, _) => return Ok(Progress::Continues),
+            (_, _) => return Ok(Advance::default()),
         };
         self.stages.generate();
         self.slots.clear();
-        let Some((complete, generated_tokens)) = progress else { return Ok(Progress::Continues) };
-        let timings = self.stages.end();
-        self.emit(Event::Finished { complete, generated_tokens, timings });
-        Ok(Progress::Ended)
-    }
-
-    pub(crate) fn fail(&self, error: EngineError) {
-        self.emit(Event::Failed(error));
-    }
-
-    /// Never waits. The channel holds all that one request can produce, so this fails only when the caller has
-    /// left, which the next step notices.
-    fn emit(&self, event: Event) {
-        let _ = self.events.try_send(event);
+        let finished = end.map(|(complete, generated_tokens)| Event::Finished {
+            complete,
+            generated_tokens,
+            timings: self.stages.end(),
+        });
+        Ok(Advance { told, finished })
     }
 }
 
@@ -215,14 +226,14 @@ struct Stages {
 }
 
 impl Stages {
+    /// The wait for admission has a span of the engine's.
     fn begin(caller: Span, prompt_positions: usize) -> Self {
-        let current = info_span!(parent: &caller, "queue");
-        let timings = Timings::default();
+        let (current, timings) = (Span::none(), Timings::default());
         Self { caller, prompt_positions, current, since: Instant::now(), timings, generating: false }
     }
 
     fn prefill(&mut self) {
-        self.timings.queue_ms = self.lap();
+        self.since = Instant::now();
         self.current = info_span!(parent: &self.caller, "prefill", prompt_positions = self.prompt_positions);
     }
 

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use emu2_engine::error::EngineError;
 use emu2_proto::{
     stage::{
         self as stage, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmStart,
@@ -35,10 +36,11 @@ use tracing::{Instrument, Span};
 
 use crate::{
     config::Config,
-    engine::{self, Engine, Event, Generation},
+    engine::{Engine, Generation},
     error::{input_late, prompt_status},
     load::Loaded,
     prompt::{self, Prompt, PromptConfig, TEMPLATE_VERSION},
+    request::{self, Event, SlotEmbeddings},
     tokenizer::Detokenizer,
 };
 use parameters::{Limits, input};
@@ -70,7 +72,7 @@ impl Service {
     }
 
     /// The start as a prompt, what is wanted of it, what there is of that already, and how its text is to be written.
-    fn read(&self, start: LlmStart) -> Result<(Prompt, engine::Output, Resumed, Text), Status> {
+    fn read(&self, start: LlmStart) -> Result<(Prompt, request::Output, Resumed, Text), Status> {
         let loaded = self.loaded()?;
         let config = PromptConfig {
             n_query: loaded.n_query,
@@ -82,10 +84,10 @@ impl Service {
                 let (grounding, keep) = (text.grounding, text.keep_special_tokens);
                 let parameters = self.limits.check(&text)?;
                 let layout = prompt::Output::Text { grounding, max_new_tokens: parameters.max_new_tokens };
-                (engine::Output::Text(parameters), keep, layout)
+                (request::Output::Text(parameters), keep, layout)
             }
             Some(llm_start::Output::Regression(_)) => {
-                (engine::Output::Image { queries: loaded.n_query }, false, prompt::Output::Regression)
+                (request::Output::Image { queries: loaded.n_query }, false, prompt::Output::Regression)
             }
             None => return Err(Violation::new("output", "must be text or regression, got nothing").into()),
         };
@@ -179,10 +181,10 @@ impl Conversation {
         }
         let mut placement = Placement::new(prompt.slots.clone(), loaded.dtype, loaded.embedding_width);
         resumed.extend(&mut prompt);
-        let request = engine::Request { prompt, output, resumed: resumed.count(), span: Span::current() };
+        let request = request::Request { prompt, output, resumed: resumed.count() };
         let mut generation = self.service.engine.submit(request, self.priority)?;
         if let Some(rows) = resumed.rows {
-            generation.place(placement.slots(), rows).await?;
+            generation.input(SlotEmbeddings { slot: placement.slots(), embeddings: rows }).await?;
         }
         self.reply(accepted).await?;
         let mut listening = true;
@@ -198,7 +200,7 @@ impl Conversation {
                     return Err(input_late(&format!("embeddings[slot {slot}]"), wait));
                 }
                 event = generation.next() => {
-                    let Some(event) = event else { return Err(engine_gone()) };
+                    let event = event.unwrap_or(Err(EngineError::Stopped))?;
                     if self.tell(event, &mut text).await? {
                         return Ok(());
                     }
@@ -221,7 +223,7 @@ impl Conversation {
         match message.message {
             Some(Message::Embeddings(slot)) => {
                 let (slot, embeddings) = placement.take(slot)?;
-                generation.place(slot, embeddings).await?;
+                generation.input(SlotEmbeddings { slot, embeddings }).await?;
                 Ok(true)
             }
             Some(Message::Start(_)) => {
@@ -249,14 +251,13 @@ impl Conversation {
                 if !rest.is_empty() {
                     self.reply(Reply::Text(stage::LlmText { token_ids: Vec::new(), text: rest })).await?;
                 }
-                let engine::Timings { queue_ms, prefill_ms, generate_ms } = timings;
+                let request::Timings { queue_ms, prefill_ms, generate_ms } = timings;
                 let generated_tokens = generated_tokens as u32;
                 let finished =
                     stage::LlmFinished { complete, generated_tokens, queue_ms, prefill_ms, generate_ms };
                 self.reply(Reply::Finished(finished)).await?;
                 Ok(true)
             }
-            Event::Failed(error) => Err(error.into()),
         }
     }
 
@@ -275,10 +276,6 @@ async fn first(messages: &mut Streaming<LlmRequest>) -> Result<LlmStart, Status>
         }
         None => Err(Violation::new("message", "must be start first, got nothing").into()),
     }
-}
-
-fn engine_gone() -> Status {
-    crate::error::EngineError::Stopped.into()
 }
 
 /// Ids to text as they come. The end of text is an id like any other, but no text.

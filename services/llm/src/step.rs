@@ -9,16 +9,16 @@ use crate::{
 
 /// The rows of one sequence, what they are, and what is wanted of them.
 #[derive(Debug)]
-pub struct Feed<'a> {
+pub struct StepInput<'a> {
     pub kv: &'a mut KvCache,
     pub append: Append<'a>,
     /// One for each row; at a row that an embedding takes, any id.
     pub ids: Vec<u32>,
     pub embeddings: Vec<Placed>,
-    pub wants: Wants,
+    pub output: OutputKind,
 }
 
-/// Embeddings, [rows, embedding_width], in place of the ids from row `first` of a feed on.
+/// Embeddings, [rows, embedding_width], in place of the ids from row `first` of a input on.
 #[derive(Debug)]
 pub struct Placed {
     pub first: usize,
@@ -26,7 +26,7 @@ pub struct Placed {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wants {
+pub enum OutputKind {
     /// Only that the cache be filled.
     Nothing,
     /// The next token's, after the last row of a line or after every row of a branch.
@@ -35,9 +35,9 @@ pub enum Wants {
     Embedding,
 }
 
-/// What a feed asked for.
+/// What a input asked for.
 #[derive(Debug)]
-pub enum Answer {
+pub enum StepOutput {
     Nothing,
     /// [rows, vocabulary]
     Logits(Vec<f32>),
@@ -45,56 +45,58 @@ pub enum Answer {
     Embedding(Tensor),
 }
 
-/// Computes one step; answers come in the order of the feeds.
-pub fn run(model: &Llama, mut feeds: Vec<Feed<'_>>) -> Vec<Answer> {
-    let x = inputs(model, &feeds);
+/// Computes one step; answers come in the order of the inputs.
+pub fn run(model: &Llama, mut inputs: Vec<StepInput<'_>>) -> Vec<StepOutput> {
+    let x = embedded(model, &inputs);
     let mut rows: Vec<Rows<'_>> =
-        feeds.iter_mut().map(|feed| Rows { kv: &mut *feed.kv, append: feed.append }).collect();
+        inputs.iter_mut().map(|input| Rows { kv: &mut *input.kv, append: input.append }).collect();
     let hidden = model.forward(&x, &mut rows);
-    let logits = select(model, &hidden, &wanted_rows(&feeds, Wants::Logits))
+    let logits = select(model, &hidden, &wanted_rows(&inputs, OutputKind::Logits))
         .map(|hidden| floats(&model.logits(&hidden)))
         .unwrap_or_default();
     let mut logits = logits.as_slice();
-    let embeddings = select(model, &hidden, &wanted_rows(&feeds, Wants::Embedding))
+    let embeddings = select(model, &hidden, &wanted_rows(&inputs, OutputKind::Embedding))
         .map(|hidden| model.project_down(&hidden).split(1, 0))
         .unwrap_or_default();
     let mut embeddings = embeddings.into_iter();
     let vocabulary = model.config().vocab_size as usize;
-    let answer = |feed: &Feed<'_>| match feed.wants {
-        Wants::Nothing => Answer::Nothing,
-        Wants::Logits => {
-            let (own, rest) = logits.split_at(feed.wanted() * vocabulary);
+    let answer = |input: &StepInput<'_>| match input.output {
+        OutputKind::Nothing => StepOutput::Nothing,
+        OutputKind::Logits => {
+            let (own, rest) = logits.split_at(input.wanted() * vocabulary);
             logits = rest;
-            Answer::Logits(own.to_vec())
+            StepOutput::Logits(own.to_vec())
         }
-        Wants::Embedding => Answer::Embedding(embeddings.next().expect("one row was selected for each")),
+        OutputKind::Embedding => {
+            StepOutput::Embedding(embeddings.next().expect("one row was selected for each"))
+        }
     };
-    feeds.iter().map(answer).collect()
+    inputs.iter().map(answer).collect()
 }
 
-impl Feed<'_> {
+impl StepInput<'_> {
     /// How many of its last rows are wanted.
     fn wanted(&self) -> usize {
-        match (self.wants, self.append) {
-            (Wants::Nothing, _) => 0,
-            (_, Append::Line(_)) => 1,
-            (_, Append::Branch(parents)) => parents.len(),
+        match (self.output, self.append) {
+            (OutputKind::Nothing, _) => 0,
+            (_, Append::Sequential(_)) => 1,
+            (_, Append::Beams(parents)) => parents.len(),
         }
     }
 }
 
-/// Rows of all feeds, [tokens, width]: one look-up for all ids, one projection for all embeddings.
-fn inputs(model: &Llama, feeds: &[Feed<'_>]) -> Tensor {
-    let ids: Vec<i64> = feeds.iter().flat_map(|feed| feed.ids.iter().map(|&id| i64::from(id))).collect();
+/// Rows of all inputs, [tokens, width]: one look-up for all ids, one projection for all embeddings.
+fn embedded(model: &Llama, inputs: &[StepInput<'_>]) -> Tensor {
+    let ids: Vec<i64> = inputs.iter().flat_map(|input| input.ids.iter().map(|&id| i64::from(id))).collect();
     let mut x = model.embed(&Tensor::from_slice(&ids));
     let (mut first, mut rows, mut embeddings) = (0, Vec::new(), Vec::new());
-    for feed in feeds {
-        for placed in &feed.embeddings {
+    for input in inputs {
+        for placed in &input.embeddings {
             let start = (first + placed.first) as i64;
             rows.extend(start..start + placed.embeddings.size()[0]);
             embeddings.push(&placed.embeddings);
         }
-        first += feed.ids.len();
+        first += input.ids.len();
     }
     if rows.is_empty() {
         return x;
@@ -103,14 +105,14 @@ fn inputs(model: &Llama, feeds: &[Feed<'_>]) -> Tensor {
     x.index_copy_(0, &rows, &model.project_up(&Tensor::cat(&embeddings, 0)))
 }
 
-/// Indices, over all feeds, of the rows that something is wanted of.
-fn wanted_rows(feeds: &[Feed<'_>], wants: Wants) -> Vec<i64> {
+/// Indices, over all inputs, of the rows that something is wanted of.
+fn wanted_rows(inputs: &[StepInput<'_>], kind: OutputKind) -> Vec<i64> {
     let mut end = 0;
     let mut rows = Vec::new();
-    for feed in feeds {
-        end += feed.ids.len();
-        if feed.wants == wants {
-            rows.extend((end - feed.wanted()) as i64..end as i64);
+    for input in inputs {
+        end += input.ids.len();
+        if input.output == kind {
+            rows.extend((end - input.wanted()) as i64..end as i64);
         }
     }
     rows

@@ -5,17 +5,18 @@
 
 use std::{fs, time::Instant};
 
+use emu2_engine::load::LoadMetrics;
 use emu2_llm::{
     Config,
-    engine::{Engine, Event, Output, Request, Started},
+    engine::{self, Started},
     load::ModelConfig,
     metrics::Metrics,
     prompt::Prompt,
+    request::{Event, Output, Request},
     search::{Strategy, TextParameters},
 };
 use emu2_serve::priority::Priority;
 use prometheus_client::registry::Registry;
-use tracing::Span;
 
 /// Positions, and tokens after them; a few hundred of each measure more than the start.
 const PROMPT: u32 = 256;
@@ -35,7 +36,9 @@ async fn a_named_size_loads_and_writes() {
     let begun = Instant::now();
     let config = ModelConfig { ..config.model() };
     let progress = config.progress.clone();
-    let Started { engine, loaded, .. } = Engine::start(config, Metrics::register(&mut Registry::default()));
+    let registry = &mut Registry::default();
+    let load_metrics = LoadMetrics::register(registry, "llm");
+    let Started { engine, loaded, .. } = engine::start(config, load_metrics, Metrics::register(registry));
     let loaded = loaded.await.unwrap().unwrap();
     println!(
         "{model}: loaded {:.1} GB in {:.1} s; resident {:.1} GB, at most {:.1} GB",
@@ -58,23 +61,19 @@ async fn a_named_size_loads_and_writes() {
         prompt: Prompt { ids: ids.collect(), slots: Vec::new() },
         output: Output::Text(parameters),
         resumed: 0,
-        span: Span::none(),
     };
     let mut generation = engine.submit(request, Priority::Normal).unwrap();
     loop {
-        match generation.next().await.expect("it ends with `finished`") {
-            Event::Finished { generated_tokens, timings, .. } => {
-                println!(
-                    "prefill {PROMPT} positions: {:.0} ms, {:.1} a second; decode: {:.2} tokens a second",
-                    timings.prefill_ms,
-                    f64::from(PROMPT) / timings.prefill_ms * 1e3,
-                    generated_tokens as f64 / timings.generate_ms * 1e3,
-                );
-                assert_eq!(generated_tokens, NEW_TOKENS);
-                return;
-            }
-            Event::Failed(error) => panic!("{error}"),
-            _ => {}
+        let event = generation.next().await.expect("it ends with `finished`").unwrap();
+        if let Event::Finished { generated_tokens, timings, .. } = event {
+            println!(
+                "prefill {PROMPT} positions: {:.0} ms, {:.1} a second; decode: {:.2} tokens a second",
+                timings.prefill_ms,
+                f64::from(PROMPT) / timings.prefill_ms * 1e3,
+                generated_tokens as f64 / timings.generate_ms * 1e3,
+            );
+            assert_eq!(generated_tokens, NEW_TOKENS);
+            return;
         }
     }
 }

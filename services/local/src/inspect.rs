@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use emu2_decoder::{denoise::Painter, error::LoadError as DecoderError};
+use emu2_decoder::{denoise::DiffusionPipeline, error::LoadError as DecoderError};
 use emu2_encoder::eva_vit::EvaVit;
 use emu2_llm::error::LoadError as LlmError;
 use emu2_nn::{
@@ -148,7 +148,7 @@ impl Stage {
                 LlmError::Checkpoint(error) => each(error),
                 other => vec![other.to_string()],
             }),
-            Self::Decoder => match Painter::load(dir, Device::Cpu, kind) {
+            Self::Decoder => match DiffusionPipeline::load(dir, Device::Cpu, kind) {
                 Ok((_, info)) => Ok(info.weights_digest),
                 Err(DecoderError::Checkpoint(error)) => Err(each(error)),
                 Err(other) => Err(vec![other.to_string()]),

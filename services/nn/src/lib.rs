@@ -9,7 +9,6 @@
 //! | [`weights`] | the ledger that models are built from: every mistake in one error, and the digest |
 //! | [`layers`] | linear, norms, convolution, embedding, built from loaded tensors |
 //! | [`attention`] | the one attention function |
-//! | [`engine`] | the thread that owns a model |
 //! | [`thread`] | what a thread that computes with torch sets up |
 //! | `golden` | numbers of the official model, for tests (feature `golden`) |
 //!
@@ -20,7 +19,6 @@ pub mod array;
 pub mod attention;
 pub mod checkpoint;
 pub mod device;
-pub mod engine;
 #[cfg(feature = "golden")]
 pub mod golden;
 pub mod layers;

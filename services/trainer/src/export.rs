@@ -168,7 +168,7 @@ fn trained(stage: &Stage, progress: &Progress) -> Trained {
 
 #[cfg(test)]
 mod tests {
-    use emu2_decoder::denoise::Painter;
+    use emu2_decoder::denoise::DiffusionPipeline;
     use emu2_encoder::eva_vit::EvaVit;
     use emu2_llm::{load::ModelConfig, tokenizer::Tokenizer};
     use emu2_nn::checkpoint::{Layout, ModelDir};
@@ -257,7 +257,7 @@ mod tests {
 
         let dir = ModelDir::open(&out).unwrap();
         EvaVit::load(&dir, Device::Cpu, Kind::Float).unwrap();
-        let (painter, info) = Painter::load(&dir, Device::Cpu, Kind::Float).unwrap();
+        let (painter, info) = DiffusionPipeline::load(&dir, Device::Cpu, Kind::Float).unwrap();
         painter.warm_up();
         assert_eq!((info.default_side, info.width), (64, 192));
         let config = ModelConfig {

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::Path, rc::Rc};
 
 use anyhow::{Context, Result, bail, ensure};
 use emu2_decoder::{
-    scheduler::{EulerDiscrete, SchedulerConfig},
+    schedule::{EulerDiscrete, SchedulerConfig},
     unet::Unet,
     vae::{Decoder, Encoder, VaeConfig},
 };

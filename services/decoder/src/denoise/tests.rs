@@ -10,19 +10,19 @@ use super::*;
 const RUNS: [&str; 7] =
     ["text_4", "text_20", "inter_4_rect", "inter_20", "autoencode_4", "autoencode_20", "noguidance_4"];
 
-pub(crate) fn painter() -> (Painter, ModelInfo) {
+pub(crate) fn pipeline() -> (DiffusionPipeline, ModelInfo) {
     load(Kind::Float)
 }
 
-fn load(kind: Kind) -> (Painter, ModelInfo) {
+fn load(kind: Kind) -> (DiffusionPipeline, ModelInfo) {
     // Tests run side by side.
     tch::set_num_threads(1);
     let dir = ModelDir::open(&golden::model_dir("emu2-gen")).unwrap();
-    Painter::load(&dir, Device::Cpu, kind).unwrap()
+    DiffusionPipeline::load(&dir, Device::Cpu, kind).unwrap()
 }
 
 /// A run of the official pipeline as a request.
-pub(crate) fn golden_request(golden: &Golden, run: &str) -> PaintRequest {
+pub(crate) fn golden_request(golden: &Golden, run: &str) -> DenoiseRequest {
     let arguments = &golden::json("pipeline.json")[run];
     let number = |value: &serde_json::Value| value.as_u64().map(|number| number as u32);
     let pair = |name: &str, default| {
@@ -34,7 +34,7 @@ pub(crate) fn golden_request(golden: &Golden, run: &str) -> PaintRequest {
     let guidance_scale = arguments["guidance_scale"].as_f64().unwrap() as f32;
     let embeddings = golden.tensor(&format!("{run}.prompt_embeds"));
     let row = |i| from_tensor(&embeddings.get(i)).unwrap();
-    PaintRequest {
+    DenoiseRequest {
         height: number(&arguments["height"]).unwrap() as usize,
         width: number(&arguments["width"]).unwrap() as usize,
         steps: number(&arguments["num_inference_steps"]).unwrap() as usize,
@@ -65,24 +65,24 @@ fn max(tensor: &Tensor) -> f64 {
     f64::try_from(tensor.abs().max()).unwrap()
 }
 
-fn finish(painter: &Painter, mut sample: Sample) -> Sample {
+fn finish(pipeline: &DiffusionPipeline, mut sample: Sample) -> Sample {
     while sample.steps_left() > 0 {
-        painter.step(&mut [&mut sample]);
+        pipeline.step(&mut [&mut sample]);
     }
     sample
 }
 
 #[test]
 fn denoising_loops_are_the_official_ones() {
-    let (golden, (painter, _)) = (golden::file("pipeline.safetensors"), painter());
+    let (golden, (pipeline, _)) = (golden::file("pipeline.safetensors"), pipeline());
     for run in RUNS {
         let want = |name: &str| golden.tensor(&format!("{run}.{name}"));
-        let mut sample = painter.start(&golden_request(&golden, run));
+        let mut sample = pipeline.start(&golden_request(&golden, run));
         let every_step = golden.has(&format!("{run}.latents_per_step"));
         while sample.steps_left() > 0 {
             let step = sample.steps_done() as i64;
             if every_step {
-                let (noise, all) = (painter.predict(&[&sample], &sample.latents), want("eps_per_step"));
+                let (noise, all) = (pipeline.predict(&[&sample], &sample.latents), want("eps_per_step"));
                 assert_close(
                     &format!("{run} noise {step}"),
                     &noise.squeeze_dim(0),
@@ -90,7 +90,7 @@ fn denoising_loops_are_the_official_ones() {
                     1e-4 * max(&all),
                 );
             }
-            painter.step(&mut [&mut sample]);
+            pipeline.step(&mut [&mut sample]);
             if every_step {
                 let all = want("latents_per_step");
                 let name = format!("{run} latents {step}");
@@ -100,9 +100,9 @@ fn denoising_loops_are_the_official_ones() {
         let latents = want("latents_final");
         assert_close(&format!("{run} latents"), &sample.latents, &latents, 1e-4 * max(&latents));
         // [1, 3, height, width_px] -> [1, height, width_px, 3]
-        let image = painter.vae.image(&sample.latents).permute([0, 2, 3, 1]);
+        let image = pipeline.vae.image(&sample.latents).permute([0, 2, 3, 1]);
         assert_close(&format!("{run} image"), &image, &want("image_f32"), 1e-4);
-        let picture = painter.picture(&sample).unwrap();
+        let picture = pipeline.image(&sample).unwrap();
         let (height, width, _) = want("image_u8").size3().unwrap();
         assert_eq!((picture.height as i64, picture.width as i64), (height, width));
         assert_levels(run, &picture.rgb, &bytes(&want("image_u8")));
@@ -111,18 +111,18 @@ fn denoising_loops_are_the_official_ones() {
 
 #[test]
 fn steps_of_the_schedule_are_the_official_ones() {
-    let (golden, (painter, _)) = (golden::file("scheduler.safetensors"), painter());
+    let (golden, (pipeline, _)) = (golden::file("scheduler.safetensors"), pipeline());
     for steps in [4_usize, 20, 50] {
         let want = |name: &str| golden.tensor(&format!("n{steps}.{name}"));
         let mut sample =
-            Sample { schedule: painter.scheduler.schedule(steps), ..painter.start(&request(0, 1, 1.0)) };
+            Sample { schedule: pipeline.scheduler.schedule(steps), ..pipeline.start(&request(0, 1, 1.0)) };
         sample.latents = want("x0");
         for step in 0..steps as i64 {
             let latents = sample.latents.shallow_clone();
             let scaled = &latents / f64::from(sample.next_step().input_scale());
             let (want_scaled, want_next) = (want("scaled").get(step), want("prev_samples").get(step));
             assert_close(&format!("n{steps} scaled {step}"), &scaled, &want_scaled, 1e-6 * max(&want_scaled));
-            sample.latents = painter.advance(&[&sample], &latents, &want("eps").get(step));
+            sample.latents = pipeline.advance(&[&sample], &latents, &want("eps").get(step));
             assert_close(
                 &format!("n{steps} step {step}"),
                 &sample.latents,
@@ -135,13 +135,13 @@ fn steps_of_the_schedule_are_the_official_ones() {
 }
 
 /// A request at 64² with embeddings of its own.
-pub(crate) fn request(seed: u64, steps: usize, guidance_scale: f32) -> PaintRequest {
+pub(crate) fn request(seed: u64, steps: usize, guidance_scale: f32) -> DenoiseRequest {
     let embeddings = |seed| {
         let values =
             standard_normal(seed, 16 * 64).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
         Array::new(Dtype::F32, vec![16, 64], values.into()).unwrap()
     };
-    PaintRequest {
+    DenoiseRequest {
         height: 64,
         width: 64,
         steps,
@@ -156,9 +156,9 @@ pub(crate) fn request(seed: u64, steps: usize, guidance_scale: f32) -> PaintRequ
 
 #[test]
 fn whoever_else_is_in_the_batch_makes_no_difference() {
-    let (painter, _) = painter();
+    let (pipeline, _) = pipeline();
     let mut random = ChaCha12Rng::seed_from_u64(11);
-    let mut coming: Vec<PaintRequest> = (0..24)
+    let mut coming: Vec<DenoiseRequest> = (0..24)
         .map(|seed| {
             let guidance = *[0.0, 1.0, 1.5, 3.0, 4.0, 7.5].choose(&mut random).unwrap();
             // Guidance multiplies rounding too: alone and at 7.5, this random model makes 1e-7 of the first latents
@@ -169,20 +169,20 @@ fn whoever_else_is_in_the_batch_makes_no_difference() {
         .collect();
     let mut alone = Vec::new();
     for request in &coming {
-        alone.push(finish(&painter, painter.start(request)).latents);
+        alone.push(finish(&pipeline, pipeline.start(request)).latents);
     }
     let (mut active, mut finished, mut left, mut widest) = (Vec::<(usize, Sample)>::new(), 0, 0, 0);
     while !coming.is_empty() || !active.is_empty() {
         while active.len() < 8 && random.random_bool(0.6) {
             let Some(next) = coming.pop() else { break };
-            active.push((coming.len(), painter.start(&next)));
+            active.push((coming.len(), pipeline.start(&next)));
         }
         // Any of them, in any order; some leave for good.
         let mut batch: Vec<_> =
             active.iter_mut().filter(|_| random.random_bool(0.7)).map(|(_, sample)| sample).collect();
         widest = widest.max(batch.len());
         if !batch.is_empty() {
-            painter.step(&mut batch);
+            pipeline.step(&mut batch);
         }
         active.retain(|(index, sample)| {
             if sample.steps_left() == 0 {
@@ -202,25 +202,25 @@ fn whoever_else_is_in_the_batch_makes_no_difference() {
 
 #[test]
 fn the_seed_decides_unless_latents_are_given() {
-    let (painter, info) = painter();
+    let (pipeline, info) = pipeline();
     let paint =
-        |request: &PaintRequest| painter.picture(&finish(&painter, painter.start(request))).unwrap().rgb;
+        |request: &DenoiseRequest| pipeline.image(&finish(&pipeline, pipeline.start(request))).unwrap().rgb;
     let first = request(5, 2, 3.0);
     let picture = paint(&first);
     assert_eq!(paint(&first), picture);
-    assert_ne!(paint(&PaintRequest { seed: 6, ..first.clone() }), picture);
+    assert_ne!(paint(&DenoiseRequest { seed: 6, ..first.clone() }), picture);
     let noise: Vec<u8> =
         standard_normal(5, info.latent_channels * 64).into_iter().flat_map(f32::to_le_bytes).collect();
     let noise = Array::new(Dtype::F32, vec![info.latent_channels, 8, 8], noise.into()).unwrap();
-    assert_eq!(paint(&PaintRequest { seed: 6, initial_latents: Some(noise), ..first }), picture);
+    assert_eq!(paint(&DenoiseRequest { seed: 6, initial_latents: Some(noise), ..first }), picture);
 }
 
 #[test]
 fn every_multiple_of_the_scale_factor_is_a_size() {
-    let (painter, _) = painter();
+    let (pipeline, _) = pipeline();
     for (height, width) in [(8, 8), (72, 88), (8, 200)] {
-        let request = PaintRequest { height, width, ..request(3, 1, 3.0) };
-        let picture = painter.picture(&finish(&painter, painter.start(&request))).unwrap();
+        let request = DenoiseRequest { height, width, ..request(3, 1, 3.0) };
+        let picture = pipeline.image(&finish(&pipeline, pipeline.start(&request))).unwrap();
         assert_eq!((picture.height, picture.width, picture.rgb.len()), (height, width, 3 * height * width));
     }
 }
@@ -228,12 +228,16 @@ fn every_multiple_of_the_scale_factor_is_a_size() {
 #[test]
 fn bfloat16_paints_about_the_same() {
     let golden = golden::file("pipeline.safetensors");
-    let (painter, info) = load(Kind::BFloat16);
+    let (pipeline, info) = load(Kind::BFloat16);
     assert_eq!(info.dtype, Dtype::Bf16);
-    assert_ne!(info.weights_digest, self::painter().1.weights_digest, "a digest is of what is computed with");
-    let sample = finish(&painter, painter.start(&golden_request(&golden, "text_4")));
+    assert_ne!(
+        info.weights_digest,
+        self::pipeline().1.weights_digest,
+        "a digest is of what is computed with"
+    );
+    let sample = finish(&pipeline, pipeline.start(&golden_request(&golden, "text_4")));
     assert_eq!(sample.latents.kind(), Kind::Float);
-    let image = painter.vae.image(&sample.latents).permute([0, 2, 3, 1]);
+    let image = pipeline.vae.image(&sample.latents).permute([0, 2, 3, 1]);
     let distance = |run: &str| {
         let difference = (&image - golden.tensor(&format!("{run}.image_f32"))).abs();
         f64::try_from(difference.mean(Kind::Float)).unwrap()
@@ -244,17 +248,17 @@ fn bfloat16_paints_about_the_same() {
 
 #[test]
 fn latents_that_are_not_finite_are_no_picture() {
-    let (painter, _) = painter();
-    let mut sample = painter.start(&request(1, 1, 1.0));
-    assert!(painter.picture(&sample).is_some());
+    let (pipeline, _) = pipeline();
+    let mut sample = pipeline.start(&request(1, 1, 1.0));
+    assert!(pipeline.image(&sample).is_some());
     sample.latents = &sample.latents * f64::NAN;
-    assert!(painter.picture(&sample).is_none());
+    assert!(pipeline.image(&sample).is_none());
 }
 
 #[test]
 fn what_the_model_says_of_itself() {
-    let (painter, info) = painter();
-    painter.warm_up();
+    let (pipeline, info) = pipeline();
+    pipeline.warm_up();
     let ModelInfo { weights_digest, dtype, width, default_side, scale_factor, latent_channels, train_steps } =
         info;
     assert_eq!((dtype, width, default_side, scale_factor), (Dtype::F32, 64, 64, 8));

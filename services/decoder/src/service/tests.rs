@@ -60,7 +60,7 @@ impl Running {
     }
 }
 
-fn start_of(request: &PaintRequest) -> DecodeStart {
+fn start_of(request: &DenoiseRequest) -> DecodeStart {
     DecodeStart {
         height: request.height as u32,
         width: request.width as u32,
@@ -89,7 +89,7 @@ fn chunks(array: &Array, rows: usize) -> Vec<RegressedEmbeddings> {
     all.chunks(rows).map(chunk).collect()
 }
 
-fn messages(request: &PaintRequest) -> Vec<DecodeRequest> {
+fn messages(request: &DenoiseRequest) -> Vec<DecodeRequest> {
     let positive = chunks(&request.positive, 5).into_iter().map(Message::Positive);
     let negative = request.negative.iter().flat_map(|negative| chunks(negative, 16)).map(Message::Negative);
     let all = [Message::Start(start_of(request))].into_iter().chain(negative).chain(positive);

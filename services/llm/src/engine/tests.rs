@@ -8,17 +8,23 @@ mod spans;
 
 use std::time::Duration;
 
+use emu2_engine::{error::EngineError, load::Load, worker::Worker};
 use emu2_nn::{checkpoint::Progress, golden};
-use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use emu2_serve::priority::Priority;
+use prometheus_client::registry::Registry;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 
 use super::*;
 use crate::{
-    prompt::Slot,
-    scheduler::Refusal,
-    search::{Strategy, Warpers},
+    prompt::{Prompt, Slot},
+    request::Output,
+    scheduler::TooLarge,
+    search::{Strategy, TextParameters, Warpers},
 };
 
 /// Longer than any test's work; a hang fails instead.
@@ -51,23 +57,28 @@ impl Running {
     }
 
     async fn start_on(on_device: OnDevice, config: ModelConfig) -> Self {
-        let metrics = Metrics::register(&mut Registry::default());
-        let Started { engine, loaded, ended } = Engine::start_on(on_device, config, metrics.clone());
+        let (load_metrics, metrics) = registered();
+        let Started { engine, loaded, ended } = start_on(on_device, config, load_metrics, metrics.clone());
         Self { engine, loaded: loaded.await.unwrap().unwrap(), metrics, ended }
     }
 
     fn submit(&self, prompt: Prompt, output: Output) -> Generation {
-        self.engine
-            .submit(Request { prompt, output, resumed: 0, span: Span::none() }, Priority::Normal)
-            .unwrap()
+        self.engine.submit(Request { prompt, output, resumed: 0 }, Priority::Normal).unwrap()
     }
 
-    async fn runs(&self, sequences: i64) {
-        becomes(&self.metrics.running, sequences).await;
+    async fn runs(&self, sequences: usize) {
+        self.comes_to(|load| load.running == sequences).await;
     }
 
-    async fn waits(&self, sequences: i64) {
-        becomes(&self.metrics.waiting, sequences).await;
+    async fn waits(&self, sequences: usize) {
+        self.comes_to(|load| load.waiting == sequences).await;
+    }
+
+    /// The load is told after a step, when its events are already out.
+    async fn comes_to(&self, wanted: impl FnMut(&Load) -> bool) {
+        let mut load = self.engine.load().watch();
+        let reached = timeout(PATIENCE, load.wait_for(wanted)).await.is_ok();
+        assert!(reached, "{:?}", self.engine.load().current());
     }
 
     async fn answer(&self, prompt: Prompt, output: Output) -> Answer {
@@ -75,14 +86,13 @@ impl Running {
     }
 }
 
-/// Gauges are set after a step, when its events are already out.
-async fn becomes(gauge: &Gauge, sequences: i64) {
-    let becomes = async {
-        while gauge.get() != sequences {
-            sleep(Duration::from_millis(1)).await;
-        }
-    };
-    timeout(PATIENCE, becomes).await.unwrap_or_else(|_| panic!("{} is never {sequences}", gauge.get()));
+fn registered() -> (LoadMetrics, Metrics) {
+    let registry = &mut Registry::default();
+    (LoadMetrics::register(registry, "llm"), Metrics::register(registry))
+}
+
+fn rows_of(slot: usize, embeddings: Array) -> SlotEmbeddings {
+    SlotEmbeddings { slot, embeddings }
 }
 
 /// All that a request got.
@@ -100,11 +110,11 @@ fn rows(loaded: &Loaded, value: f32) -> Array {
     Array::new(loaded.dtype, vec![4, 64], data.into()).unwrap()
 }
 
-async fn collect(mut generation: Generation) -> Result<Answer, EngineError> {
+async fn collect(mut generation: Generation) -> Result<Answer, EngineError<SequenceError>> {
     let mut answer = Answer::default();
     let mut rows_seen = 0;
     loop {
-        match timeout(PATIENCE, generation.next()).await.expect("the engine hangs") {
+        match timeout(PATIENCE, generation.next()).await.expect("the engine hangs").transpose()? {
             Some(Event::Tokens(ids)) => answer.ids.extend(ids),
             Some(Event::Embeddings { start, rows }) => {
                 assert_eq!(start, rows_seen, "in order, none left out");
@@ -115,7 +125,6 @@ async fn collect(mut generation: Generation) -> Result<Answer, EngineError> {
                 assert!(generation.next().await.is_none());
                 return Ok(Answer { complete, generated_tokens, ..answer });
             }
-            Some(Event::Failed(error)) => return Err(error),
             None => panic!("the stream broke off"),
         }
     }
@@ -212,8 +221,8 @@ async fn a_prompt_waits_only_for_the_embeddings_that_it_has_reached() {
     let rows = |value| rows(&running.loaded, value);
     let output = text(Strategy::Greedy, 10);
     let in_order = running.submit(prompt.clone(), output.clone());
-    in_order.place(0, rows(0.5)).await.unwrap();
-    in_order.place(1, rows(-0.25)).await.unwrap();
+    in_order.input(rows_of(0, rows(0.5))).await.unwrap();
+    in_order.input(rows_of(1, rows(-0.25))).await.unwrap();
     let want = collect(in_order).await.unwrap();
 
     let prefilled = running.metrics.prefilled.get();
@@ -224,11 +233,11 @@ async fn a_prompt_waits_only_for_the_embeddings_that_it_has_reached() {
         }
     };
     timeout(PATIENCE, reaches(5)).await.expect("the prompt is computed up to its first slot");
-    late.place(1, rows(-0.25)).await.unwrap();
+    late.input(rows_of(1, rows(-0.25))).await.unwrap();
     let other = running.answer(written(&[1, 5, 9]), output).await;
     assert!(!other.ids.is_empty(), "others go on meanwhile");
     assert_eq!(running.metrics.prefilled.get() - prefilled, 5 + 3);
-    late.place(0, rows(0.5)).await.unwrap();
+    late.input(rows_of(0, rows(0.5))).await.unwrap();
     assert_eq!(collect(late).await.unwrap().ids, want.ids);
 }
 
@@ -239,13 +248,13 @@ async fn a_caller_who_leaves_frees_the_memory_before_the_next_step() {
     let mut large = running.submit(written(&[1; 1000]), endless(1048));
     let waiting = running.submit(written(&[1, 2]), endless(1000));
     for _ in 0..3 {
-        assert!(matches!(large.next().await, Some(Event::Tokens(_))));
+        assert!(matches!(large.next().await, Some(Ok(Event::Tokens(_)))));
     }
     running.runs(1).await;
-    assert_eq!(running.metrics.waiting.get(), 1);
+    assert_eq!(running.engine.load().current().waiting, 1);
     drop(large);
     assert_eq!(collect(waiting).await.unwrap().generated_tokens, 1000);
-    assert_eq!(running.metrics.left.get(), 1);
+    assert_eq!(running.engine.load().callers_left(), 1);
     // No step of the large one beside the second's own: each of those has one row.
     let steps = running.metrics.text_steps.get();
     assert!((1003..=1020).contains(&steps), "{steps} steps");
@@ -287,13 +296,14 @@ async fn what_cannot_be_served_is_refused_by_name() {
     let running = Running::start(tight).await;
     let beams = text(Strategy::Beam { num_beams: 5, length_penalty: 1.0 }, 501);
     let refused = collect(running.submit(written(&[1; 10]), beams)).await.unwrap_err();
-    assert_eq!(refused, EngineError::Refused(Refusal::TooLarge { needed: 10 + 5 * 500, budget: 2048 }));
+    assert_eq!(refused, EngineError::Stage(TooLarge { needed: 10 + 5 * 500, budget: 2048 }.into()));
 
     let mut first = running.submit(written(&[1; 10]), endless(2000));
     first.next().await;
     let _second = running.submit(written(&[1; 10]), endless(100));
-    let third = collect(running.submit(written(&[1; 10]), endless(100))).await.unwrap_err();
-    assert_eq!(third, EngineError::Refused(Refusal::QueueFull { max_waiting: 1 }));
+    let third = Request { prompt: written(&[1; 10]), output: endless(100), resumed: 0 };
+    let refused = running.engine.submit(third, Priority::Normal).unwrap_err();
+    assert_eq!(refused, EngineError::Full { max: 1, limit_name: "max_waiting" });
 }
 
 #[tokio::test]
@@ -310,7 +320,8 @@ async fn a_step_that_fails_fails_its_requests_and_the_engine_goes_on() {
 #[tokio::test]
 async fn a_model_that_cannot_be_served_says_why() {
     let error = async |config| {
-        let Started { loaded, .. } = Engine::start(config, Metrics::register(&mut Registry::default()));
+        let (load_metrics, metrics) = registered();
+        let Started { loaded, .. } = start(config, load_metrics, metrics);
         loaded.await.unwrap().unwrap_err().to_string()
     };
     let little = ModelConfig { kv_budget_bytes: 1000, ..config("emu2-base") };
@@ -337,8 +348,8 @@ async fn a_model_that_cannot_be_served_says_why() {
 
 #[tokio::test]
 async fn the_thread_ends_with_its_last_handle() {
-    let Started { engine, loaded, ended } =
-        Engine::start(config("emu2-base"), Metrics::register(&mut Registry::default()));
+    let (load_metrics, metrics) = registered();
+    let Started { engine, loaded, ended } = start(config("emu2-base"), load_metrics, metrics);
     loaded.await.unwrap().unwrap();
     drop(engine);
     timeout(PATIENCE, ended).await.expect("it ends").unwrap();

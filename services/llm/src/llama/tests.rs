@@ -21,7 +21,7 @@ fn model_at(path: &std::path::Path, devices: usize) -> Llama {
 }
 
 fn line(kv: &mut KvCache, rows: i64) -> Rows<'_> {
-    Rows { kv, append: Append::Line(rows) }
+    Rows { kv, append: Append::Sequential(rows) }
 }
 
 /// The uncached forward of one sequence.
@@ -168,7 +168,7 @@ fn beams_that_share_a_cache_equal_copies_of_their_own() {
                 })
                 .collect();
             let x = Tensor::cat(&[new, other.narrow(0, 3 + step, 1)], 0);
-            let branch = Rows { kv: &mut kv, append: Append::Branch(&parents) };
+            let branch = Rows { kv: &mut kv, append: Append::Beams(&parents) };
             let states = model.forward(&x, &mut [branch, line(&mut line_kv, 1)]);
             for (beam, path) in paths.iter().enumerate() {
                 let copy = whole(&model, path).i(-1);

@@ -54,7 +54,7 @@ pub struct Warpers {
 impl Warpers {
     pub fn apply(&self, scores: &mut [f32]) {
         if self.temperature != 1.0 {
-            self.heat(scores);
+            self.apply_temperature(scores);
         }
         if let Some(k) = self.top_k {
             keep_top_k(scores, k);
@@ -69,7 +69,7 @@ impl Warpers {
     /// Upstream divides the scores as they are, and so is done here wherever that can be. Where it would overflow, they
     /// are taken relative to the best, which changes no probability: the best becomes 0, and what overflows then is a
     /// probability of 0.
-    fn heat(&self, scores: &mut [f32]) {
+    fn apply_temperature(&self, scores: &mut [f32]) {
         let finite = scores.iter().copied().filter(|score| score.is_finite());
         let (best, largest) = finite
             .fold((f32::MIN, 0.0_f32), |(best, largest), score| (best.max(score), largest.max(score.abs())));

@@ -4,9 +4,9 @@ use emu2_proto::{array::Array, stage::LlmResume};
 use emu2_serve::status::Violation;
 
 use crate::{
-    engine::{Event, Output, Timings},
     load::Loaded,
     prompt::{Prompt, Slot},
+    request::{Event, Output, Timings},
 };
 
 #[derive(Debug, Default)]

@@ -56,7 +56,7 @@ impl Running {
         (sender, response.into_inner())
     }
 
-    async fn answer(&self, messages: Vec<LlmRequest>) -> Result<Answer, Status> {
+    async fn answer(&self, messages: Vec<LlmRequest>) -> Result<StepOutput, Status> {
         let (_, events) = self.open(messages).await;
         timeout(PATIENCE, collect(events)).await.expect("the service hangs")
     }
@@ -73,7 +73,7 @@ fn config() -> Config {
 }
 
 #[derive(Debug, Default)]
-struct Answer {
+struct StepOutput {
     accepted: stage::LlmAccepted,
     ids: Vec<u32>,
     texts: Vec<String>,
@@ -83,8 +83,8 @@ struct Answer {
     finished: LlmFinished,
 }
 
-async fn collect(mut events: Streaming<LlmEvent>) -> Result<Answer, Status> {
-    let mut answer = Answer::default();
+async fn collect(mut events: Streaming<LlmEvent>) -> Result<StepOutput, Status> {
+    let mut answer = StepOutput::default();
     while let Some(event) = events.message().await? {
         match event.event.unwrap() {
             Reply::Accepted(accepted) => answer.accepted = accepted,
@@ -234,7 +234,7 @@ async fn a_text_goes_on_where_another_replica_left_it() {
             // One event an id, or one for all of a beam search's; then what was held back.
             let said = if text.num_beams > 1 { 1 } else { cut };
             assert_eq!(rest.texts.concat(), whole.texts[said..].concat(), "{text:?} cut at {cut}");
-            let counted = |answer: &Answer| (answer.finished.complete, answer.finished.generated_tokens);
+            let counted = |answer: &StepOutput| (answer.finished.complete, answer.finished.generated_tokens);
             assert_eq!(counted(&rest), counted(&whole));
             assert_eq!(rest.accepted, whole.accepted);
         }

@@ -19,7 +19,7 @@ async fn a_cache_that_does_not_fit_the_device_refuses_its_sequence_alone() {
     let tight = ModelConfig { kv_budget_bytes: 2048 * ENTRY_BYTES, ..config("emu2-base") };
     let running = Running::start_on(OnDevice { allocate, ..DEVICE }, tight).await;
     let mut other = running.submit(written(&[1, 7]), endless(300));
-    assert!(matches!(other.next().await, Some(Event::Tokens(_))));
+    assert!(matches!(other.next().await, Some(Ok(Event::Tokens(_)))));
     let refused = running.submit(written(&[1; 10]), endless(1500));
     // Does not fit the budget beside the two.
     let behind = running.submit(written(&[1, 9]), endless(600));
@@ -42,7 +42,7 @@ async fn embeddings_that_do_not_fit_the_device_refuse_their_sequence_alone() {
     let running = Running::start_on(OnDevice { place, ..DEVICE }, config("emu2-base")).await;
     let other = running.submit(written(&[1, 7]), endless(50));
     let refused = running.submit(with_slot(), endless(5));
-    refused.place(0, rows(&running.loaded, 1.0)).await.unwrap();
+    refused.input(rows_of(0, rows(&running.loaded, 1.0))).await.unwrap();
     assert_eq!(collect(refused).await.unwrap_err(), EngineError::OutOfMemory);
     assert_eq!(collect(other).await.unwrap().generated_tokens, 50);
 }
@@ -59,13 +59,13 @@ async fn a_device_that_fails_ends_the_engine_wherever_it_is_noticed() {
         let hit = running.submit(with_slot(), endless(5));
         // The engine may have stopped by the second.
         for generation in [&hit, &bystander] {
-            let _ = generation.place(0, rows(&running.loaded, 1.0)).await;
+            let _ = generation.input(rows_of(0, rows(&running.loaded, 1.0))).await;
         }
         for generation in [hit, bystander] {
             assert_eq!(collect(generation).await.unwrap_err(), EngineError::Stopped, "{at}");
         }
         timeout(PATIENCE, running.ended).await.expect("the thread ends").unwrap();
-        let request = Request { prompt: with_slot(), output: endless(5), resumed: 0, span: Span::none() };
+        let request = Request { prompt: with_slot(), output: endless(5), resumed: 0 };
         assert_eq!(
             running.engine.submit(request, Priority::Normal).unwrap_err(),
             EngineError::Stopped,

@@ -67,7 +67,7 @@ fn generate(
     let mut search = Search::new(parameters, loaded.text_ids);
     let mut answer = Vec::new();
     let mut hidden =
-        model.forward(x, &mut [Rows { kv: &mut kv, append: Append::Line(prompt) }]).i(-1).unsqueeze(0);
+        model.forward(x, &mut [Rows { kv: &mut kv, append: Append::Sequential(prompt) }]).i(-1).unsqueeze(0);
     loop {
         let mut logits = Vec::<f32>::try_from(model.logits(&hidden).flatten(0, -1)).unwrap();
         let step = search.step(&mut logits);
@@ -78,7 +78,7 @@ fn generate(
         };
         let tokens: Vec<i64> = rows.iter().map(|row| row.token.into()).collect();
         let parents: Vec<i64> = rows.iter().map(|row| row.parent as i64).collect();
-        let append = if parents.len() > 1 { Append::Branch(&parents) } else { Append::Line(1) };
+        let append = if parents.len() > 1 { Append::Beams(&parents) } else { Append::Sequential(1) };
         hidden =
             model.forward(&model.embed(&Tensor::from_slice(&tokens)), &mut [Rows { kv: &mut kv, append }]);
     }
@@ -208,7 +208,7 @@ async fn every_text_from_parts_is_the_official_one_and_all_share_one_batch() {
                 };
                 let generation = running.submit(prompt, Output::Text(parameters));
                 for (slot, embeddings) in embeddings.into_iter().enumerate() {
-                    generation.place(slot, embeddings).await.unwrap();
+                    generation.input(rows_of(slot, embeddings)).await.unwrap();
                 }
                 let text = case["texts"].as_array().map_or(&case["text"], |_| &case["text"][row]);
                 expected.push((name(&case), ids(&case, row), text.as_str().unwrap().to_owned(), generation));

@@ -1,6 +1,8 @@
 //! Any schedule gives every request what it gets alone: random arrivals, embeddings that come late and in any order,
 //! callers who leave, chunks and budgets of any size. The worker is driven by hand, so that a seed is a schedule.
 
+use futures::FutureExt;
+
 use super::*;
 
 const REQUESTS: usize = 12;
@@ -39,39 +41,37 @@ impl Asked {
 
 /// A worker without its thread, and the handle to it.
 struct ByHand {
-    worker: Worker,
+    worker: Worker<LanguageModel>,
     engine: Engine,
 }
 
 impl ByHand {
     fn new(model: Llama, loaded: &Loaded, prefill_chunk: usize, kv_entries: usize) -> Self {
-        let (commands, queue) = mpsc::channel(COMMANDS);
-        let engine = Engine { commands, tickets: Arc::default(), pulse: Pulse::default() };
         let loaded = Loaded { kv_entries, ..loaded.clone() };
         let config = ModelConfig { prefill_chunk, ..config("emu2-base") };
-        let metrics = Metrics::register(&mut Registry::default());
-        Self { worker: Worker::new(model, &loaded, &config, queue, metrics, DEVICE), engine }
+        let (load_metrics, metrics) = registered();
+        let stage = LanguageModel::new(model, &loaded, &config, metrics, DEVICE);
+        let options = Options { name: "llm", max_waiting: REQUESTS, limit_name: "max_waiting" };
+        let (engine, worker) = Engine::by_hand(options, load_metrics, stage);
+        Self { worker, engine }
     }
 
     fn submit<'a>(&self, asked: &'a Asked) -> Caller<'a> {
         let (prompt, output) = (asked.prompt.clone(), asked.output.clone());
-        let generation = self
-            .engine
-            .submit(Request { prompt, output, resumed: 0, span: Span::none() }, Priority::Normal)
-            .unwrap();
+        let request = Request { prompt, output, resumed: 0 };
+        let generation = self.engine.submit(request, Priority::Normal).unwrap();
         let missing = (0..asked.slots.len()).collect();
         Caller { asked, generation: Some(generation), missing, answer: Answer::default(), ended: false }
     }
 
     fn turn(&mut self) {
-        assert!(self.worker.receive(false).unwrap());
         self.worker.turn().unwrap();
     }
 
     /// The model, and that nothing was forgotten.
     fn finish(mut self) -> Llama {
         self.turn();
-        let Worker { model, scheduler, sequences, .. } = self.worker;
+        let LanguageModel { model, scheduler, sequences, .. } = self.worker.into_stage();
         assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.reserved()), (0, 0, 0));
         assert!(sequences.is_empty());
         model
@@ -92,18 +92,17 @@ impl Caller<'_> {
     fn place(&mut self, index: usize) {
         let Some(generation) = &self.generation else { return };
         let slot = self.missing.swap_remove(index);
-        let (ticket, embeddings) = (generation.ticket, self.asked.slots[slot].clone());
-        generation.commands.try_send(Command::Embeddings { ticket, slot, embeddings }).unwrap();
+        let input = generation.input(rows_of(slot, self.asked.slots[slot].clone()));
+        input.now_or_never().expect("the queue has room").unwrap();
     }
 
     fn listen(&mut self) {
         let Some(generation) = &mut self.generation else { return };
-        while let Ok(event) = generation.events.try_recv() {
-            match event {
+        while let Some(event) = generation.try_next() {
+            match event.unwrap() {
                 Event::Tokens(ids) => self.answer.ids.extend(ids),
                 Event::Embeddings { rows, .. } => self.answer.embeddings.extend(rows.values()),
                 Event::Finished { complete, .. } => (self.answer.complete, self.ended) = (complete, true),
-                Event::Failed(error) => panic!("{error}"),
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A request's stages as spans, opened and closed on the engine's thread.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use tracing::{Subscriber, info_span, span};
 use tracing_subscriber::{Layer, layer::Context, layer::SubscriberExt, registry::LookupSpan};
@@ -45,8 +45,9 @@ async fn stages_are_children_of_the_callers_span_one_after_the_other() {
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(recorder.clone())).unwrap();
     let running = Running::start(config("emu2-base")).await;
     let span = info_span!("caller of the spans test");
-    let request = Request { prompt: written(&[1, 5, 9]), output: endless(5), resumed: 0, span };
-    collect(running.engine.submit(request, Priority::Normal).unwrap()).await.unwrap();
+    let submitted = span.in_scope(|| running.submit(written(&[1, 5, 9]), endless(5)));
+    drop(span);
+    collect(submitted).await.unwrap();
     running.runs(0).await;
     let notes = recorder.0.lock().unwrap();
     let of_caller = notes.iter().filter(|note| note.parent.as_deref() == Some("caller of the spans test"));
