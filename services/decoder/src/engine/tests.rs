@@ -154,7 +154,10 @@ fn a_fault_ends_its_batch_and_nobody_else() {
     let mut other = bench.submit(DenoiseRequest { height: 96, ..request(2, 1, 3.0) });
     bench.turn();
     bench.turn();
-    assert_eq!(broken.try_next(), Some(Err(EngineError::StepFailed)));
+    let failed = broken.try_next().unwrap().unwrap_err();
+    assert_eq!(failed, EngineError::StepFailed);
+    let status = tonic::Status::from(failed);
+    assert_eq!((status.code(), status.message()), (tonic::Code::Internal, "the step failed"));
     assert!(matches!(drain(&mut other)[..], [Event::Step(1), Event::Finished(_)]));
     assert_eq!(bench.engine.load().failed(), 1);
 }

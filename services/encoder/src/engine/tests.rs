@@ -177,7 +177,10 @@ async fn a_full_queue_refuses_and_a_closed_one_says_so() {
 async fn a_panic_ends_its_batch_and_a_broken_device_the_engine() {
     let bench = Bench::new(8).await;
     bench.permit.send(Err("a defect")).unwrap();
-    assert_eq!(bench.submit(1).await.unwrap(), Err(EngineError::StepFailed));
+    let failed = bench.submit(1).await.unwrap().unwrap_err();
+    assert_eq!(failed, EngineError::StepFailed);
+    let status = tonic::Status::from(failed);
+    assert_eq!((status.code(), status.message()), (tonic::Code::Internal, "the step failed"));
     bench.permit.send(Ok(())).unwrap();
     assert_eq!(bench.submit(2).await.unwrap(), Ok(2.0));
     bench.permit.send(Err("CUDA error: an illegal memory access was encountered")).unwrap();

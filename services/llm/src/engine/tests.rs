@@ -312,6 +312,8 @@ async fn a_step_that_fails_fails_its_requests_and_the_engine_goes_on() {
     let beyond_vocabulary = written(&[1, 99_999]);
     let failed = collect(running.submit(beyond_vocabulary, endless(5))).await.unwrap_err();
     assert_eq!(failed, EngineError::StepFailed);
+    let status = tonic::Status::from(failed);
+    assert_eq!((status.code(), status.message()), (tonic::Code::Internal, "the step failed"));
     assert_eq!(running.answer(written(&[1, 5]), endless(5)).await.generated_tokens, 5);
     running.runs(0).await;
     assert_eq!(running.metrics.kv_reserved.get(), 0);
