@@ -82,7 +82,7 @@ impl LayerKv {
     /// Writes k and v, [heads, rows, head_width], after `start` entries; all entries so far, each
     /// [1, heads, entries, head_width].
     pub fn append(&self, start: i64, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
-        let rows = k.size()[1];
+        let (_, rows, _) = k.size3().expect("k has three dimensions");
         let write = |buffer: &Tensor, new: &Tensor| {
             buffer.narrow(1, start, rows).copy_(new);
             buffer.narrow(1, 0, start + rows).unsqueeze(0)

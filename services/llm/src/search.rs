@@ -10,6 +10,7 @@
 
 mod beam;
 mod processors;
+mod step;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use rand_chacha::ChaCha12Rng;
 
 use beam::BeamSearch;
 pub use processors::{Processors, Warpers};
+pub use step::{Next, Row, Step};
 
 /// How a text is generated; [`crate::service`] keeps every value within its limits.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,31 +53,6 @@ impl TextParameters {
 pub struct TextIds {
     pub begin: u32,
     pub end: u32,
-}
-
-/// A row to compute next: `token` continues row `parent` of the step before (of the prompt, at first).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row {
-    pub parent: usize,
-    pub token: u32,
-}
-
-/// What a step of a search came to.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// Ids that are certain now, an end of text included: one each step, or a beam search's whole answer at its end.
-    pub ids: Vec<u32>,
-    pub next: Next,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum Next {
-    Rows(Vec<Row>),
-    /// `complete`: the text ended by itself rather than at `max_new_tokens`. `score` is a beam search's.
-    End {
-        complete: bool,
-        score: Option<f64>,
-    },
 }
 
 /// The state of one text that is being generated.

@@ -93,7 +93,8 @@ fn embedded(model: &Llama, inputs: &[StepInput<'_>]) -> Tensor {
     for input in inputs {
         for placed in &input.embeddings {
             let start = (first + placed.first) as i64;
-            rows.extend(start..start + placed.embeddings.size()[0]);
+            let (length, _) = placed.embeddings.size2().expect("embeddings have two dimensions");
+            rows.extend(start..start + length);
             embeddings.push(&placed.embeddings);
         }
         first += input.ids.len();

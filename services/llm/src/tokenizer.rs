@@ -137,19 +137,6 @@ impl Tokenizer {
         positions.saturating_mul(self.model.longest_piece().max(self.longest_special))
     }
 
-    /// The text of ids; ids that the vocabulary does not have are passed over. Without special tokens, the text
-    /// around them is decoded as if they had never been there. With them, spaces surround most of them, though not
-    /// evenly: this is what upstream returns.
-    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        let mut state = decode::State::new(skip_special);
-        let mut text = String::new();
-        for &id in ids {
-            state.push(self, id, &mut text);
-        }
-        state.finish(&mut text);
-        text
-    }
-
     /// Rows of the embedding table: the model file's pieces and the appended special tokens.
     pub fn vocab_size(&self) -> usize {
         self.model.len() + self.appended.len()

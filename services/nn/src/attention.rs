@@ -10,7 +10,8 @@ use tch::{Device, Kind, Tensor};
 /// `causal`: query i sees keys 0..=i. The mask is aligned at the top left, so it is meant for equal lengths; a
 /// later chunk of a prompt needs the earlier keys too and is attended without it.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tensor {
-    let (queries, tokens) = (q.size()[2], k.size()[2]);
+    let (_, _, queries, _) = q.size4().expect("q has four dimensions");
+    let (_, _, tokens, _) = k.size4().expect("k has four dimensions");
     debug_assert!(!causal || queries == tokens, "a causal mask is aligned at the top left");
     if queries > 1 && queries * tokens <= WRITTEN_OUT_MAX && computes_narrow_on_cpu(q) {
         return attend_written_out(q, k, v, causal);
@@ -36,7 +37,7 @@ const WRITTEN_OUT_MAX: i64 = 256 * 256;
 /// where heads are small. Here the products of all heads are two calls.
 fn attend_written_out(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tensor {
     let (batch, heads, queries, head_width) = q.size4().expect("q has four dimensions");
-    let tokens = k.size()[2];
+    let (_, _, tokens, _) = k.size4().expect("k has four dimensions");
     // [batch, heads, rows, head_width] -> [(batch heads), rows, head_width]
     let [q, k, v] = [q, k, v].map(|x| x.flatten(0, 1));
     let mut unseen = Tensor::zeros([queries, tokens], (q.kind(), q.device()));

@@ -47,8 +47,21 @@ struct Ledger {
     started: Instant,
 }
 
+impl ModelDir {
+    /// Returns the ledger that a part is built from on a device, computing in `kind`; see [`Weights`].
+    pub fn weights(self: &Rc<Self>, part: Part, device: Device, kind: Kind) -> Weights {
+        Weights::new(self.clone(), part, device, kind)
+    }
+
+    /// Returns the ledger of [`Self::weights`], with which every tensor is registered in `variables` under its native
+    /// name: what is built can be trained, and what is saved is a native checkpoint.
+    pub fn trainable(self: &Rc<Self>, part: Part, variables: &Rc<VarStore>, kind: Kind) -> Weights {
+        self.weights(part, variables.device(), kind).registered_in(variables.clone())
+    }
+}
+
 impl Weights {
-    pub(crate) fn new(dir: Rc<ModelDir>, part: Part, device: Device, kind: Kind) -> Self {
+    fn new(dir: Rc<ModelDir>, part: Part, device: Device, kind: Kind) -> Self {
         // On CUDA a part may be spread over several devices: only `ModelDir::prepare` knows them.
         let kept = dir.reading() == Reading::Values;
         let unchecked = dir.expect(part, kind) && device == Device::Cpu && kept;
@@ -68,7 +81,7 @@ impl Weights {
     }
 
     /// The same place; its tensors become trainable variables.
-    pub(crate) fn registered_in(self, variables: Rc<VarStore>) -> Self {
+    fn registered_in(self, variables: Rc<VarStore>) -> Self {
         Self { variables: Some(variables), ..self }
     }
 

@@ -1,7 +1,7 @@
 //! Windows and OS/2 bitmaps by Pillow's rules: which bit fields are known, how 5- and 6-bit channels widen, what a run
 //! that overflows its row does, and that a fourth byte is never alpha enough to matter.
 
-use super::decode::{ImageError, ImageLimits, Rgb, colour_of, samples, undecodable};
+use super::pixels::{ImageError, ImageLimits, Rgb, colour_of, samples, undecodable};
 
 const FILE_HEADER: usize = 14;
 

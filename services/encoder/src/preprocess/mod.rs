@@ -6,18 +6,20 @@
 //! |---|---|
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
 //! | [`bmp`] | the one format that is decoded here rather than by a crate |
+//! | [`pixels`] | what the formats share: pixels, limits, errors |
 //! | [`pool`] | the threads that do it |
 //! | [`resize`] | Pillow's antialiased bicubic in 8-bit fixed point |
 
 pub mod bmp;
 pub mod decode;
+pub mod pixels;
 pub mod pool;
 pub mod resize;
 
 #[cfg(test)]
 mod tests;
 
-use decode::{ImageError, ImageLimits, Rgb};
+use pixels::{ImageError, ImageLimits, Rgb};
 
 /// Names everything in this module that changes values; part of every cache key, so it grows with any change.
 pub const PREPROCESSING_VERSION: u32 = 1;

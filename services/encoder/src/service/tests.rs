@@ -192,9 +192,9 @@ async fn a_deadline_and_a_dropped_stream_end_the_call() {
     assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
 
     // A call ends for the server when its caller drops both directions; it must not hold the end of the service up.
-    let (requests, queued) = futures::channel::mpsc::unbounded();
+    let (mut requests, queued) = futures::channel::mpsc::channel(200);
     let mut answers = client.encode(queued).await.unwrap().into_inner();
-    (0..200).for_each(|id| requests.unbounded_send(mean_colour(id, 4)).unwrap());
+    (0..200).for_each(|id| requests.try_send(mean_colour(id, 4)).unwrap());
     answers.message().await.unwrap().unwrap();
     drop((answers, requests));
     running.assert_healthy().await;

@@ -7,6 +7,21 @@ use super::{
     model::{Kind, Piece, SPACE},
 };
 
+impl Tokenizer {
+    /// Returns the text of ids; ids that the vocabulary does not have are passed over. Without special tokens, the text
+    /// around them is decoded as if they had never been there. With them, spaces surround most of them, though not
+    /// evenly: this is what upstream returns.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut state = State::new(skip_special);
+        let mut text = String::new();
+        for &id in ids {
+            state.push(self, id, &mut text);
+        }
+        state.finish(&mut text);
+        text
+    }
+}
+
 /// Turns ids into text as they come. What `push` and `finish` return, joined, is exactly what [`Tokenizer::decode`]
 /// gives for all the ids.
 ///
@@ -39,7 +54,7 @@ impl Detokenizer {
 }
 
 /// Between two ids of a text.
-pub(super) struct State {
+struct State {
     skip_special: bool,
     segment: Segment,
     /// Text of the segment, where special tokens are kept.
@@ -52,7 +67,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(skip_special: bool) -> Self {
+    fn new(skip_special: bool) -> Self {
         Self {
             skip_special,
             segment: Segment::default(),
@@ -63,7 +78,7 @@ impl State {
         }
     }
 
-    pub(super) fn push(&mut self, tokenizer: &Tokenizer, id: u32, out: &mut String) {
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, out: &mut String) {
         match tokenizer.meaning(id) {
             Meaning::Piece(piece) if self.skip_special => self.segment.push(piece, out),
             Meaning::Piece(piece) => {
@@ -93,7 +108,7 @@ impl State {
         }
     }
 
-    pub(super) fn finish(mut self, out: &mut String) {
+    fn finish(mut self, out: &mut String) {
         if self.skip_special {
             self.segment.flush(out);
         } else {

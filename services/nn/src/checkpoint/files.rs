@@ -13,7 +13,7 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{CheckpointError, layout, names::is_known_extra};
+use super::{error::CheckpointError, json::read_json, names::is_known_extra};
 
 /// Largest index that is read; Emu2's has 129 kB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -92,7 +92,7 @@ impl Index {
             weight_map: BTreeMap<String, String>,
         }
         let wrong = |reason: String| CheckpointError::Index { path: path.clone(), problems: vec![reason] };
-        let value = layout::read_json(&path, MAX_INDEX_BYTES)?;
+        let value = read_json(&path, MAX_INDEX_BYTES)?;
         let File { weight_map } = File::deserialize(&value).map_err(|error| wrong(error.to_string()))?;
         // A name that leads out of the folder would have any file of the host read.
         let leads_out = |name: &&String| Path::new(name).file_name().is_none_or(|file| file != name.as_str());

@@ -9,13 +9,13 @@
 //! Sections: `name`, `instruct`, `vision`, `llama`, `unet`, `vae`, `scheduler`.
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
 };
 
 use serde_json::{Map, Value, json};
 
-use super::{CheckpointError, files::file_names};
+use super::{error::CheckpointError, files::file_names, json::read_json};
 
 /// Largest configuration that is read; published ones have a few kilobytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -210,14 +210,4 @@ fn read_object(path: &Path) -> Result<Map<String, Value>, CheckpointError> {
         Value::Object(object) => Ok(object),
         _ => Err(CheckpointError::Config { path: path.to_owned(), reason: "not an object".to_owned() }),
     }
-}
-
-pub(super) fn read_json(path: &Path, limit: u64) -> Result<Value, CheckpointError> {
-    let io = |source| CheckpointError::Io { path: path.to_owned(), source };
-    let bad = |reason| CheckpointError::Config { path: path.to_owned(), reason };
-    let bytes = fs::metadata(path).map_err(io)?.len();
-    if bytes > limit {
-        return Err(bad(format!("must be at most {limit} bytes, got {bytes}")));
-    }
-    serde_json::from_slice(&fs::read(path).map_err(io)?).map_err(|error| bad(error.to_string()))
 }

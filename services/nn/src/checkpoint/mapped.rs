@@ -8,7 +8,7 @@ use std::{fs::File, ops::Range, os::unix::fs::MetadataExt, path::Path};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
 
-use super::CheckpointError;
+use super::error::CheckpointError;
 
 /// Largest header of a weights file; the published single-file checkpoint's has a few hundred kilobytes.
 const MAX_HEADER_BYTES: usize = 64 << 20;

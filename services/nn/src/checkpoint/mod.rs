@@ -7,6 +7,8 @@
 //! | `files` | which files are the model's weights: indexes and variants |
 //! | `folder` | opens them all |
 //! | `compare` | whether two hold the same weights |
+//! | `error` | why a model cannot be served |
+//! | `json` | a configuration's file of bounded size |
 //! | `mapped` | a memory-mapped weights file |
 //! | `progress` | how far loading is |
 //!
@@ -25,17 +27,18 @@ use std::{
 
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
-use tch::{Device, Kind, nn::VarStore};
+use tch::{Device, Kind};
 
 use crate::{
-    device::{self, NoRoom},
+    device,
     random::{self, Random, Spec},
-    weights::Weights,
 };
 
 mod compare;
+mod error;
 mod files;
 mod folder;
+mod json;
 mod layout;
 mod mapped;
 mod names;
@@ -43,6 +46,7 @@ mod progress;
 #[cfg(test)]
 mod tests;
 
+pub use error::CheckpointError;
 pub use layout::Layout;
 pub(crate) use mapped::{Entry, Files};
 pub use names::{Part, canonical};
@@ -52,42 +56,6 @@ pub use progress::Progress;
 const MAX_TOKENIZER_BYTES: u64 = 16 << 20;
 /// Largest added_tokens.json that is read; Emu2's has some 300 tokens.
 const MAX_ADDED_TOKENS_BYTES: u64 = 1 << 20;
-
-/// Why a model cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
-    #[error("{path}: not a model's configuration: {reason}")]
-    Config { path: PathBuf, reason: String },
-    #[error("{path}: not a safetensors file: {reason}")]
-    Weights { path: PathBuf, reason: String },
-    #[error("{0}: not a model folder: no config.json, no model_index.json, no *.safetensors")]
-    NotAModel(PathBuf),
-    #[error("{0}: holds no *.safetensors")]
-    NoWeights(PathBuf),
-    /// Reading them would run whatever code they hold.
-    #[error("{path}: pickled weights are not served: `emu2 convert` makes safetensors of them")]
-    Pickled { path: PathBuf },
-    #[error("{path}: not Emu2: it looks like {family}")]
-    Foreign { path: PathBuf, family: String },
-    #[error("{path} does not fit its files: {}", .problems.join("; "))]
-    Index { path: PathBuf, problems: Vec<String> },
-    #[error("{path}: `{name}` stands in more than one file")]
-    Duplicate { path: PathBuf, name: String },
-    #[error("{path} does not fit the model: {}", .problems.join("; "))]
-    Mismatch { path: PathBuf, problems: Vec<String> },
-    /// A configuration that contradicts itself or asks for what is not built.
-    #[error("{path}: configuration: {reason}")]
-    Unsupported { path: PathBuf, reason: String },
-    #[error("{path}: {source}")]
-    NoRoom { path: PathBuf, source: NoRoom },
-    #[error("{path}: {reason}")]
-    Tokenizer { path: PathBuf, reason: String },
-    /// What stands after `random:` is not known.
-    #[error("{path}: {reason}")]
-    Random { path: PathBuf, reason: String },
-}
 
 /// How much of the weights those see who build a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -245,7 +213,7 @@ impl ModelDir {
         if !path.exists() {
             return Ok(None);
         }
-        let tokens = BTreeMap::deserialize(layout::read_json(&path, MAX_ADDED_TOKENS_BYTES)?);
+        let tokens = BTreeMap::deserialize(json::read_json(&path, MAX_ADDED_TOKENS_BYTES)?);
         tokens.map(Some).map_err(|error| CheckpointError::Tokenizer { path, reason: error.to_string() })
     }
 
@@ -312,17 +280,6 @@ impl ModelDir {
             self.expect(part, kind);
         }
         Ok(())
-    }
-
-    /// The ledger that a model is built from; see [`Weights`].
-    pub fn weights(self: &Rc<Self>, part: Part, device: Device, kind: Kind) -> Weights {
-        Weights::new(self.clone(), part, device, kind)
-    }
-
-    /// As [`Self::weights`], and every tensor is registered in `variables` under its native name: what is built can
-    /// be trained, and what is saved is a native checkpoint.
-    pub fn trainable(self: &Rc<Self>, part: Part, variables: &Rc<VarStore>, kind: Kind) -> Weights {
-        self.weights(part, variables.device(), kind).registered_in(variables.clone())
     }
 
     pub(crate) fn reading(&self) -> Reading {

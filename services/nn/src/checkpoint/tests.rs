@@ -7,6 +7,8 @@ use serde_json::json;
 use tch::{Device, Kind};
 use tempfile::TempDir;
 
+use tch::nn::VarStore;
+
 use super::*;
 
 fn folder(files: &[(&str, &str)]) -> TempDir {

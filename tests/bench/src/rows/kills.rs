@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{Measured, Setup, differences, digests};
+use super::setup::{Measured, Setup, differences, digests};
 use crate::{
     cluster::{Cluster, Stage},
     figures::{Bar, Figure, percentile_ms},

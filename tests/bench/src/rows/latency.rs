@@ -14,7 +14,7 @@ use emu2_proto::stage::{EncodeRequest, encode_request::Source, visual_encoder_cl
 use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::Cluster,
     figures::{Bar, Figure, percentile_ms},

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::{Cluster, Stage},
     figures::{Bar, Figure, percentile_ms},

@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use super::{Measured, Setup, kills::p99};
+use super::{
+    kills::p99,
+    setup::{Measured, Setup},
+};
 use crate::{
     cluster::{Cluster, Redis, Stage},
     figures::{Bar, Figure},

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::{Cluster, NO_CACHE, Stage},
     figures::{Bar, Figure, percentile_ms},

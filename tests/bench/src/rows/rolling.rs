@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::{Measured, Setup, differences, digests, kills::mixed_plan, kills::p99};
+use super::{
+    kills::mixed_plan,
+    kills::p99,
+    setup::{Measured, Setup, differences, digests},
+};
 use crate::{
     cluster::Cluster,
     figures::{Bar, Figure},

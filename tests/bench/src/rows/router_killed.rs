@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tonic::Code;
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::Cluster,
     figures::{Bar, Figure},

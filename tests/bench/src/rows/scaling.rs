@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use emu2_proto::v1::{ImageOutput, generate_request::Output};
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::{Cluster, Stage},
     figures::{Bar, Figure},

@@ -1,6 +1,6 @@
 //! Ten routers on one Redis, a hundred requests each at once for one new image: one encode.
 
-use super::{Measured, Setup};
+use super::setup::{Measured, Setup};
 use crate::{
     cluster::{Cluster, Redis, Stage},
     figures::{Bar, Figure},

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use futures::future::try_join_all;
 
 use super::{
-    Measured, Setup,
     latency::{encode, encoder},
+    setup::{Measured, Setup},
 };
 use crate::{
     cluster::Cluster,

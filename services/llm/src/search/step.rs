@@ -1,0 +1,33 @@
+//! What one step of a search answers: ids that are certain, and the rows to compute next.
+
+/// A row to compute next: `token` continues row `parent` of the step before (of the prompt, at first).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The index of the row that is continued.
+    pub parent: usize,
+    /// The id that continues it.
+    pub token: u32,
+}
+
+/// What a step of a search came to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Ids that are certain now, an end of text included: one each step, or a beam search's whole answer at its end.
+    pub ids: Vec<u32>,
+    /// How the search goes on.
+    pub next: Next,
+}
+
+/// How a search goes on after a step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// The rows to compute next.
+    Rows(Vec<Row>),
+    /// The text is over.
+    End {
+        /// Whether the text ended by itself rather than at `max_new_tokens`.
+        complete: bool,
+        /// The score of the chosen hypothesis, where the search was one over beams.
+        score: Option<f64>,
+    },
+}
