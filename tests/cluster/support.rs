@@ -33,7 +33,7 @@ pub(crate) struct Shared {
 pub(crate) fn shared() -> &'static Shared {
     static SHARED: OnceLock<Shared> = OnceLock::new();
     SHARED.get_or_init(|| {
-        let (ready, started) = mpsc::channel();
+        let (ready, started) = mpsc::sync_channel(1);
         // A thread of its own: a test's runtime ends with the test.
         std::thread::spawn(move || {
             let runtime =

@@ -255,7 +255,7 @@ pub(crate) struct Exported {
 pub(crate) fn exported() -> &'static Exported {
     static EXPORTED: OnceLock<Exported> = OnceLock::new();
     EXPORTED.get_or_init(|| {
-        let (started, telemetry) = std::sync::mpsc::channel();
+        let (started, telemetry) = std::sync::mpsc::sync_channel(1);
         let spans = Arc::new(Mutex::new(Vec::new()));
         let collected = Arc::clone(&spans);
         std::thread::spawn(move || {

@@ -182,7 +182,7 @@ impl Drop for Telemetry {
         let Some(provider) = self.provider.take() else { return };
         // On a thread of its own, because the export runs on a runtime that the current thread may be driving; and
         // not waited for beyond the limit.
-        let (done, finished) = mpsc::channel();
+        let (done, finished) = mpsc::sync_channel(1);
         let limit = Duration::from_millis(FLUSH_MS_MAX);
         std::thread::spawn(move || {
             let result = provider.shutdown_with_timeout(limit);
