@@ -55,8 +55,16 @@ fn dependencies(package: &str) -> BTreeSet<&'static str> {
 
 #[test]
 fn what_computes_nothing_builds_without_libtorch() {
-    let packages =
-        ["emu2-proto", "emu2-serve", "emu2-router", "emu2-sheet", "emu2-client", "emu2-cli", "emu2-bench"];
+    let packages = [
+        "emu2-proto",
+        "emu2-serve",
+        "emu2-router",
+        "emu2-sheet",
+        "emu2-client",
+        "emu2-cli",
+        "emu2-bench",
+        "emu2-engine",
+    ];
     for package in packages {
         let needs = dependencies(package);
         assert!(!needs.contains("tch") && !needs.contains("torch-sys"), "{package} depends on tch");
@@ -116,8 +124,11 @@ fn an_edge_never_sees_a_tensor() {
 #[test]
 fn an_engine_never_sees_a_grpc_type() {
     for file in stages().iter().flat_map(|service| layer(service, "engine")) {
+        // `stage` is also a module of emu2-engine, whose trait a stage implements: named here by its own types.
         let forbidden = ["tonic", "emu2_proto::v1", "emu2_proto::stage", "v1::", "stage::"];
-        assert_eq!(lines_with(&file, &forbidden), Vec::<String>::new());
+        let mut found = lines_with(&file, &forbidden);
+        found.retain(|line| !line.contains("stage::{Arrival"));
+        assert_eq!(found, Vec::<String>::new());
     }
 }
 

@@ -31,7 +31,10 @@ impl Shutdown {
             let name = next().await;
             tracing::warn!(signal = name, "second signal: not waiting for running requests");
             // Whoever asks a second time wants the process gone, whatever is left of it.
-            #[expect(clippy::disallowed_methods, reason = "nothing is to be waited for, destructors included")]
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "nothing is to be waited for, destructors included"
+            )]
             std::process::exit(1);
         });
         shutdown
