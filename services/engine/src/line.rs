@@ -3,11 +3,11 @@
 
 use std::collections::VecDeque;
 
-use emu2_serve::priority::{Priority, Standing};
+use emu2_serve::priority::{Priority, QueuePosition};
 
 /// A line of items, the next one first.
 #[derive(Debug)]
-pub struct Line<T>(VecDeque<(Standing, T)>);
+pub struct Line<T>(VecDeque<(QueuePosition, T)>);
 
 impl<T> Default for Line<T> {
     fn default() -> Self {
@@ -24,7 +24,7 @@ impl<T> Line<T> {
     /// Puts `item` into the line, as [`push`](Self::push) does, where only those that `waits_alike` holds for give way:
     /// the others wait for something else, or have begun already.
     pub fn push_among(&mut self, priority: Priority, item: T, waits_alike: impl Fn(&T) -> bool) {
-        let newcomer = Standing::new(priority);
+        let newcomer = QueuePosition::new(priority);
         let mut places = Vec::new();
         let waiting = self.0.iter_mut().enumerate().rev().filter(|(_, (_, other))| waits_alike(other));
         let passed = newcomer.overtakes(waiting.map(|(place, (standing, _))| {

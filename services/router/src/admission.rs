@@ -33,7 +33,7 @@ use std::{
 
 use emu2_proto::v1::{GenerateEvent, generate_event::Event};
 use emu2_serve::{
-    admission::Holding,
+    admission::MemoryReservation,
     deadline::Deadline,
     priority::Priority,
     status::{self, Violation},
@@ -69,7 +69,7 @@ pub(crate) struct Caller {
     pub(crate) tenant: Tenant,
     pub(crate) priority: Priority,
     pub(crate) deadline: Deadline,
-    pub(crate) holding: Holding,
+    pub(crate) holding: MemoryReservation,
 }
 
 /// A permit; given back when dropped.

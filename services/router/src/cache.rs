@@ -19,10 +19,10 @@ use tracing::Instrument;
 use self::{
     flights::Flights,
     memory::Memory,
-    redis::{Claim, Lease, Patience, Redis},
+    redis::{Claim, Lease, Redis, TimeoutLatch},
 };
 pub(crate) use self::{
-    key::{Fields, Key, Kind, Recipe},
+    key::{Key, Kind, Recipe},
     redis::Address,
     value::{Value, decode, encode, is_whole},
 };
@@ -48,7 +48,7 @@ pub(crate) struct Cache {
     levels: Arc<Levels>,
     flights: Arc<Flights<Result<Found, Stop>>>,
     metrics: Metrics,
-    patience: Patience,
+    timed_out: TimeoutLatch,
 }
 
 struct Levels {
@@ -67,12 +67,12 @@ impl Cache {
         let redis = Redis::open(config, max_value_bytes)?;
         let memory = Memory::new(config.memory_bytes, Duration::from_secs(config.ttl_seconds));
         let levels = Arc::new(Levels { memory, redis });
-        Ok(Self { levels, flights: Arc::new(Flights::new()), metrics, patience: Patience::default() })
+        Ok(Self { levels, flights: Arc::new(Flights::new()), metrics, timed_out: TimeoutLatch::default() })
     }
 
     /// The same cache for another request, with a patience of its own.
     pub(crate) fn for_request(&self) -> Self {
-        Self { patience: Patience::default(), ..self.clone() }
+        Self { timed_out: TimeoutLatch::default(), ..self.clone() }
     }
 
     /// The value of `key`, computed by `compute` if nobody has it and nobody is at it.
@@ -83,8 +83,8 @@ impl Cache {
         let found = match self.levels.memory.get(&key) {
             Some(tensor) => Ok(Found { tensor, outcome: Outcome::L1Hit }),
             None => {
-                let (levels, patience) = (Arc::clone(&self.levels), self.patience.clone());
-                let start = || levels.obtain(key, patience, compute()).in_current_span().boxed();
+                let (levels, timed_out) = (Arc::clone(&self.levels), self.timed_out.clone());
+                let start = || levels.obtain(key, timed_out, compute()).in_current_span().boxed();
                 let (flight, joined) = self.flights.join(key, start);
                 let found = flight.await;
                 if joined { found.map(|found| Found { outcome: Outcome::Waited, ..found }) } else { found }
@@ -104,7 +104,7 @@ impl Cache {
             return Ok(Found { tensor, outcome: Outcome::L1Hit });
         }
         let redis = redis.as_ref().ok_or(Outcome::Miss)?;
-        let tensor = redis.read(&key, &self.patience).await?;
+        let tensor = redis.read(&key, &self.timed_out).await?;
         memory.put(key, tensor.clone());
         Ok(Found { tensor, outcome: Outcome::L2Hit })
     }
@@ -126,7 +126,7 @@ impl Levels {
     async fn obtain(
         self: Arc<Self>,
         key: Key,
-        patience: Patience,
+        timed_out: TimeoutLatch,
         compute: BoxFuture<'static, Computed>,
     ) -> Result<Found, Stop> {
         // An earlier flight may have landed between this request's look at the memory and its joining.
@@ -135,7 +135,7 @@ impl Levels {
         }
         let claim = match &self.redis {
             None => Claim::Alone(Outcome::Miss),
-            Some(redis) => redis.claim(&key, &patience).await,
+            Some(redis) => redis.claim(&key, &timed_out).await,
         };
         let (lease, outcome) = match claim {
             Claim::Found(Value::Tensor(tensor), outcome) => {
@@ -153,7 +153,7 @@ impl Levels {
         self.keep(key, lease, &computed);
         let (actual, tensor) = computed?;
         // The weights changed under the request: the value is good, but not what was asked for.
-        if actual == key { Ok(Found { tensor, outcome }) } else { Err(Stop::Rolled) }
+        if actual == key { Ok(Found { tensor, outcome }) } else { Err(Stop::WeightsChanged) }
     }
 
     fn keep(&self, key: Key, lease: Option<Lease>, computed: &Computed) {

@@ -13,14 +13,15 @@ use emu2_proto::{
     },
     v1,
 };
-use emu2_serve::{admission::Holding, deadline::Deadline, priority::Priority, status, tenant::Tenant};
+use emu2_serve::{
+    admission::MemoryReservation, deadline::Deadline, priority::Priority, status, tenant::Tenant,
+};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use tonic::Status;
 use tracing::{Instrument, Span};
 
 use crate::{
     admission::Backlogs,
-    attempts::{Session, Way},
     cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
     drawing,
     error::{self, Stop},
@@ -29,6 +30,7 @@ use crate::{
     pool::{Pool, Stage},
     regressed::SentPrompt,
     request::{Picture, Subject},
+    stage_call::{Route, Session},
     stages::{self, LlmCall},
 };
 
@@ -45,7 +47,7 @@ pub(crate) struct Embeddings {
     pub(crate) metrics: Metrics,
     pub(crate) backlogs: Backlogs,
     /// Of the request: a prompt's embeddings are up to 14 MB in float32, the 2,048 positions of its context.
-    pub(crate) holding: Holding,
+    pub(crate) holding: MemoryReservation,
     /// What shared work may take: it has no caller whose deadline it could go by.
     pub(crate) shared_work: Duration,
 }
@@ -125,7 +127,7 @@ impl Embeddings {
 
     /// For work that others may wait for: it outlives the request, and what that holds is given back without it.
     fn shared(&self) -> Self {
-        Self { holding: Holding::default(), ..self.clone() }
+        Self { holding: MemoryReservation::default(), ..self.clone() }
     }
 
     async fn encoded(
@@ -162,8 +164,8 @@ impl Embeddings {
         let n_query = request.n_query;
         let work = self.backlogs.encode()?;
         let deadline = Deadline::after(self.shared_work);
-        let way = self.way(&self.model.encoder, &encoder.weights_digest, deadline, None);
-        let encoding = stages::encode(request, way);
+        let route = self.route(&self.model.encoder, &encoder.weights_digest, deadline, None);
+        let encoding = stages::encode(request, route);
         let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
         work.finish();
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
@@ -209,8 +211,8 @@ impl Embeddings {
             resume: None,
         };
         let call = LlmCall::new(start, &llm.weights_digest);
-        let way = self.way(&self.model.llm, &llm.weights_digest, deadline, None);
-        let (_, mut session) = Session::new(call, way);
+        let route = self.route(&self.model.llm, &llm.weights_digest, deadline, None);
+        let (_, mut session) = Session::new(call, route);
         while !matches!(session.next().await?.event, Some(Event::Finished(_))) {}
         let (call, lease) = session.into_parts();
         let (accepted, regressed) = call.regressed(llm.n_query)?;
@@ -224,15 +226,15 @@ impl Embeddings {
     }
 
     /// A call's way for this request; `hint`: of calls that share a beginning.
-    pub(crate) fn way<S: Stage>(
+    pub(crate) fn route<S: Stage>(
         &self,
         pool: &Arc<Pool<S>>,
         digest: &str,
         deadline: Deadline,
         hint: Option<u64>,
-    ) -> Way<S> {
+    ) -> Route<S> {
         let (pool, digest) = (Arc::clone(pool), digest.to_owned());
-        Way { pool, digest, hint, deadline, priority: self.priority, metrics: self.metrics.clone() }
+        Route { pool, digest, hint, deadline, priority: self.priority, metrics: self.metrics.clone() }
     }
 }
 

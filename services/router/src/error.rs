@@ -8,7 +8,7 @@ use tonic_types::StatusExt;
 #[derive(Clone, Debug)]
 pub(crate) enum Stop {
     /// A stage answered with other weights than the request began with.
-    Rolled,
+    WeightsChanged,
     /// Nobody listens any more.
     Left,
     Failed(Status),
@@ -29,7 +29,7 @@ impl From<emu2_serve::stream::Closed> for Stop {
 impl From<Stop> for Status {
     fn from(stop: Stop) -> Self {
         match stop {
-            Stop::Rolled => status::unavailable("the model's weights are being replaced: ask again"),
+            Stop::WeightsChanged => status::unavailable("the model's weights are being replaced: ask again"),
             Stop::Left => status::cancelled(),
             Stop::Failed(status) => status,
         }
@@ -101,7 +101,7 @@ pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Op
 pub(crate) fn in_public_terms(stage: &str, stop: Stop, public: impl Fn(&str) -> Option<String>) -> Stop {
     match stop {
         Stop::Failed(status) => Stop::Failed(of_stage(stage, &status, public)),
-        Stop::Rolled | Stop::Left => stop,
+        Stop::WeightsChanged | Stop::Left => stop,
     }
 }
 

@@ -12,8 +12,9 @@
 //! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
 //! | `regressed` | what the llm regressed for the same prompt before |
 //! | `cache` | memory, Redis, one flight per key here and one lease per key among routers |
+//! | `field_hasher` | several fields as one hash, for keys and hints |
 //! | `model`, `pool` | a model's stages, and the replicas of each |
-//! | `stages`, `attempts`, `rows` | the calls to the stages, and how they outlive a replica |
+//! | `stages`, `stage_call`, `rows` | the calls to the stages, and how they outlive a replica |
 //! | [`drawing`] | a box as the picture that upstream draws of it |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
@@ -27,10 +28,10 @@ pub mod drawing;
 pub mod fuzz;
 
 mod admission;
-mod attempts;
 mod cache;
 mod embeddings;
 mod error;
+mod field_hasher;
 mod metrics;
 mod model;
 mod pipeline;
@@ -40,6 +41,7 @@ mod report;
 mod request;
 mod rows;
 mod service;
+mod stage_call;
 mod stages;
 #[cfg(test)]
 mod tests;

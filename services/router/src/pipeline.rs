@@ -1,7 +1,7 @@
 //! One request through its stages, top to bottom: embeddings of its pictures (side by side) → llm → decoder. Every
 //! stage is opened at once and fed as things become ready: the llm prefills what has arrived while later pictures
 //! are still being encoded, and the decoder takes rows as the llm regresses them. A stage whose replica is lost goes
-//! on elsewhere (`attempts`), which nothing here sees.
+//! on elsewhere (`stage_call`), which nothing here sees.
 //!
 //! All of it is one future: when nobody listens any more it is dropped, and every stage's stream with it.
 
@@ -28,7 +28,6 @@ use tonic::Status;
 use tracing::{Instrument, info_span};
 
 use crate::{
-    attempts::Session,
     cache::Found,
     embeddings::{Embeddings, Sought},
     error::{self, Stop},
@@ -36,6 +35,7 @@ use crate::{
     regressed::SentPrompt,
     report::Report,
     request::{Generation, Task, effective_text},
+    stage_call::Session,
     stages::{self, DecodeCall, LlmCall},
 };
 
@@ -83,14 +83,14 @@ impl Job {
         for _ in 0..MAX_BEGINNINGS {
             match Box::pin(self.attempt(client)).await {
                 // Nothing that the client saw depends on the old weights.
-                Err(Stop::Rolled) if !client.sees_progress.load(Ordering::Relaxed) => {
+                Err(Stop::WeightsChanged) if !client.sees_progress.load(Ordering::Relaxed) => {
                     let paints = !matches!(self.generation.task, Task::Write { .. });
                     self.embeddings.profile = self.embeddings.model.profile(paints)?;
                 }
                 outcome => return outcome,
             }
         }
-        Err(Stop::Rolled)
+        Err(Stop::WeightsChanged)
     }
 
     async fn attempt(&self, client: &Client) -> Result<(), Stop> {
@@ -227,8 +227,8 @@ impl Job {
         let call = LlmCall::new(start, &self.embeddings.profile.llm.weights_digest);
         let Embeddings { model, profile, .. } = &self.embeddings;
         let hint = Some(self.generation.beginning());
-        let way = self.embeddings.way(&model.llm, &profile.llm.weights_digest, self.deadline, hint);
-        Session::new(call, way)
+        let route = self.embeddings.route(&model.llm, &profile.llm.weights_digest, self.deadline, hint);
+        Session::new(call, route)
     }
 
     /// Where the picture's conditions go, and what comes of them.
@@ -237,8 +237,8 @@ impl Job {
         let (Some(pool), Some(info)) = (&model.decoder, &profile.decoder) else {
             return Err(status::internal("an image was asked of a model without a decoder").into());
         };
-        let way = self.embeddings.way(pool, &info.weights_digest, self.deadline, None);
-        Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), way))
+        let route = self.embeddings.route(pool, &info.weights_digest, self.deadline, None);
+        Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), route))
     }
 
     /// Sends every picture's embeddings to its slot as soon as they are there. `sought`: by slot, what the cache was

@@ -18,7 +18,6 @@ mod tests;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
 };
@@ -34,7 +33,7 @@ use self::{
     replica::Replica,
     retries::Retries,
 };
-use crate::config::PoolConfig;
+use crate::{config::PoolConfig, field_hasher::FieldHasher};
 
 /// How much busier than the average the replica that a hint names may be: keeping keys and values warm saves a
 /// prefill, which a queue soon costs.
@@ -84,7 +83,7 @@ pub(crate) struct Wanted<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NoReplica {
     /// No replica has these weights any more, but there are others.
-    Rolled,
+    WeightsChanged,
     /// None that has these weights is left that the call has not tried, but others answer.
     Rolling,
     /// None is left that the call has not tried.
@@ -179,7 +178,7 @@ impl<S: Stage> Pool<S> {
             replicas.into_iter().partition(|replica| has_weights(replica) == Some(true));
         let rolls = others.iter().any(|replica| replica.answers());
         if fitting.is_empty() && rolls {
-            return Err(NoReplica::Rolled);
+            return Err(NoReplica::WeightsChanged);
         }
         fitting.retain(|replica| !wanted.avoid.contains(&replica.endpoint));
         let none = if rolls { NoReplica::Rolling } else { NoReplica::Gone };
@@ -208,9 +207,10 @@ fn choose<S: Stage>(fitting: &[Arc<Replica<S>>], hint: Option<u64>) -> Option<Ar
 /// By rendezvous hashing, so that a replica that comes or goes moves only its own share of the hints.
 fn hinted<'a, S: Stage>(candidates: &[&'a Arc<Replica<S>>], hint: u64) -> Option<&'a Arc<Replica<S>>> {
     let score = |replica: &Arc<Replica<S>>| {
-        let mut hasher = DefaultHasher::new();
-        (hint, &replica.endpoint).hash(&mut hasher);
-        hasher.finish()
+        let mut hasher = FieldHasher::default();
+        hasher.push(&hint.to_le_bytes());
+        hasher.push(replica.endpoint.as_bytes());
+        hasher.hint()
     };
     let named = candidates.iter().copied().max_by_key(|replica| score(replica))?;
     let total: usize = candidates.iter().map(|replica| replica.outstanding()).sum();

@@ -11,8 +11,9 @@ use emu2_proto::{
 };
 
 use crate::{
-    cache::{Fields, Found, Key, Kind, Recipe},
+    cache::{Found, Key, Kind, Recipe},
     embeddings::Embeddings,
+    field_hasher::FieldHasher,
 };
 
 /// A prompt as the llm gets it.
@@ -72,7 +73,7 @@ impl Embeddings {
 
 /// Everything of a prompt that its embeddings depend on, in order: text, values of boxes, digests of slots.
 fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> [u8; blake3::OUT_LEN] {
-    let mut fields = Fields::default();
+    let mut fields = FieldHasher::default();
     fields.push(tokenizer_digest.as_bytes());
     let mut slots = prompt.embeddings.iter();
     match prompt.input {
@@ -99,7 +100,7 @@ fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> [u8; blake3::OUT_L
     fields.hash()
 }
 
-fn parts<'a>(prompt: &LlmPrompt, slots: &mut impl Iterator<Item = &'a v1::Tensor>, fields: &mut Fields) {
+fn parts<'a>(prompt: &LlmPrompt, slots: &mut impl Iterator<Item = &'a v1::Tensor>, fields: &mut FieldHasher) {
     for LlmPart { kind } in &prompt.parts {
         let taken = match kind {
             Some(llm_part::Kind::Text(text)) => {
@@ -134,7 +135,7 @@ fn parts<'a>(prompt: &LlmPrompt, slots: &mut impl Iterator<Item = &'a v1::Tensor
 }
 
 fn digest(embeddings: &v1::Tensor) -> [u8; blake3::OUT_LEN] {
-    let mut fields = Fields::default();
+    let mut fields = FieldHasher::default();
     fields.push(&embeddings.dtype.to_le_bytes());
     embeddings.shape.iter().for_each(|side| fields.push(&side.to_le_bytes()));
     fields.push(&embeddings.data);

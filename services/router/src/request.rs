@@ -7,8 +7,6 @@ mod checks;
 #[cfg(test)]
 mod tests;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
 use bytes::Bytes;
 use emu2_proto::{
     pooling,
@@ -25,7 +23,7 @@ use emu2_proto::{
 use emu2_serve::status::Violation;
 
 use self::checks::Checks;
-use crate::{config::LimitsConfig, model::Profile};
+use crate::{config::LimitsConfig, field_hasher::FieldHasher, model::Profile};
 
 /// Upstream's size condition of SDXL when none is given, in pixels.
 const ORIGINAL_SIDE: u32 = 1024;
@@ -73,15 +71,16 @@ impl Generation {
     /// that has read such a beginning before, not an identity. Read are a few thousand bytes at most.
     pub(crate) fn beginning(&self) -> u64 {
         const READ: usize = 4096;
-        let mut hasher = DefaultHasher::new();
+        let mut hasher = FieldHasher::default();
         if let Some(Picture { subject: Subject::Sent(data), .. }) = self.pictures.first() {
-            (data.len(), &data[..data.len().min(READ)]).hash(&mut hasher);
+            hasher.push(&(data.len() as u64).to_le_bytes());
+            hasher.push(&data[..data.len().min(READ)]);
         }
         let parts = match &self.task {
             Task::Write { input, .. } | Task::Paint { input, .. } => match input {
                 llm_start::Input::Prompt(prompt) => prompt.parts.as_slice(),
                 llm_start::Input::Chat(chat) => {
-                    chat.system_message.hash(&mut hasher);
+                    hasher.push(chat.system_message.as_deref().unwrap_or_default().as_bytes());
                     chat.turns.first().map_or(&[][..], |turn| &turn.parts)
                 }
             },
@@ -92,8 +91,8 @@ impl Generation {
             _ => None,
         });
         let text = texts.into_iter().next().unwrap_or_default();
-        text[..text.len().min(READ)].hash(&mut hasher);
-        hasher.finish()
+        hasher.push(&text[..text.len().min(READ)]);
+        hasher.hint()
     }
 }
 

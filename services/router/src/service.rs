@@ -7,7 +7,7 @@ use emu2_proto::v1::{
     emu2_server::Emu2, generate_request::Output,
 };
 use emu2_serve::{
-    admission::Holding, deadline::Deadline, priority::Priority, status, stream, tenant::Tenant,
+    admission::MemoryReservation, deadline::Deadline, priority::Priority, status, stream, tenant::Tenant,
     trace::RequestId,
 };
 use futures::{Stream, StreamExt};
@@ -120,11 +120,11 @@ impl Router {
                         cached: found.outcome.is_hit(),
                     });
                 }
-                Err(Stop::Rolled) => embeddings.profile = model.profile(false)?,
+                Err(Stop::WeightsChanged) => embeddings.profile = model.profile(false)?,
                 Err(stop) => return Err(stop.into()),
             }
         }
-        Err(Stop::Rolled.into())
+        Err(Stop::WeightsChanged.into())
     }
 }
 
@@ -167,5 +167,10 @@ impl Emu2 for Router {
 /// Who asks, with the class that it asks for.
 fn caller<T>(request: &Request<T>, priority: i32) -> Result<Caller, Status> {
     let (tenant, deadline) = (Tenant::of(request), Deadline::of(request));
-    Ok(Caller { tenant, priority: Priority::of(priority)?, deadline, holding: Holding::of(request) })
+    Ok(Caller {
+        tenant,
+        priority: Priority::of(priority)?,
+        deadline,
+        holding: MemoryReservation::of(request),
+    })
 }

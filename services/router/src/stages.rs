@@ -15,10 +15,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Channel};
 
 use crate::{
-    attempts::{Call, Session, Taken, Way},
     error::Stop,
     pool::{Lease, Stage},
     rows::Rows,
+    stage_call::{Call, Progress, Route, Session},
 };
 
 pub(crate) struct Encoder;
@@ -95,9 +95,9 @@ impl Stage for Decoder {
 /// that did it.
 pub(crate) async fn encode(
     request: EncodeRequest,
-    way: Way<Encoder>,
+    route: Route<Encoder>,
 ) -> Result<(EncodeResponse, Option<Lease<Encoder>>), Stop> {
-    let (_, mut session) = Session::new(EncodeCall(request), way);
+    let (_, mut session) = Session::new(EncodeCall(request), route);
     let answer = session.next().await?;
     Ok((answer, session.into_parts().1))
 }
@@ -121,8 +121,8 @@ impl Call for EncodeCall {
     }
 
     /// Whatever weights it names: the value is good under their name.
-    fn take(&mut self, _: &EncodeResponse) -> Result<Taken, Status> {
-        Ok(Taken::Last)
+    fn take(&mut self, _: &EncodeResponse) -> Result<Progress, Status> {
+        Ok(Progress::Last)
     }
 }
 
@@ -147,14 +147,14 @@ impl LlmCall {
         }
     }
 
-    fn accept(&mut self, accepted: &LlmAccepted) -> Taken {
+    fn accept(&mut self, accepted: &LlmAccepted) -> Progress {
         match &self.accepted {
-            _ if accepted.weights_digest != self.digest => Taken::OtherWeights,
-            Some(first) if first == accepted => Taken::Known,
-            Some(_) => Taken::OtherWeights,
+            _ if accepted.weights_digest != self.digest => Progress::OtherWeights,
+            Some(first) if first == accepted => Progress::Known,
+            Some(_) => Progress::OtherWeights,
             None => {
                 self.accepted = Some(accepted.clone());
-                Taken::New
+                Progress::New
             }
         }
     }
@@ -185,19 +185,19 @@ impl Call for LlmCall {
         client.generate(request).await
     }
 
-    fn take(&mut self, answer: &LlmEvent) -> Result<Taken, Status> {
+    fn take(&mut self, answer: &LlmEvent) -> Result<Progress, Status> {
         let event = answer.event.as_ref();
         match event.ok_or_else(|| status::internal("the llm sent an event of no kind"))? {
             llm_event::Event::Accepted(accepted) => Ok(self.accept(accepted)),
             llm_event::Event::Text(text) => {
                 self.token_ids.extend(&text.token_ids);
-                Ok(Taken::New)
+                Ok(Progress::New)
             }
             llm_event::Event::Embeddings(rows) => {
                 self.rows.push(rows)?;
-                Ok(Taken::New)
+                Ok(Progress::New)
             }
-            llm_event::Event::Finished(_) => Ok(Taken::Last),
+            llm_event::Event::Finished(_) => Ok(Progress::Last),
         }
     }
 }
@@ -232,18 +232,18 @@ impl Call for DecodeCall {
         client.decode(request).await
     }
 
-    fn take(&mut self, answer: &DecodeEvent) -> Result<Taken, Status> {
+    fn take(&mut self, answer: &DecodeEvent) -> Result<Progress, Status> {
         match &answer.event {
-            Some(decode_event::Event::Step(step)) if step.step <= self.steps_seen => Ok(Taken::Known),
+            Some(decode_event::Event::Step(step)) if step.step <= self.steps_seen => Ok(Progress::Known),
             Some(decode_event::Event::Step(step)) => {
                 self.steps_seen = step.step;
-                Ok(Taken::New)
+                Ok(Progress::New)
             }
             Some(decode_event::Event::Finished(finished)) if finished.weights_digest != self.digest => {
-                Ok(Taken::OtherWeights)
+                Ok(Progress::OtherWeights)
             }
-            Some(decode_event::Event::Finished(_)) => Ok(Taken::Last),
-            _ => Ok(Taken::New),
+            Some(decode_event::Event::Finished(_)) => Ok(Progress::Last),
+            _ => Ok(Progress::New),
         }
     }
 }

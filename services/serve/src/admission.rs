@@ -41,7 +41,7 @@ pub(crate) struct Admission {
 /// A request's part of `server.max_held_bytes`, for what is fetched for it beside its message; all of it is given back
 /// when the request is over and every clone is dropped.
 #[derive(Clone, Debug, Default)]
-pub struct Holding(Option<Arc<Held>>);
+pub struct MemoryReservation(Option<Arc<Held>>);
 
 /// The right to occupy the service, and the bytes that the request holds; both given back when dropped.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl Admission {
     }
 }
 
-impl Holding {
+impl MemoryReservation {
     /// None is counted outside of a server of this crate.
     pub fn of<T>(request: &tonic::Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
@@ -102,8 +102,8 @@ impl Holding {
 }
 
 impl Permit {
-    pub(crate) fn holding(&self) -> Holding {
-        Holding(Some(Arc::clone(&self.held)))
+    pub(crate) fn holding(&self) -> MemoryReservation {
+        MemoryReservation(Some(Arc::clone(&self.held)))
     }
 
     /// The request's body, its bytes counted as they come, and all of them in time: tonic collects a whole message before
@@ -237,6 +237,6 @@ mod tests {
         assert!(admission.question().holding().take(20).is_err(), "it is held still");
         drop(holding);
         admission.question().holding().take(100).unwrap();
-        Holding::default().take(usize::MAX).unwrap();
+        MemoryReservation::default().take(usize::MAX).unwrap();
     }
 }

@@ -78,12 +78,12 @@ impl From<Priority> for v1::Priority {
 
 /// What a line needs to know of whoever waits in it.
 #[derive(Clone, Copy, Debug)]
-pub struct Standing {
+pub struct QueuePosition {
     priority: Priority,
     overtaken: u32,
 }
 
-impl Standing {
+impl QueuePosition {
     pub fn new(priority: Priority) -> Self {
         Self { priority, overtaken: 0 }
     }
@@ -100,10 +100,10 @@ mod tests {
     use super::*;
 
     /// Who stands in a line after these have come, by their number.
-    fn line(comers: impl IntoIterator<Item = Priority>) -> Vec<(usize, Standing)> {
-        let mut line: Vec<(usize, Standing)> = Vec::new();
+    fn line(comers: impl IntoIterator<Item = Priority>) -> Vec<(usize, QueuePosition)> {
+        let mut line: Vec<(usize, QueuePosition)> = Vec::new();
         for (number, priority) in comers.into_iter().enumerate() {
-            let newcomer = Standing::new(priority);
+            let newcomer = QueuePosition::new(priority);
             let passed = newcomer.overtakes(line.iter_mut().rev().map(|(_, standing)| standing));
             line.insert(line.len() - passed, (number, newcomer));
         }

@@ -62,7 +62,7 @@ pub struct ServerConfig {
     pub max_requests: usize,
     /// Bytes of requests that are held at a time, over all of them: `max_requests` of the largest messages would be
     /// more than a machine has. Streams of messages are read one message at a time and are not counted. What a service
-    /// fetches for a request counts as far as it says so ([`crate::admission::Holding`]).
+    /// fetches for a request counts as far as it says so ([`crate::admission::MemoryReservation`]).
     pub max_held_bytes: usize,
     /// Connections at a time; one more is closed at once. 1,024: hundreds of clients or routers, and tens of megabytes.
     pub max_connections: usize,

@@ -15,7 +15,7 @@ fn admission(max_requests: usize) -> Admission {
 }
 
 fn caller(priority: Priority) -> Caller {
-    let (deadline, holding) = (Deadline::none(), Holding::default());
+    let (deadline, holding) = (Deadline::none(), MemoryReservation::default());
     Caller { tenant: Tenant::default(), priority, deadline, holding }
 }
 

@@ -45,10 +45,10 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         }
         board.started += 1;
         let number = board.started;
-        let landing = Landing { board: Arc::clone(&self.board), key, number };
+        let guard = FlightGuard { board: Arc::clone(&self.board), key, number };
         let work = AbortOnDropHandle::new(tokio::spawn(start()));
         let flight = async move {
-            let _landing = landing;
+            let _landing = guard;
             match work.await {
                 Ok(result) => result,
                 Err(error) => match error.try_into_panic() {
@@ -66,13 +66,13 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
 }
 
 /// Takes a flight off the board when it is over or its last waiter has left.
-struct Landing<T: Clone + Send + Sync + 'static> {
+struct FlightGuard<T: Clone + Send + Sync + 'static> {
     board: Arc<Mutex<Board<T>>>,
     key: Key,
     number: u64,
 }
 
-impl<T: Clone + Send + Sync + 'static> Drop for Landing<T> {
+impl<T: Clone + Send + Sync + 'static> Drop for FlightGuard<T> {
     fn drop(&mut self) {
         let mut board = lock(&self.board);
         // A successor may have taken the place between the last waiter's leaving and now.
@@ -100,7 +100,7 @@ mod tests {
         let (finish, finished) = oneshot::channel::<u32>();
         let (first, joined) = flights.join(key(b"a"), || async { finished.await.unwrap() }.boxed());
         assert!(!joined);
-        let (second, joined) = flights.join(key(b"a"), || unreachable!("one is under way"));
+        let (second, joined) = flights.join(key(b"a"), || unreachable!("one is under route"));
         assert!(joined);
         finish.send(7).unwrap();
         assert_eq!((first.await, second.await), (7, 7));

@@ -5,6 +5,8 @@ use std::fmt;
 
 use emu2_proto::v1;
 
+use crate::field_hasher::FieldHasher;
+
 /// Grows whenever the fields below or the bytes of a value change their meaning.
 const FORMAT_VERSION: u32 = 3;
 
@@ -47,7 +49,7 @@ pub(crate) struct Recipe<'a> {
 
 impl Recipe<'_> {
     pub(crate) fn key(&self) -> Key {
-        let mut fields = Fields::default();
+        let mut fields = FieldHasher::default();
         fields.push(&FORMAT_VERSION.to_le_bytes());
         fields.push(self.kind.name().as_bytes());
         fields.push(self.weights_digest.as_bytes());
@@ -57,21 +59,6 @@ impl Recipe<'_> {
         fields.push(self.tenant.as_bytes());
         fields.push(self.content);
         Key(fields.hash())
-    }
-}
-
-/// Hashed with their lengths, so that no bytes can wander from one field to the next.
-#[derive(Default)]
-pub(crate) struct Fields(blake3::Hasher);
-
-impl Fields {
-    pub(crate) fn push(&mut self, field: &[u8]) {
-        self.0.update(&(field.len() as u64).to_le_bytes());
-        self.0.update(field);
-    }
-
-    pub(crate) fn hash(&self) -> [u8; blake3::OUT_LEN] {
-        self.0.finalize().into()
     }
 }
 

@@ -31,7 +31,7 @@ use self::{
     certificates::Certificates,
     lease::Token,
     link::Link,
-    questions::{Look, Said},
+    questions::{Look, LookupReply},
 };
 use super::{
     breaker::Breaker,
@@ -53,7 +53,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 pub(crate) struct Redis {
     link: Arc<Link>,
     breaker: Arc<Breaker>,
-    errands: mpsc::Sender<Errand>,
+    background_writes: mpsc::Sender<BackgroundWrite>,
     deadline: Duration,
     lease: Duration,
     wait: Duration,
@@ -66,7 +66,7 @@ pub(crate) struct Redis {
 /// Whether a request has waited for Redis in vain: then it asks no more, so that all its questions together cost at
 /// most one deadline more than they are worth.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Patience(Arc<AtomicBool>);
+pub(crate) struct TimeoutLatch(Arc<AtomicBool>);
 
 /// Who has a value, or is to compute it.
 pub(crate) enum Claim {
@@ -78,7 +78,7 @@ pub(crate) enum Claim {
 }
 
 /// What nobody waits for.
-enum Errand {
+enum BackgroundWrite {
     Publish { key: Key, token: Option<Token>, value: Value, ttl: Duration },
     Release { key: Key, token: Token },
 }
@@ -100,13 +100,13 @@ impl Redis {
             )
         })?;
         let (link, breaker) = (Arc::new(link), Arc::new(Breaker::default()));
-        let (errands, waiting) = mpsc::channel(WAITING_ERRANDS);
+        let (background_writes, waiting) = mpsc::channel(WAITING_ERRANDS);
         let runner =
             tokio::spawn(run_errands(Arc::clone(&link), Arc::clone(&breaker), waiting, max_value_bytes));
         Ok(Some(Arc::new(Self {
             link,
             breaker,
-            errands,
+            background_writes,
             deadline: Duration::from_millis(config.deadline_ms),
             lease: Duration::from_millis(config.lease_ms),
             wait: Duration::from_millis(config.wait_ms),
@@ -118,41 +118,45 @@ impl Redis {
     }
 
     /// The tensor of `key`, or what became of the lookup. Takes no lease and waits for nobody.
-    pub(crate) async fn read(&self, key: &Key, patience: &Patience) -> Result<v1::Tensor, Outcome> {
-        match self.look(key, &[], false, patience).await {
+    pub(crate) async fn read(&self, key: &Key, timed_out: &TimeoutLatch) -> Result<v1::Tensor, Outcome> {
+        match self.look(key, &[], false, timed_out).await {
             None => Err(Outcome::Bypassed),
-            Some(Said::Value(bytes)) => match value::decode(key, bytes) {
+            Some(LookupReply::Value(bytes)) => match value::decode(key, bytes) {
                 Ok(Value::Tensor(tensor)) => Ok(tensor),
                 Ok(Value::Refusal(_)) => Err(Outcome::Miss),
                 Err(_) => Err(Outcome::BadValue),
             },
-            Some(Said::TooLarge) => Err(Outcome::BadValue),
-            Some(Said::Leased | Said::Busy | Said::Nothing) => Err(Outcome::Miss),
+            Some(LookupReply::TooLarge) => Err(Outcome::BadValue),
+            Some(LookupReply::Leased | LookupReply::Busy | LookupReply::Nothing) => Err(Outcome::Miss),
         }
     }
 
     /// The value of `key`, or the task to compute it. Waits while another router is at it.
-    pub(crate) async fn claim(self: &Arc<Self>, key: &Key, patience: &Patience) -> Claim {
+    pub(crate) async fn claim(self: &Arc<Self>, key: &Key, timed_out: &TimeoutLatch) -> Claim {
         let token: Token = rand::random();
         let began = Instant::now();
         let (mut has_waited, mut was_bad, mut discards) = (false, false, false);
         loop {
-            let Some(said) = self.look(key, &token, discards, patience).await else {
+            let Some(said) = self.look(key, &token, discards, timed_out).await else {
                 return Claim::Alone(Outcome::Bypassed);
             };
             discards = false;
             let missed = if was_bad { Outcome::BadValue } else { Outcome::Miss };
             let problem = match said {
-                Said::Value(bytes) => match value::decode(key, bytes) {
+                LookupReply::Value(bytes) => match value::decode(key, bytes) {
                     Ok(value) if has_waited => return Claim::Found(value, Outcome::Waited),
                     Ok(value) => return Claim::Found(value, Outcome::L2Hit),
                     Err(problem) => problem.to_string(),
                 },
-                Said::TooLarge => format!("it has more than {} bytes", self.max_value_bytes),
-                Said::Leased => return Claim::Leased(Lease::new(Arc::clone(self), *key, token), missed),
-                Said::Nothing => return Claim::Alone(missed),
-                Said::Busy if began.elapsed() >= self.wait => return Claim::Alone(Outcome::WaitedTooLong),
-                Said::Busy => {
+                LookupReply::TooLarge => format!("it has more than {} bytes", self.max_value_bytes),
+                LookupReply::Leased => {
+                    return Claim::Leased(Lease::new(Arc::clone(self), *key, token), missed);
+                }
+                LookupReply::Nothing => return Claim::Alone(missed),
+                LookupReply::Busy if began.elapsed() >= self.wait => {
+                    return Claim::Alone(Outcome::WaitedTooLong);
+                }
+                LookupReply::Busy => {
                     has_waited = true;
                     sleep(pause(began.elapsed())).await;
                     continue;
@@ -170,22 +174,28 @@ impl Redis {
             Value::Refusal(_) => self.refusal_ttl,
         };
         let token = lease.filter(|lease| *lease.key() == key).map(Lease::hand_over);
-        self.queue(Errand::Publish { key, token, value, ttl });
+        self.queue(BackgroundWrite::Publish { key, token, value, ttl });
     }
 
-    async fn look(&self, key: &Key, token: &[u8], discards: bool, patience: &Patience) -> Option<Said> {
-        if patience.0.load(Ordering::Relaxed) {
+    async fn look(
+        &self,
+        key: &Key,
+        token: &[u8],
+        discards: bool,
+        timed_out: &TimeoutLatch,
+    ) -> Option<LookupReply> {
+        if timed_out.0.load(Ordering::Relaxed) {
             return None;
         }
         let look = Look { token, lease: self.lease, max_value_bytes: self.max_value_bytes, discards };
         let said = ask(&self.link, &self.breaker, &questions::look(key, look), self.deadline).await;
-        patience.0.fetch_or(said.is_none(), Ordering::Relaxed);
+        timed_out.0.fetch_or(said.is_none(), Ordering::Relaxed);
         said
     }
 
-    fn queue(&self, errand: Errand) {
-        if self.errands.try_send(errand).is_err() {
-            tracing::debug!("too many errands wait for Redis: one dropped");
+    fn queue(&self, write: BackgroundWrite) {
+        if self.background_writes.try_send(write).is_err() {
+            tracing::debug!("too many background_writes wait for Redis: one dropped");
         }
     }
 }
@@ -199,17 +209,17 @@ fn pause(waited: Duration) -> Duration {
 async fn run_errands(
     link: Arc<Link>,
     breaker: Arc<Breaker>,
-    mut errands: mpsc::Receiver<Errand>,
+    mut background_writes: mpsc::Receiver<BackgroundWrite>,
     max_value_bytes: usize,
 ) {
-    while let Some(errand) = errands.recv().await {
-        if let Some(question) = errand.question(max_value_bytes) {
+    while let Some(write) = background_writes.recv().await {
+        if let Some(question) = write.question(max_value_bytes) {
             ask::<redis::Value>(&link, &breaker, &question, WRITE_TIMEOUT).await;
         }
     }
 }
 
-impl Errand {
+impl BackgroundWrite {
     /// A value that is not worth storing only ends its lease.
     fn question(self, max_value_bytes: usize) -> Option<Cmd> {
         let (key, token) = match self {

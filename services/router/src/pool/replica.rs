@@ -172,13 +172,13 @@ impl<S: Stage> Replica<S> {
         self.hung.send_if_modified(|hung| std::mem::replace(hung, hangs) != hangs);
     }
 
-    fn doubt(&self) {
+    fn mark_suspect(&self) {
         self.write(|known| known.answers = false);
         self.doubted.notify_one();
     }
 
     /// A call came to its end, or found the replica at fault.
-    fn judge(&self, worked: bool) {
+    fn record_outcome(&self, worked: bool) {
         if worked {
             if self.failures.swap(0, Ordering::Relaxed) > 0 {
                 self.write(|known| known.ejections = 0);
@@ -228,13 +228,13 @@ impl<S: Stage> Lease<S> {
     }
 
     /// Tells the pool that the replica was lost in the middle of a call.
-    pub(crate) fn doubt(&self) {
-        self.replica.doubt();
+    pub(crate) fn mark_suspect(&self) {
+        self.replica.mark_suspect();
     }
 
     /// Tells the pool how a call went, as far as that is the replica's doing.
-    pub(crate) fn judge(&self, worked: bool) {
-        self.replica.judge(worked);
+    pub(crate) fn record_outcome(&self, worked: bool) {
+        self.replica.record_outcome(worked);
     }
 }
 

@@ -69,10 +69,10 @@ async fn a_call_goes_only_where_its_weights_are_and_it_has_not_been() {
     let tried = &quiet.endpoints;
     assert_eq!(quiet.taken(wanted(&tried[..1])), BTreeSet::from([2]));
     assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Rolling));
-    quiet.pool.lease(Wanted { digest: "other", ..wanted(&[]) }).unwrap().doubt();
+    quiet.pool.lease(Wanted { digest: "other", ..wanted(&[]) }).unwrap().mark_suspect();
     assert_eq!(quiet.pool.lease(wanted(tried)).err(), Some(NoReplica::Gone), "nobody else answers either");
     let older = Wanted { digest: "older", ..wanted(&[]) };
-    assert_eq!(quiet.pool.lease(older).err(), Some(NoReplica::Rolled));
+    assert_eq!(quiet.pool.lease(older).err(), Some(NoReplica::WeightsChanged));
 }
 
 /// As when a name's addresses change.
@@ -95,7 +95,7 @@ async fn a_replica_whose_calls_fail_is_set_aside_for_a_while_but_never_most_of_a
     let quiet = Quiet::new(&["d", "d", "d"]);
     let fail = |index: usize| {
         let lease = Lease::new(quiet.replica(index));
-        (0..5).for_each(|_| lease.judge(false));
+        (0..5).for_each(|_| lease.record_outcome(false));
     };
     let taken = || quiet.taken(wanted(&[]));
     fail(0);

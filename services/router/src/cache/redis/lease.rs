@@ -5,7 +5,7 @@ use std::{convert::Infallible, sync::Arc};
 
 use tokio::time::sleep;
 
-use super::{Errand, Redis, WRITE_TIMEOUT, ask, questions};
+use super::{BackgroundWrite, Redis, WRITE_TIMEOUT, ask, questions};
 use crate::cache::key::Key;
 
 /// Random, so that nobody ends another's lease.
@@ -61,7 +61,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.is_handed_over {
-            self.redis.queue(Errand::Release { key: self.key, token: self.token });
+            self.redis.queue(BackgroundWrite::Release { key: self.key, token: self.token });
         }
     }
 }

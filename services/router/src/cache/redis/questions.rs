@@ -45,7 +45,7 @@ return stored";
 
 /// What Redis said of a key.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Said {
+pub(crate) enum LookupReply {
     /// What lies under it, not yet checked.
     Value(Bytes),
     /// It is not there, and the lease is the asker's.
@@ -58,7 +58,7 @@ pub(crate) enum Said {
     TooLarge,
 }
 
-impl FromRedisValue for Said {
+impl FromRedisValue for LookupReply {
     fn from_redis_value_ref(value: &Value) -> Result<Self, ParsingError> {
         Self::from_redis_value(value.clone())
     }

@@ -53,12 +53,12 @@ pub(crate) trait Call: Send {
     ) -> impl Future<Output = Result<Response<Streaming<Self::Out>>, Status>> + Send;
 
     /// Notes an answer, and says what it is worth.
-    fn take(&mut self, answer: &Self::Out) -> Result<Taken, Status>;
+    fn take(&mut self, answer: &Self::Out) -> Result<Progress, Status>;
 }
 
 /// What an answer is to a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Taken {
+pub(crate) enum Progress {
     New,
     /// New, and nothing comes after it.
     Last,
@@ -70,7 +70,7 @@ pub(crate) enum Taken {
 
 /// Where and for how long a call goes.
 #[derive(Clone)]
-pub(crate) struct Way<S: Stage> {
+pub(crate) struct Route<S: Stage> {
     pub(crate) pool: Arc<Pool<S>>,
     pub(crate) digest: String,
     pub(crate) hint: Option<u64>,
@@ -82,7 +82,7 @@ pub(crate) struct Way<S: Stage> {
 /// The reading half of a call; dropping it stops the stage. It opens its first stream when first read.
 pub(crate) struct Session<C: Call> {
     call: C,
-    way: Way<C::Stage>,
+    route: Route<C::Stage>,
     inputs: mpsc::Receiver<C::In>,
     kept: Vec<C::In>,
     /// No more inputs will come.
@@ -147,17 +147,17 @@ enum Loss {
     /// It has no room.
     Full(Status),
     /// It has other weights than the call began with.
-    Rolled,
+    WeightsChanged,
 }
 
 impl<C: Call> Session<C> {
     /// The call, and where its messages after the first go.
-    pub(crate) fn new(call: C, way: Way<C::Stage>) -> (mpsc::Sender<C::In>, Self) {
+    pub(crate) fn new(call: C, route: Route<C::Stage>) -> (mpsc::Sender<C::In>, Self) {
         let (sender, inputs) = mpsc::channel(WAITING_MESSAGES);
         let session = Self {
             call,
-            _timer: way.metrics.time(C::Stage::NAME),
-            way,
+            _timer: route.metrics.time(C::Stage::NAME),
+            route,
             inputs,
             kept: Vec::new(),
             complete: false,
@@ -240,17 +240,17 @@ impl<C: Call> Session<C> {
     ) -> Result<Option<Result<C::Out, Loss>>, Stop> {
         match answer {
             Ok(Some(answer)) => match self.call.take(&answer)? {
-                taken @ (Taken::New | Taken::Last) => {
-                    self.ended = taken == Taken::Last;
+                taken @ (Progress::New | Progress::Last) => {
+                    self.ended = taken == Progress::Last;
                     self.tries = Tries { number: self.tries.number, answered: true, ..Tries::default() };
-                    lease.judge(true);
+                    lease.record_outcome(true);
                     Ok(Some(Ok(answer)))
                 }
-                Taken::Known => Ok(None),
-                Taken::OtherWeights => Ok(Some(Err(Loss::Rolled))),
+                Progress::Known => Ok(None),
+                Progress::OtherWeights => Ok(Some(Err(Loss::WeightsChanged))),
             },
             Ok(None) => {
-                lease.judge(false);
+                lease.record_outcome(false);
                 Err(status::internal(format!("the {} stage ended before its result", C::Stage::NAME)).into())
             }
             Err(status) => Ok(Some(Err(Loss::of(status, lease)?))),
@@ -269,7 +269,7 @@ impl<C: Call> Session<C> {
             self.complete |= self.inputs.is_closed() && self.inputs.is_empty();
             let requests = (!self.complete || !self.kept.is_empty()).then_some(requests);
             let mut request = Request::new(ReceiverStream::new(receiver));
-            carry(request.metadata_mut(), &self.way, self.tries.number);
+            carry(request.metadata_mut(), &self.route, self.tries.number);
             let opened = tokio::select! {
                 opened = C::open(lease.client(), request) => opened,
                 () = lease.hung() => {
@@ -293,22 +293,24 @@ impl<C: Call> Session<C> {
     /// A replica for the next attempt. A call that has been answered nothing fails at once when there is none; one
     /// that has is worth a wait.
     async fn find(&mut self) -> Result<Lease<C::Stage>, Stop> {
-        let patience = Duration::from_millis(self.way.pool.config().failover_wait_ms);
+        let patience = Duration::from_millis(self.route.pool.config().failover_wait_ms);
         loop {
             if self.tries.lost_since.is_some_and(|since| since.elapsed() >= patience) {
                 return Err(self.last_word());
             }
             let Tries { number, avoid, .. } = &self.tries;
-            let wanted = Wanted { digest: &self.way.digest, hint: self.way.hint, avoid };
+            let wanted = Wanted { digest: &self.route.digest, hint: self.route.hint, avoid };
             let found = match number {
-                0 => self.way.pool.lease(wanted),
-                _ => self.way.pool.lease_again(wanted),
+                0 => self.route.pool.lease(wanted),
+                _ => self.route.pool.lease_again(wanted),
             };
             match found {
                 Ok(lease) => return Ok(lease),
-                Err(NoReplica::Rolled) => return Err(Stop::Rolled),
+                Err(NoReplica::WeightsChanged) => return Err(Stop::WeightsChanged),
                 // Nothing is lost by beginning anew with the weights of the others.
-                Err(NoReplica::Rolling) if self.tries.is_lost_unanswered() => return Err(Stop::Rolled),
+                Err(NoReplica::Rolling) if self.tries.is_lost_unanswered() => {
+                    return Err(Stop::WeightsChanged);
+                }
                 Err(NoReplica::Gone | NoReplica::Rolling) if self.tries.answered => {
                     self.tries.avoid.clear();
                     self.pause().await;
@@ -342,17 +344,17 @@ impl<C: Call> Session<C> {
     async fn lose(&mut self, lease: &Lease<C::Stage>, loss: Loss) -> Result<(), Stop> {
         let (stage, endpoint, attempt, reason) =
             (C::Stage::NAME, lease.endpoint(), self.tries.number, loss.name());
-        self.way.metrics.attempt_lost(stage, reason);
+        self.route.metrics.attempt_lost(stage, reason);
         tracing::warn!(stage, endpoint, attempt, reason, "attempt lost");
         let ours = match &loss {
             Loss::Lost(_) | Loss::Hung => {
-                lease.doubt();
-                lease.judge(false);
+                lease.mark_suspect();
+                lease.record_outcome(false);
                 true
             }
             // What nobody has room for is shed, unless it has been begun.
             Loss::Full(_) => !self.tries.answered,
-            Loss::Rolled => {
+            Loss::WeightsChanged => {
                 lease.refresh().await;
                 false
             }
@@ -365,7 +367,7 @@ impl<C: Call> Session<C> {
         }
         self.tries.last = loss.status::<C::Stage>();
         // A call that itself is what kills replicas must not take the whole pool with it.
-        if ours && self.tries.fruitless >= self.way.pool.config().max_attempts {
+        if ours && self.tries.fruitless >= self.route.pool.config().max_attempts {
             return Err(self.last_word());
         }
         if self.tries.answered || self.tries.fruitless > 1 {
@@ -411,7 +413,7 @@ impl Loss {
         if status.code() == Code::ResourceExhausted {
             return Ok(Self::Full(status));
         }
-        lease.judge(status.code() != Code::Internal);
+        lease.record_outcome(status.code() != Code::Internal);
         Err(status.into())
     }
 
@@ -420,7 +422,7 @@ impl Loss {
             Self::Lost(_) => "lost",
             Self::Hung => "hung",
             Self::Full(_) => "full",
-            Self::Rolled => "rolled",
+            Self::WeightsChanged => "rolled",
         }
     }
 
@@ -428,15 +430,15 @@ impl Loss {
         match self {
             Self::Lost(status) | Self::Full(status) => Some(status),
             Self::Hung => Some(status::unavailable(format!("the {} replica hangs", S::NAME))),
-            Self::Rolled => None,
+            Self::WeightsChanged => None,
         }
     }
 }
 
 /// What every call carries: its trace, what is left of its time, its class, and which attempt it is.
-fn carry<S: Stage>(metadata: &mut MetadataMap, way: &Way<S>, attempt: u32) {
+fn carry<S: Stage>(metadata: &mut MetadataMap, route: &Route<S>, attempt: u32) {
     trace::inject(metadata);
-    way.deadline.apply(metadata);
-    way.priority.apply(metadata);
+    route.deadline.apply(metadata);
+    route.priority.apply(metadata);
     metadata.insert(ATTEMPT, attempt.into());
 }
