@@ -48,7 +48,7 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         let guard = FlightGuard { board: Arc::clone(&self.board), key, number };
         let work = AbortOnDropHandle::new(tokio::spawn(start()));
         let flight = async move {
-            let _landing = guard;
+            let _guard = guard;
             match work.await {
                 Ok(result) => result,
                 Err(error) => match error.try_into_panic() {
@@ -100,7 +100,7 @@ mod tests {
         let (finish, finished) = oneshot::channel::<u32>();
         let (first, joined) = flights.join(key(b"a"), || async { finished.await.unwrap() }.boxed());
         assert!(!joined);
-        let (second, joined) = flights.join(key(b"a"), || unreachable!("one is under route"));
+        let (second, joined) = flights.join(key(b"a"), || unreachable!("one is under way"));
         assert!(joined);
         finish.send(7).unwrap();
         assert_eq!((first.await, second.await), (7, 7));

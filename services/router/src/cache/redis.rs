@@ -42,7 +42,7 @@ use crate::{config::CacheConfig, metrics::Outcome};
 
 /// Errands that wait at most; 64 pictures of 64 queries in bf16 are 15 MB. More are dropped: the next miss writes
 /// again, and a lease ends by itself.
-const WAITING_ERRANDS: usize = 64;
+const WAITING_WRITES: usize = 64;
 /// An errand is off the path, so it may take longer than a question; but not for ever.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two looks for a value that another router is computing: a quarter of what has been waited, so that a
@@ -100,7 +100,7 @@ impl Redis {
             )
         })?;
         let (link, breaker) = (Arc::new(link), Arc::new(Breaker::default()));
-        let (background_writes, waiting) = mpsc::channel(WAITING_ERRANDS);
+        let (background_writes, waiting) = mpsc::channel(WAITING_WRITES);
         let runner =
             tokio::spawn(run_errands(Arc::clone(&link), Arc::clone(&breaker), waiting, max_value_bytes));
         Ok(Some(Arc::new(Self {
@@ -195,7 +195,7 @@ impl Redis {
 
     fn queue(&self, write: BackgroundWrite) {
         if self.background_writes.try_send(write).is_err() {
-            tracing::debug!("too many background_writes wait for Redis: one dropped");
+            tracing::debug!("too many background writes wait for Redis: one dropped");
         }
     }
 }
