@@ -6,12 +6,13 @@
 
 mod body;
 mod ending;
+mod path;
+mod stop;
 
 use std::{
     any::Any,
     convert::Infallible,
     panic::AssertUnwindSafe,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -24,7 +25,12 @@ use tonic::{Status, body::Body, service::Routes};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use self::{body::RpcBody, ending::Ending};
+use self::{
+    body::RpcBody,
+    ending::Ending,
+    path::{HEALTH, INFRASTRUCTURE, method_of},
+    stop::{Stop, stop},
+};
 use crate::{
     admission::{Admission, Permit},
     connections::Activity,
@@ -36,14 +42,6 @@ use crate::{
     tenant::{Guest, Tenants},
     trace::{REQUEST_ID, RequestId},
 };
-
-/// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
-/// watch would never end), and neither traced nor counted, since probes would drown what people look for.
-const INFRASTRUCTURE: &str = "/grpc.";
-/// The one of these that needs no token: probes have none, and learn only whether to come back.
-const HEALTH: &str = "/grpc.health.";
-/// The router asks every replica for this every few seconds: counted, but not traced, and logged only when it fails.
-const PROBE: &str = "/Info";
 
 /// What the layer needs to know of the server.
 pub(crate) struct Shared {
@@ -99,7 +97,8 @@ impl Service<Request<Body>> for Rpc {
             });
         }
         let request_id = RequestId::of_headers(request.headers());
-        let mut ending = Ending::begin(&self.shared, &request, request_id.as_ref().ok());
+        let mut ending =
+            Ending::begin(self.shared.service, &self.shared.metrics, &request, request_id.as_ref().ok());
         let span = ending.span.clone();
         // Fixed here, before tonic starts its own timer for the same header: ours must be the one that fires, because
         // tonic would answer CANCELLED.
@@ -168,23 +167,6 @@ impl Shared {
         }
         Ok(Some(permit))
     }
-}
-
-/// `package.Service/Method`
-fn method_of(request: &Request<Body>) -> &str {
-    request.uri().path().trim_start_matches('/')
-}
-
-type Stop = Pin<Box<dyn Future<Output = Status> + Send>>;
-
-/// Why an RPC is stopped from outside, once it is.
-fn stop(deadline: Deadline, cut: CancellationToken) -> Stop {
-    Box::pin(async move {
-        tokio::select! {
-            () = deadline.passed() => status::deadline_exceeded(),
-            () = cut.cancelled_owned() => status::unavailable("the server is shutting down"),
-        }
-    })
 }
 
 /// The handler's response, or the status of whatever stopped it first.

@@ -6,11 +6,12 @@
 //! server.run_engine(load_and_warm_up, engine_ended, shutdown).await
 //! ```
 
+mod config;
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use prometheus_client::registry::Registry;
-use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, codegen::http::Request, server::NamedService, service::Routes};
@@ -23,7 +24,6 @@ use crate::{
     client::{
         CONNECTION_WINDOW_BYTES, FRAME_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAM_WINDOW_BYTES,
     },
-    config::Validate,
     connections::Connections,
     methods::Methods,
     metrics::RpcMetrics,
@@ -31,8 +31,9 @@ use crate::{
     rpc::{RpcLayer, Shared},
     shutdown::Shutdown,
     tenant::Tenants,
-    tls::TlsConfig,
 };
+
+pub use self::config::ServerConfig;
 
 /// Streams of one connection beyond the permits: a caller over the limit must reach admission and be refused there,
 /// not wait unseen for a free stream; and health checks must always find one.
@@ -43,99 +44,6 @@ const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
 const CLOSE_MS_MAX: u64 = 1_000;
 /// For an engine to end the step that it is in.
 const ENGINE_END_MS_MAX: u64 = 5_000;
-const ADMIN_PORT_OFFSET: u16 = 1_000;
-
-/// Part `server` of every configuration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ServerConfig {
-    /// gRPC. Loopback unless configured; elsewhere `tls.mode` must be stated.
-    pub listen: SocketAddr,
-    pub tls: TlsConfig,
-    /// HTTP with /metrics, /healthz and /readyz; none without it.
-    pub admin: Option<SocketAddr>,
-    /// Whether gRPC reflection tells the API to whoever asks.
-    pub reflection: bool,
-    /// Largest message, in or out: a request of many photographs fits; buffers are bounded by it.
-    pub max_message_bytes: usize,
-    /// Requests at a time; one more is refused at once, before its message is read.
-    pub max_requests: usize,
-    /// Bytes of requests that are held at a time, over all of them: `max_requests` of the largest messages would be
-    /// more than a machine has. Streams of messages are read one message at a time and are not counted. What a service
-    /// fetches for a request counts as far as it says so ([`crate::admission::MemoryReservation`]).
-    pub max_held_bytes: usize,
-    /// Connections at a time; one more is closed at once. 1,024: hundreds of clients or routers, and tens of megabytes.
-    pub max_connections: usize,
-    /// Milliseconds for TLS, and again for the first bytes of HTTP/2.
-    pub handshake_ms: u64,
-    /// Milliseconds after which a connection that carries no call is closed. Five minutes: pooled clients connect anew
-    /// at the next call.
-    pub idle_ms: u64,
-    /// Milliseconds in which a request of one message must have come in whole: the largest at 5 Mbit/s.
-    pub receive_ms: u64,
-    /// Milliseconds that a caller may leave one event of its answer unread before its work is dropped. 60,000: over any
-    /// pause of a client that lives.
-    pub stalled_ms: u64,
-    /// How long running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
-    pub shutdown_grace_ms: u64,
-}
-
-impl ServerConfig {
-    /// Defaults with gRPC on a loopback port and the admin port 1000 above it (0 stays 0: any free port).
-    pub fn on_port(port: u16) -> Self {
-        let admin_port = if port == 0 { 0 } else { port.saturating_add(ADMIN_PORT_OFFSET) };
-        Self {
-            listen: SocketAddr::from(([127, 0, 0, 1], port)),
-            admin: Some(SocketAddr::from(([127, 0, 0, 1], admin_port))),
-            tls: TlsConfig::default(),
-            reflection: true,
-            max_message_bytes: 64 << 20,
-            max_requests: 256,
-            max_held_bytes: 1 << 30,
-            max_connections: 1024,
-            handshake_ms: 10_000,
-            idle_ms: 300_000,
-            receive_ms: 120_000,
-            stalled_ms: 60_000,
-            shutdown_grace_ms: 30_000,
-        }
-    }
-}
-
-impl Default for ServerConfig {
-    fn default() -> Self {
-        Self::on_port(0)
-    }
-}
-
-impl Validate for ServerConfig {
-    fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        let mut range = |key, min: u64, max: u64, value: u64| {
-            if !(min..=max).contains(&value) {
-                problems.push(format!("server.{key} must be {min} to {max}, got {value}"));
-            }
-        };
-        range("max_message_bytes", 1 << 10, 1 << 30, self.max_message_bytes as u64);
-        range("max_requests", 1, 65_536, self.max_requests as u64);
-        range("max_held_bytes", self.max_message_bytes as u64, 1 << 40, self.max_held_bytes as u64);
-        range("max_connections", 1, 65_536, self.max_connections as u64);
-        for (key, value) in [
-            ("handshake_ms", self.handshake_ms),
-            ("idle_ms", self.idle_ms),
-            ("receive_ms", self.receive_ms),
-            ("stalled_ms", self.stalled_ms),
-        ] {
-            range(key, 1, 86_400_000, value);
-        }
-        range("shutdown_grace_ms", 0, 3_600_000, self.shutdown_grace_ms);
-        problems.extend(self.tls.problems(self.listen.ip().is_loopback()));
-        if self.admin == Some(self.listen) && self.listen.port() != 0 {
-            problems.push(format!("server.admin must not be server.listen, got {}", self.listen));
-        }
-        problems
-    }
-}
 
 /// The sockets of a service, bound before anything else starts, so that a taken port fails at once and a test can
 /// ask for port 0.

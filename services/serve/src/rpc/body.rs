@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, body::Body};
 
-use super::{Stop, ending::Ending};
+use super::{ending::Ending, stop::Stop};
 use crate::{connections::Call, status::ErrorCode};
 
 pub(crate) struct RpcBody {

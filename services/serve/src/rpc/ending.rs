@@ -6,7 +6,7 @@ use http::{HeaderMap, Request};
 use tonic::{Code, Status, body::Body};
 use tracing::{Span, field::Empty};
 
-use super::{PROBE, Shared, method_of};
+use super::path::{PROBE, method_of};
 use crate::{
     admission::Permit,
     message,
@@ -29,29 +29,32 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
-    pub(crate) fn begin(shared: &Shared, request: &Request<Body>, request_id: Option<&RequestId>) -> Self {
+    pub(crate) fn begin(
+        service: &'static str,
+        metrics: &RpcMetrics,
+        request: &Request<Body>,
+        request_id: Option<&RequestId>,
+    ) -> Self {
         let request_id = request_id.cloned().unwrap_or_else(RequestId::generate);
         let method = method_of(request).to_owned();
         let span =
-            if method.ends_with(PROBE) { Span::none() } else { Self::span(shared, &method, &request_id) };
+            if method.ends_with(PROBE) { Span::none() } else { Self::span(service, &method, &request_id) };
         if let Some(trace_id) = trace::adopt(&span, request.headers(), &request_id) {
             span.record("trace_id", trace_id);
         }
-        let _in_flight = shared.metrics.arrived();
-        let metrics = shared.metrics.clone();
         Self {
             request_id,
             method,
             span,
             begun: Instant::now(),
-            metrics,
+            metrics: metrics.clone(),
             code: None,
             permit: None,
-            _in_flight,
+            _in_flight: metrics.arrived(),
         }
     }
 
-    fn span(shared: &Shared, method: &str, request_id: &RequestId) -> Span {
+    fn span(service: &'static str, method: &str, request_id: &RequestId) -> Span {
         tracing::info_span!(
             parent: None,
             "request",
@@ -60,7 +63,7 @@ impl Ending {
             otel.status_code = Empty,
             rpc.system = "grpc",
             rpc.grpc.status_code = Empty,
-            service = shared.service,
+            service,
             %request_id,
             tenant = Empty,
             trace_id = Empty,

@@ -152,18 +152,3 @@ async fn reflection_tells_what_is_served_unless_it_is_off() {
     let server = Loopback::start(ServerConfig { reflection: false, ..ServerConfig::default() }).await;
     assert_eq!(reflected(&server).await.unwrap_err().code(), Code::Unimplemented);
 }
-
-#[test]
-fn every_mistake_in_a_configuration_is_told() {
-    assert!(ServerConfig::default().problems().is_empty());
-    let same = "127.0.0.1:50051".parse().unwrap();
-    let bad = ServerConfig {
-        listen: same,
-        admin: Some(same),
-        max_message_bytes: 0,
-        max_requests: 0,
-        shutdown_grace_ms: u64::MAX,
-        ..ServerConfig::default()
-    };
-    assert_eq!(bad.problems().len(), 4, "{:?}", bad.problems());
-}
