@@ -1,17 +1,23 @@
-//! Wire arrays to tensors and back.
+//! Conversions between arrays of the wire and torch's tensors.
 
 use emu2_proto::array::{Array, ArrayError, Dtype};
 use tch::{Device, Kind, Tensor};
 
-/// A tensor of the array's shape on `device`, converted to `kind` there.
+/// Copies an array to a tensor of the same shape on `device`, and converts it to `kind` there.
 pub fn to_tensor(array: &Array, device: Device, kind: Kind) -> Tensor {
     let shape: Vec<i64> = array.shape().iter().map(|&side| side as i64).collect();
     Tensor::from_data_size(array.data(), &shape, kind_of(array.dtype())).to_device(device).to_kind(kind)
 }
 
-/// The tensor's values in its own dtype, which must be float32 or bfloat16.
+/// Copies a tensor of any shape, on any device, to an array of the same shape and dtype, as it goes on the wire.
 ///
-/// A value that is not finite is an error: it must not reach the wire.
+/// # Errors
+///
+/// A value is not finite: it must not reach the wire.
+///
+/// # Panics
+///
+/// The tensor is neither float32 nor bfloat16; see [`dtype`].
 pub fn from_tensor(tensor: &Tensor) -> Result<Array, ArrayError> {
     let tensor = tensor.to_device(Device::Cpu).contiguous();
     let dtype = dtype(tensor.kind());
@@ -21,10 +27,11 @@ pub fn from_tensor(tensor: &Tensor) -> Result<Array, ArrayError> {
     Array::new(dtype, shape, data.into())
 }
 
-/// The wire's name of a compute kind.
+/// Returns the wire's name of the kind that a model computes in.
 ///
 /// # Panics
-/// For anything but float32 and bfloat16, the two kinds that models compute in.
+///
+/// The kind is neither float32 nor bfloat16, the two that models compute in.
 pub fn dtype(kind: Kind) -> Dtype {
     match kind {
         Kind::Float => Dtype::F32,

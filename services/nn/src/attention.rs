@@ -2,13 +2,17 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// softmax(q kᵀ / √head_width) v
+/// Computes scaled dot-product attention, softmax(q kᵀ / √head_width) v.
 ///
-/// q: [batch, heads, queries, head_width], k and v: [batch, heads, tokens, head_width]
+/// q: [batch, heads, queries, head_width]; k and v: [batch, heads, tokens, head_width]
 /// -> [batch, heads, queries, head_width]
 ///
-/// `causal`: query i sees keys 0..=i. The mask is aligned at the top left, so it is meant for equal lengths; a
+/// With `causal`, query i sees the keys 0..=i. The mask is aligned at the top left, so it is meant for equal lengths; a
 /// later chunk of a prompt needs the earlier keys too and is attended without it.
+///
+/// # Panics
+///
+/// q or k does not have four dimensions, or torch refuses their shapes.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tensor {
     let (_, _, queries, _) = q.size4().expect("q has four dimensions");
     let (_, _, tokens, _) = k.size4().expect("k has four dimensions");
@@ -48,9 +52,10 @@ fn attend_written_out(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tenso
     scores.softmax(-1, v.kind()).bmm(&v).unflatten(0, [batch, heads])
 }
 
-/// As [`attend`], where query i sees key j if `mask` is 0 there and not if it is -inf.
+/// Computes the attention of [`attend`] under a mask that is added to the scores: query i sees key j where `mask` is 0,
+/// and does not see it where `mask` is -inf.
 ///
-/// mask: [queries, tokens], of the queries' kind; every query sees something.
+/// q, k and v as there; mask: [queries, tokens], of the kind of q. Every query must see some key, or its row is NaN.
 pub fn attend_masked(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Tensor {
     Tensor::scaled_dot_product_attention(q, k, v, Some(mask), 0.0, false, None, false)
 }

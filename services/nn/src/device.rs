@@ -13,20 +13,35 @@ mod memory;
 
 pub use memory::free_memory;
 
-/// Why a device cannot be used.
+/// Why a device that a configuration names cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
+    /// The name is not one of a device; it holds the name.
     #[error("device must be `cpu` or `cuda:N`, got `{0}`")]
     Name(String),
+    /// The configuration names no device at all.
     #[error("no device is named")]
     Empty,
+    /// A CUDA device is named where torch's CUDA library cannot be loaded; it holds the device's name and the loader's
+    /// reason.
     #[error("device `{0}` needs libtorch_cuda.so, which cannot be loaded: {1}")]
     NoLibrary(String, String),
+    /// The host has no CUDA device of this number.
     #[error("device `{name}` does not exist: {count} CUDA devices are visible")]
-    Absent { name: String, count: i64 },
+    Absent {
+        /// The device's name.
+        name: String,
+        /// How many CUDA devices the process sees.
+        count: i64,
+    },
 }
 
-/// The devices of a model service, in the order of its configuration.
+/// Opens the devices of a model service, named `cpu` or `cuda:N`, in the order of its configuration. The first CUDA
+/// device that is named loads torch's CUDA library.
+///
+/// # Errors
+///
+/// No device is named, a name is not one of a device, the library cannot be loaded, or the device does not exist.
 pub fn open(names: &[String]) -> Result<Vec<Device>, DeviceError> {
     if names.is_empty() {
         return Err(DeviceError::Empty);
@@ -34,8 +49,8 @@ pub fn open(names: &[String]) -> Result<Vec<Device>, DeviceError> {
     names.iter().map(|name| open_one(name)).collect()
 }
 
-/// What a device computes in: bfloat16 on CUDA as the published models, float32 on CPUs, most of which have no
-/// fast bfloat16 products.
+/// Returns the kind that models compute in on a device: bfloat16 on CUDA as the published models, float32 on CPUs, most
+/// of which have no fast bfloat16 products.
 pub fn compute_kind(device: Device) -> Kind {
     match device {
         Device::Cuda(_) => Kind::BFloat16,
@@ -43,18 +58,24 @@ pub fn compute_kind(device: Device) -> Kind {
     }
 }
 
-/// Weights that a device has no room for.
+/// The refusal of weights that a device has no room for.
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("{} are needed on {place}, where {} are free", gigabytes(*.needed), gigabytes(*.free))]
 pub struct NoRoom {
+    /// The device, as a configuration names it.
     pub place: String,
-    /// Bytes.
+    /// Bytes that the weights take on this device.
     pub needed: u64,
+    /// Bytes that this process can still allocate on it.
     pub free: u64,
 }
 
-/// Whether so many bytes fit each device; one that stands several times must hold the sum. Where nobody tells how
-/// much is free, the load itself will.
+/// Checks whether each device has as many bytes free as it is to hold; a device that stands several times must hold the
+/// sum. A device of which nobody tells how much is free passes: the load itself will fail.
+///
+/// # Errors
+///
+/// The first device that has less memory free than it is to hold.
 pub fn check_room(needed: &[(Device, u64)]) -> Result<(), NoRoom> {
     let mut sums: Vec<(Device, u64)> = Vec::new();
     for &(device, bytes) in needed {
@@ -75,7 +96,7 @@ fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
-/// As a configuration names it.
+/// Names a device as a configuration does.
 fn name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_owned(),

@@ -5,7 +5,7 @@ use std::thread;
 use tch::NoGradGuard;
 
 /// Makes the calling thread fit to serve a model: no gradients are kept while the guard lives, and one torch operation
-/// takes at most `cores` threads; 0 means all.
+/// takes at most `cores` threads; 0 means as many as the process may use.
 pub fn set_up(cores: usize) -> NoGradGuard {
     // The count is kept per calling thread, so that engines in one process can share its cores.
     tch::set_num_threads(cores_or_all(cores));

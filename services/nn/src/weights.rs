@@ -8,6 +8,39 @@
 //! The ledger also computes the weights digest while each tensor passes through: blake3 over canonical name, dtype,
 //! shape and bytes, sorted by name. The dtype is the one computed in, so that layouts which store equal values
 //! differently (Emu2 is published as float32 and as bfloat16) agree, and stages that compute differently do not.
+//!
+//! A model of two tensors is loaded, and a model that does not fit the same file is told everything that is wrong:
+//!
+//! ```
+//! use emu2_nn::checkpoint::{CheckpointError, ModelDir, Part};
+//! use safetensors::{Dtype, tensor::TensorView};
+//! use tch::{Device, Kind, Tensor};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let folder = tempfile::tempdir()?;
+//! std::fs::write(folder.path().join("config.json"), "{}")?;
+//! let values = [1.0_f32, -2.0, 0.5].map(f32::to_le_bytes).concat();
+//! let tensor = || TensorView::new(Dtype::F32, vec![3], &values);
+//! let tensors = [("visual.norm.weight", tensor()?), ("visual.norm.bias", tensor()?)];
+//! safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors"))?;
+//! let dir = ModelDir::open(folder.path())?;
+//!
+//! let w = dir.weights(Part::Visual, Device::Cpu, Kind::Float);
+//! let weight = w.at("norm").get("weight", &[3]);
+//! let bias = w.at("norm").get("bias", &[3]);
+//! let digest = w.finish()?;
+//! assert_eq!(Vec::<f32>::try_from(&(weight + bias))?, [2.0, -4.0, 1.0]);
+//! assert_eq!(digest.len(), 64);
+//!
+//! let w = dir.weights(Part::Visual, Device::Cpu, Kind::Float);
+//! let zeros = w.at("norm").get("weight", &[4]);
+//! assert_eq!(zeros, Tensor::zeros([4], (Kind::Float, Device::Cpu)));
+//! let Err(CheckpointError::Mismatch { problems, .. }) = w.finish() else { panic!("it does not fit") };
+//! assert!(problems.contains(&"`norm.weight` must be [4], is [3]".to_owned()));
+//! assert!(problems.contains(&"`norm.bias` is not used".to_owned()));
+//! # Ok(())
+//! # }
+//! ```
 
 use std::{
     cell::{Cell, RefCell},
@@ -22,7 +55,8 @@ use tch::{Device, Kind, Tensor, nn::VarStore};
 
 use crate::checkpoint::{CheckpointError, Entry, Files, ModelDir, Part, Reading, Source};
 
-/// A place in a part's tree of names, e.g. `blocks.3.attn`.
+/// A place in a part's tree of names, such as `blocks.3.attn`, from which a layer loads its tensors. Clones and deeper
+/// places share one ledger.
 #[derive(Clone, Debug)]
 pub struct Weights {
     ledger: Rc<Ledger>,
@@ -85,26 +119,30 @@ impl Weights {
         Self { variables: Some(variables), ..self }
     }
 
-    /// One level down: a name or an index.
+    /// Returns the place one level down, at a name or an index.
     pub fn at(&self, name: impl Display) -> Self {
         Self { prefix: self.path(name) + ".", ..self.clone() }
     }
 
-    /// The same place, loaded to another device.
+    /// Returns the same place with its tensors loaded to another device.
     pub fn on(&self, device: Device) -> Self {
         Self { device, ..self.clone() }
     }
 
+    /// Returns the device that tensors of this place are loaded to.
     pub fn device(&self) -> Device {
         self.device
     }
 
+    /// Returns the kind that the part computes in, which its tensors are converted to.
     pub fn kind(&self) -> Kind {
         self.ledger.kind
     }
 
-    /// The tensor of this name on this place's device, in the kind that the part computes in. Never fails: see the
-    /// module.
+    /// Loads the tensor of this name and shape to this place's device, in the kind that the part computes in.
+    ///
+    /// It never fails: a tensor that is missing, misshapen, of a dtype that is not served or asked for twice is written
+    /// down for [`Self::finish`], and zeros of the shape stand in for it.
     pub fn get(&self, name: &str, shape: &[i64]) -> Tensor {
         let name = self.path(name);
         match self.ledger.fetch(&name, shape, self.device) {
@@ -116,12 +154,18 @@ impl Weights {
         }
     }
 
-    /// Names under here are known and not loaded, such as the VAE's encoder in serving.
+    /// Declares the names under `name` known and not loaded, such as the VAE's encoder in serving.
     pub fn skip(&self, name: &str) {
         self.ledger.skipped.borrow_mut().insert(self.path(name) + ".");
     }
 
-    /// Every mistake at once: missing names, wrong shapes, unused names. Else the weights digest, in hex.
+    /// Ends the loading of the part: returns its weights digest, 64 hexadecimal digits.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Mismatch`] with every mistake at once: missing and unused names, wrong shapes and dtypes.
+    /// [`CheckpointError::NoRoom`] if the part was not prepared and the CPU has less memory free than it takes; nothing
+    /// was read then.
     pub fn finish(self) -> Result<String, CheckpointError> {
         let ledger = &self.ledger;
         if let Some(refused) = ledger.refused.take() {
@@ -145,7 +189,7 @@ impl Weights {
         Ok(digest.finalize().to_hex().to_string())
     }
 
-    /// Under the native name, so that a file of all variables is a native checkpoint.
+    /// Registers a tensor under its native name, so that a file of all variables is a native checkpoint.
     fn register(&self, name: &str, tensor: Tensor) -> Tensor {
         let Some(variables) = &self.variables else { return tensor };
         let name = self.ledger.part.native_name(name);
@@ -159,7 +203,7 @@ impl Weights {
     }
 }
 
-/// The digest of a stage that is built from several parts, in this order.
+/// Combines the digests of parts that make up one stage, in this order, into one of 64 hexadecimal digits.
 pub fn combined_digest(parts: &[&str]) -> String {
     let mut digest = blake3::Hasher::new();
     for part in parts {
@@ -169,7 +213,7 @@ pub fn combined_digest(parts: &[&str]) -> String {
 }
 
 impl Ledger {
-    /// None is a problem that is known already.
+    /// Reads a tensor and records its hash; an error without a text is a problem that is known already.
     fn fetch(&self, name: &str, shape: &[i64], device: Device) -> Result<Tensor, Option<String>> {
         if self.refused.borrow().is_some() {
             return Err(None);
@@ -227,7 +271,7 @@ impl Ledger {
         }))
     }
 
-    /// An expanded scalar: what is not there must not allocate gigabytes of zeros.
+    /// Makes zeros that take no memory, an expanded scalar: what is not there must not allocate gigabytes.
     fn stand_in(&self, shape: &[i64], device: Device) -> Tensor {
         Tensor::zeros([1], (self.kind, device)).expand(shape, false)
     }
@@ -244,7 +288,7 @@ impl Ledger {
         hasher.update(values).finalize()
     }
 
-    /// All that serving needs is in; what it skips counts as done.
+    /// Logs that all of the part that serving needs is in; what it skips counts as done.
     fn tell(&self, tensors: usize) {
         let bytes = self.loaded.get();
         self.dir.progress().advance(self.dir.bytes(self.part, self.kind).saturating_sub(bytes));
@@ -280,7 +324,7 @@ fn over(bytes: &[u8], entry: &Entry, stored: Kind) -> Tensor {
     unsafe { Tensor::from_blob(bytes.as_ptr(), &entry.shape, &strides, stored, Device::Cpu) }
 }
 
-/// The bytes of a contiguous CPU tensor.
+/// Returns the bytes of a contiguous CPU tensor.
 fn values(tensor: &Tensor) -> &[u8] {
     let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
     if length == 0 {

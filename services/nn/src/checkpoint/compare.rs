@@ -6,9 +6,9 @@ use super::{Entry, Files, ModelDir, Part, Source};
 use crate::weights::same_values;
 
 impl ModelDir {
-    /// Whether both hold the same weights of a part as computed with in `kind`: whether their digests would agree.
-    /// Names and shapes first, then values up to the first difference, which weights that were trained apart have at
-    /// once; only equal ones are read to their end.
+    /// Whether both models hold the same weights of a part as computed with in `kind`: whether their digests would
+    /// agree. Names and shapes are compared first, then values up to the first difference, which weights that were
+    /// trained apart have at once; only equal ones are read to their end.
     pub fn has_weights_of(&self, other: &Self, part: Part, kind: Kind) -> bool {
         match (&self.source, &other.source) {
             (Source::Random(one), Source::Random(another)) => {

@@ -25,12 +25,12 @@ const VARIANTS: [&str; 4] = ["bf16", "", "fp32", "fp16"];
 const EXTENSION: &str = ".safetensors";
 const INDEX: &str = ".safetensors.index";
 
-/// A folder's weights.
+/// The weights files that were chosen in a folder.
 #[derive(Debug)]
 pub(super) struct WeightFiles {
-    /// Sorted, so that loading does not depend on the file system's order.
+    /// The paths of the chosen files, sorted, so that loading does not depend on the file system's order.
     pub(super) paths: Vec<PathBuf>,
-    /// Weights in the same folder that stay unread.
+    /// The names of weights files in the same folder that stay unread.
     pub(super) passed_over: Vec<String>,
     index: Option<Index>,
 }
@@ -42,7 +42,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files of `stem` in `folder`, or all weights there when no stem is asked for or none of that name exist.
+/// Finds the weights files of `stem` in `folder`, or all weights there when no stem is asked for or none of that name
+/// exist.
 pub(super) fn find(folder: &Path, stem: Option<&str>) -> Result<WeightFiles, CheckpointError> {
     let present =
         file_names(folder).map_err(|source| CheckpointError::Io { path: folder.to_owned(), source })?;
@@ -59,7 +60,7 @@ pub(super) fn find(folder: &Path, stem: Option<&str>) -> Result<WeightFiles, Che
 }
 
 impl WeightFiles {
-    /// Whether every file holds exactly what the index says; `held`: the names in each of `paths`.
+    /// Checks that every file holds exactly what the index says; `held` are the names in each of `paths`.
     pub(super) fn check(&self, held: &[Vec<String>]) -> Result<(), CheckpointError> {
         let Some(index) = &self.index else { return Ok(()) };
         let mut problems = Vec::new();
@@ -121,7 +122,8 @@ impl Index {
     }
 }
 
-/// The preferred index of which all files are there. If there is none such, the preferred one's files are missed.
+/// Chooses the preferred index of which all files are there. If there is none such, the error names what the preferred
+/// one lacks.
 fn choose_index(folder: &Path, present: &BTreeSet<String>) -> Result<Option<Index>, CheckpointError> {
     let mut names: Vec<(usize, &String)> =
         present.iter().filter_map(|name| Some((index_rank(name)?, name))).collect();
@@ -141,7 +143,7 @@ fn choose_index(folder: &Path, present: &BTreeSet<String>) -> Result<Option<Inde
     }
 }
 
-/// `model.safetensors.index.json`, `model.safetensors.index.bf16.json`
+/// Ranks an index by its variant: `model.safetensors.index.json`, `model.safetensors.index.bf16.json`.
 fn index_rank(name: &str) -> Option<usize> {
     let (_, rest) = name.strip_suffix(".json")?.split_once(INDEX)?;
     rank(rest.strip_prefix('.').unwrap_or(rest))
@@ -151,7 +153,7 @@ fn rank(variant: &str) -> Option<usize> {
     VARIANTS.iter().position(|known| *known == variant)
 }
 
-/// One variant of each stem.
+/// Chooses one variant of each stem.
 fn choose_by_name(present: &BTreeSet<String>, stem: Option<&str>) -> BTreeSet<String> {
     let mut stems: BTreeMap<&str, BTreeMap<usize, Vec<&String>>> = BTreeMap::new();
     let parsed: Vec<_> = present.iter().filter_map(|name| Some((parse(name)?, name))).collect();
@@ -165,8 +167,9 @@ fn choose_by_name(present: &BTreeSet<String>, stem: Option<&str>) -> BTreeSet<St
     preferred.flat_map(|(_, names)| names.into_iter().cloned()).collect()
 }
 
-/// Stem and rank of a weights file: (`model`, that of bf16) of `model.bf16-00001-of-00008.safetensors`, which is
-/// transformers' way, and of `model-00001-of-00008.bf16.safetensors`, diffusers' newer one.
+/// Splits the name of a weights file into its stem and the rank of its variant: (`model`, that of bf16) of
+/// `model.bf16-00001-of-00008.safetensors`, which is transformers' way, and of `model-00001-of-00008.bf16.safetensors`,
+/// diffusers' newer one.
 fn parse(name: &str) -> Option<(String, usize)> {
     let name = without_shard(name.strip_suffix(EXTENSION)?);
     let variant = name.rsplit_once('.').and_then(|(stem, variant)| Some((stem.to_owned(), rank(variant)?)));
@@ -189,7 +192,7 @@ fn without_shard(name: &str) -> String {
     }
 }
 
-/// Without weights that can be read: says whether there are others.
+/// Makes the error of a folder without weights that can be read, which says whether there are others.
 fn no_weights(folder: &Path, present: &BTreeSet<String>) -> CheckpointError {
     let is_pickled = |name: &&String| [".bin", ".pth", ".pt", ".ckpt"].iter().any(|end| name.ends_with(end));
     match present.iter().find(is_pickled) {
@@ -198,7 +201,7 @@ fn no_weights(folder: &Path, present: &BTreeSet<String>) -> CheckpointError {
     }
 }
 
-/// Names that are not UTF-8 are nobody's.
+/// Returns the names of a folder's files; those that are not UTF-8 are nobody's.
 pub(super) fn file_names(folder: &Path) -> io::Result<BTreeSet<String>> {
     fs::read_dir(folder)?
         .map(|entry| Ok(entry?.file_name().into_string().ok()))

@@ -6,7 +6,11 @@ use serde_json::Value;
 
 use super::error::CheckpointError;
 
-/// Reads a file of at most `limit` bytes.
+/// Reads a JSON file of at most `limit` bytes.
+///
+/// # Errors
+///
+/// The file cannot be read, is larger, or is not JSON.
 pub(super) fn read_json(path: &Path, limit: u64) -> Result<Value, CheckpointError> {
     let io = |source| CheckpointError::Io { path: path.to_owned(), source };
     let bad = |reason| CheckpointError::Config { path: path.to_owned(), reason };

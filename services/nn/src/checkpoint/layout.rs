@@ -33,11 +33,11 @@ const CHAT_QUERIES: (u32, u32) = (256, 64);
 /// How a model's files are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// Upstream's state dicts.
+    /// Files named as upstream's state dicts.
     Native,
-    /// As published at BAAI/Emu2 and BAAI/Emu2-Chat.
+    /// A folder as published at BAAI/Emu2 and BAAI/Emu2-Chat.
     HuggingFace,
-    /// As published at BAAI/Emu2-Gen.
+    /// A folder as published at BAAI/Emu2-Gen.
     Diffusers,
     /// No files: random weights of a named size.
     Random,

@@ -13,7 +13,7 @@ use super::error::CheckpointError;
 /// Largest header of a weights file; the published single-file checkpoint's has a few hundred kilobytes.
 const MAX_HEADER_BYTES: usize = 64 << 20;
 
-/// A tensor in one of the files.
+/// The place of a tensor in one of the files.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(super) file: usize,
@@ -28,17 +28,17 @@ impl Entry {
     }
 }
 
-/// All files of a model.
+/// All weights files of a model, mapped.
 #[derive(Debug)]
 pub(crate) struct Files(pub(super) Vec<Mapped>);
 
 impl Files {
-    /// Whether both are the same bytes of the same file, such as a link to it.
+    /// Whether both entries are the same bytes of the same file, such as a link to it.
     pub(super) fn is_place_of(&self, entry: &Entry, others: &Self, other: &Entry) -> bool {
         entry.range == other.range && self.0[entry.file].identity == others.0[other.file].identity
     }
 
-    /// Hands `convert` the bytes of a tensor, once.
+    /// Hands `convert` the bytes of a tensor, once, and returns what it makes of them.
     pub(crate) fn read<T>(&self, entry: &Entry, convert: impl FnOnce(&[u8]) -> T) -> T {
         self.0[entry.file].read(&entry.range, convert)
     }

@@ -57,19 +57,19 @@ const MAX_TOKENIZER_BYTES: u64 = 16 << 20;
 /// Largest added_tokens.json that is read; Emu2's has some 300 tokens.
 const MAX_ADDED_TOKENS_BYTES: u64 = 1 << 20;
 
-/// How much of the weights those see who build a model.
+/// How much of the weights is read while a model is built.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reading {
-    /// All: the model can be used.
+    /// All values are read: the model can be used.
     #[default]
     Values,
-    /// They are hashed and let go of: a model that fits no memory has its digest.
+    /// All values are read, hashed and let go of, so that a model that fits no memory has its digest.
     Digest,
-    /// None: only names, dtypes and shapes are checked.
+    /// No values are read: only names, dtypes and shapes are checked.
     Names,
 }
 
-/// Where weights come from.
+/// Where a model's weights come from.
 #[derive(Debug)]
 pub(crate) enum Source {
     Files(Files),
@@ -94,30 +94,47 @@ pub struct ModelDir {
     expected: RefCell<BTreeSet<Part>>,
 }
 
-/// What a model holds of one part.
+/// What a model's files hold of one part.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
+    /// The part that this counts.
     pub part: Part,
+    /// How many tensors the part has.
     pub tensors: usize,
+    /// How many values all its tensors have together.
     pub values: u64,
-    /// In the files.
+    /// How many bytes they take in the files.
     pub bytes: u64,
-    /// As the files call them, such as BF16.
+    /// The dtypes that stand in the files, as safetensors names them, such as BF16.
     pub dtypes: BTreeSet<String>,
 }
 
 impl ModelDir {
-    /// A folder in any layout, or random weights (`random:emu2-37b`).
+    /// Opens a model folder in any layout, or random weights of a named size (`random:emu2-37b`).
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or breaks its format, the folder holds no weights or those of another model, a shard
+    /// contradicts its index, or the random weights' size or setting is not known.
     pub fn open(path: &Path) -> Result<Rc<Self>, CheckpointError> {
         Self::open_with(path, Progress::default())
     }
 
-    /// As [`Self::open`], and `progress` is told how far loading is.
+    /// Opens a model as [`Self::open`] does, and keeps `progress` at how far its loading is.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::open`].
     pub fn open_with(path: &Path, progress: Progress) -> Result<Rc<Self>, CheckpointError> {
         Self::open_for(path, Reading::Values, progress)
     }
 
-    /// As [`Self::open_with`]; unless it reads all values, what is built of it only tells whether it could be.
+    /// Opens a model as [`Self::open_with`] does, and sets how much of its weights is read. Unless that is all values,
+    /// a model that is built of it only tells whether it could be built.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::open`].
     pub fn open_for(path: &Path, reading: Reading, progress: Progress) -> Result<Rc<Self>, CheckpointError> {
         let wrong = |reason| CheckpointError::Random { path: path.to_owned(), reason };
         let mut dir = match path.to_str().and_then(|path| path.strip_prefix(random::PREFIX)) {
@@ -128,23 +145,23 @@ impl ModelDir {
         Ok(Rc::new(dir))
     }
 
-    /// A model of these sections with weights out of a seed: what training starts from.
+    /// Makes a model of these sections with random weights out of a seed: what training starts from.
     pub fn random(config: Map<String, Value>, seed: u64) -> Rc<Self> {
         let spec = Spec { config, random: Random::new(seed), tokenizer: None };
         Rc::new(Self::of_random(Path::new(random::PREFIX), spec, Progress::default()))
     }
 
-    /// The folder, or `random:…`.
+    /// Returns the path that the model was opened by: a folder, or `random:…`.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What was recognised.
+    /// Returns the layout that was recognised.
     pub fn layout(&self) -> Layout {
         self.layout
     }
 
-    /// As configured, or as published: `emu2`, `emu2-chat`, `emu2-gen`.
+    /// Returns the model's name as configured, or the published one: `emu2`, `emu2-chat` or `emu2-gen`.
     pub fn name(&self) -> &str {
         let published = match (self.has(Part::Unet), self.instruct()) {
             (true, _) => "emu2-gen",
@@ -159,31 +176,43 @@ impl ModelDir {
         self.config.get("instruct").and_then(Value::as_bool).unwrap_or(false)
     }
 
-    /// A section of the configuration; absent sections and keys take `T`'s defaults, unknown keys are ignored, since
-    /// published configurations carry many that do not matter here.
+    /// Reads a section of the configuration. Absent sections and keys take `T`'s defaults; unknown keys are ignored,
+    /// since published configurations carry many that do not matter here.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Unsupported`]: a key's value is not of its type.
     pub fn section<T: DeserializeOwned>(&self, name: &str) -> Result<T, CheckpointError> {
         let empty = Value::Object(Map::new());
         let section = self.config.get(name).unwrap_or(&empty);
         T::deserialize(section).map_err(|error| self.unsupported(format!("`{name}`: {error}")))
     }
 
-    /// A value at the top of the configuration, such as `name` or `instruct`.
+    /// Reads a value at the top of the configuration, such as `name`; none where it is absent.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Unsupported`]: the value is not of the type.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, CheckpointError> {
         let value = self.config.get(name).map(T::deserialize).transpose();
         value.map_err(|error| self.unsupported(format!("`{name}`: {error}")))
     }
 
-    /// A configuration that contradicts itself or asks for what is not built.
+    /// Makes the error of a configuration that contradicts itself or asks for what is not built.
     pub fn unsupported(&self, reason: impl Into<String>) -> CheckpointError {
         CheckpointError::Unsupported { path: self.path.clone(), reason: reason.into() }
     }
 
-    /// Where tokenizer.model must be. Random weights have none, unless one was named.
+    /// Returns the path at which tokenizer.model must be. Random weights have none, unless one was named.
     pub fn tokenizer_path(&self) -> Option<&Path> {
         self.tokenizer.as_deref()
     }
 
-    /// The sentencepiece file; for random weights of a named size a made-up one of the right number of pieces.
+    /// Reads the sentencepiece file. Random weights of a named size have a made-up one of the right number of pieces.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read or has more than 16 MiB, or the model has no tokenizer.
     pub fn tokenizer_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
         let wrong =
             |path: &Path, reason: String| CheckpointError::Tokenizer { path: path.to_owned(), reason };
@@ -204,8 +233,12 @@ impl ModelDir {
         Ok(bytes)
     }
 
-    /// Ids that added_tokens.json beside the tokenizer gives to tokens, if there is one: they must be those that code
-    /// appends.
+    /// Reads the ids that added_tokens.json beside the tokenizer gives to tokens, by token; none without such a file.
+    /// They must be those that the llm appends.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, has more than 1 MiB or is not an object of ids.
     pub fn added_tokens(&self) -> Result<Option<BTreeMap<String, u32>>, CheckpointError> {
         let Some(path) = self.tokenizer_path().map(|path| path.with_file_name("added_tokens.json")) else {
             return Ok(None);
@@ -217,7 +250,7 @@ impl ModelDir {
         tokens.map(Some).map_err(|error| CheckpointError::Tokenizer { path, reason: error.to_string() })
     }
 
-    /// Whether any weight of this part is here.
+    /// Whether the model has any weight of this part.
     pub fn has(&self, part: Part) -> bool {
         match &self.source {
             Source::Files(_) => self.entries_of(part).next().is_some(),
@@ -225,7 +258,7 @@ impl ModelDir {
         }
     }
 
-    /// What the files hold, part by part.
+    /// Counts what the files hold of each part, without parts that they hold nothing of.
     pub fn contents(&self) -> Vec<Contents> {
         let contents = |part| {
             let mut sum = Contents { part, tensors: 0, values: 0, bytes: 0, dtypes: BTreeSet::new() };
@@ -240,12 +273,12 @@ impl ModelDir {
         Part::ALL.map(contents).into_iter().filter(|sum| sum.tensors > 0).collect()
     }
 
-    /// Names in the files that are none of Emu2's.
+    /// Returns the names in the files that are none of Emu2's.
     pub fn unknown(&self) -> &[String] {
         &self.unknown
     }
 
-    /// What a part takes up in a kind.
+    /// Returns the bytes that a part takes up in memory in this kind.
     pub fn bytes(&self, part: Part, kind: Kind) -> u64 {
         let values = match &self.source {
             Source::Files(_) => self.entries_of(part).map(|(_, entry)| entry.values()).sum(),
@@ -254,18 +287,28 @@ impl ModelDir {
         values * kind.elt_size_in_bytes() as u64
     }
 
+    /// Returns the count of how far loading is.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// To be called before parts are loaded to one device: refuses what does not fit it together, and lets the
+    /// Announces that these parts are loaded to one device: refuses what does not fit it together, and lets the
     /// progress count all of it from the start. Parts loaded without this are checked one by one, on the CPU only.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::NoRoom`]: the device has less memory free than the parts take.
     pub fn prepare(&self, parts: &[Part], device: Device, kind: Kind) -> Result<(), CheckpointError> {
         let needed = parts.iter().map(|&part| self.bytes(part, kind)).sum();
         self.prepare_spread(parts, &[(device, needed)], kind)
     }
 
-    /// As [`Self::prepare`], for parts of which each device takes so many bytes.
+    /// Announces as [`Self::prepare`] does that these parts are loaded to several devices, each of which takes so many
+    /// bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::NoRoom`]: a device has less memory free than its share takes.
     pub fn prepare_spread(
         &self,
         parts: &[Part],
@@ -298,7 +341,7 @@ impl ModelDir {
         self.entries_of(part).map(|(name, _)| name)
     }
 
-    /// Lets the progress count on a part; says whether that is new.
+    /// Lets the progress count on a part; returns whether that is new.
     pub(crate) fn expect(&self, part: Part, kind: Kind) -> bool {
         let new = self.expected.borrow_mut().insert(part);
         if new {

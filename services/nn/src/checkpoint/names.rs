@@ -5,23 +5,24 @@
 
 use std::fmt;
 
-/// The parts of Emu2 that services load on their own.
+/// The parts of Emu2 that services load on their own. The weights of a part have canonical names, whatever the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
-    /// EVA-CLIP ViT; canonical names without `visual.`.
+    /// The visual encoder, an EVA-CLIP ViT; its canonical names are the native ones without `visual.`.
     Visual,
-    /// LLaMA and both projections; canonical names as in the native state dict of Emu2.
+    /// LLaMA and both projections; their canonical names are those of Emu2's native state dict.
     Llm,
-    /// Canonical names without `unet.`.
+    /// The visual decoder's UNet; its canonical names are the native ones without `unet.`.
     Unet,
-    /// Canonical names without `vae.`.
+    /// The visual decoder's VAE; its canonical names are the native ones without `vae.`.
     Vae,
 }
 
 impl Part {
+    /// All parts, in the order of the enum.
     pub const ALL: [Self; 4] = [Self::Visual, Self::Llm, Self::Unet, Self::Vae];
 
-    /// Its section of the configuration.
+    /// Returns the name of the part's section in the configuration.
     pub(super) fn section(self) -> &'static str {
         match self {
             Self::Visual => "vision",
@@ -31,8 +32,8 @@ impl Part {
         }
     }
 
-    /// The name of a weight as a native checkpoint spells it.
-    pub fn native_name(self, canonical: &str) -> String {
+    /// Returns the name of a weight as a native checkpoint spells it.
+    pub(crate) fn native_name(self, canonical: &str) -> String {
         match self {
             Self::Llm => canonical.to_owned(),
             _ => format!("{self}.{canonical}"),
@@ -51,7 +52,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// How a name begins, its part, and how its canonical name begins instead.
+/// How a name begins, the part that it belongs to, and how its canonical name begins instead.
 const NAMES: [(&str, Part, &str); 8] = [
     // Upstream's native state dicts.
     ("visual.", Part::Visual, ""),
@@ -64,16 +65,17 @@ const NAMES: [(&str, Part, &str); 8] = [
     ("model.visual.", Part::Visual, ""),
     ("model.decoder.lm.", Part::Llm, "decoder.lm."),
 ];
-/// Native Emu2-Gen and diffusers folders hold the multimodal model under this, in either spelling.
+/// What native Emu2-Gen files and diffusers folders put before the names of the multimodal model, in either spelling.
 const WRAPPER: &str = "multimodal_encoder.";
 
-/// Names that published files hold and nothing needs: rotary buffers that old transformers versions kept (lossy in
-/// bfloat16: the tables are rebuilt), and Stable Diffusion's safety checker.
+/// Whether published files hold this name and nothing needs it: rotary buffers that old transformers versions kept
+/// (lossy in bfloat16: the tables are rebuilt), and Stable Diffusion's safety checker.
 pub(super) fn is_known_extra(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name.starts_with("safety_checker.")
 }
 
-/// The part and the canonical name of a name of any layout; None: it is none of Emu2's.
+/// Returns the part and the canonical name of a weight that is named as in any layout; none if the name is not one of
+/// Emu2's.
 pub fn canonical(name: &str) -> Option<(Part, String)> {
     let name = name.strip_prefix(WRAPPER).unwrap_or(name);
     NAMES.iter().find_map(|&(prefix, part, canonical)| {

@@ -1,4 +1,4 @@
-//! How far loading is.
+//! How far the loading of a model is.
 
 use std::{
     fmt,
@@ -14,8 +14,8 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Least difference between two log lines.
 const STEP_PERCENT: u8 = 10;
 
-/// Bytes loaded of those expected, at the kind that is computed in; shared between the thread that loads and whoever
-/// shows it. Written as "loading 42 %". Also logged, about every tenth.
+/// Counts the bytes loaded of those expected, at the kind that is computed in. Clones share the count, so that one
+/// thread loads and another shows it; displayed, it is "loading 42 %". It is also logged, about every tenth percent.
 #[derive(Clone, Debug, Default)]
 pub struct Progress(Arc<State>);
 
@@ -30,31 +30,35 @@ struct State {
 }
 
 impl Progress {
-    /// `observer` is called on the loading thread with every new percent, and never with a smaller one.
+    /// Makes a count whose `observer` is called on the loading thread with every new percent, and never with a smaller
+    /// one.
     pub fn observed(observer: impl Fn(u8) + Send + Sync + 'static) -> Self {
         Self(Arc::new(State { observer: Some(Box::new(observer)), ..State::default() }))
     }
 
+    /// Returns how many bytes have been loaded.
     pub fn bytes_done(&self) -> u64 {
         self.0.done.load(Relaxed)
     }
 
-    /// What is known so far to be loaded.
+    /// Returns how many bytes are known so far to be loaded; it grows while parts are added.
     pub fn bytes_total(&self) -> u64 {
         self.0.total.load(Relaxed)
     }
 
-    /// 0 as long as nothing is expected.
+    /// Returns the loaded share of the known total in percent, 0 to 100; 0 as long as nothing is expected.
     pub fn percent(&self) -> u8 {
         let (done, total) = (self.bytes_done(), self.bytes_total());
         let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(0);
         u8::try_from(percent.min(100)).expect("it is at most 100")
     }
 
+    /// Adds to the bytes that are to be loaded.
     pub(super) fn expect(&self, bytes: u64) {
         self.0.total.fetch_add(bytes, Relaxed);
     }
 
+    /// Adds to the bytes that have been loaded, and tells the observer and the log of a new percent.
     pub(crate) fn advance(&self, bytes: u64) {
         self.0.done.fetch_add(bytes, Relaxed);
         let percent = self.percent();

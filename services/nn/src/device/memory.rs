@@ -12,11 +12,11 @@ use tch::Device;
 /// Where a container sees its limits.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Bytes that this process can still allocate there; None where nobody tells.
+/// Returns the bytes that this process can still allocate on a device; none where nobody tells.
 ///
-/// On the CPU: what the kernel calls available, or what the limits of this process's control groups leave if that is
-/// less. File caches count as free in both, since they give way. On CUDA: what the driver calls free, which leaves
-/// out what torch has reserved and not given back.
+/// On the CPU these are what the kernel calls available, or what the limits of this process's control groups leave if
+/// that is less. File caches count as free in both, since they give way. On CUDA they are what the driver calls free,
+/// which leaves out what torch has reserved and not given back.
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => {
@@ -29,8 +29,8 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// The least that the limit of any group on the way to the root leaves. `groups`: /proc/self/cgroup, which shows
-/// version 2 as `0::/path` and version 1 as `4:memory:/path`.
+/// Returns the least bytes that the limit of any control group on the way to the root leaves. `groups` is the text of
+/// /proc/self/cgroup, which shows version 2 as `0::/path` and version 1 as `4:memory:/path`.
 fn group_room(root: &Path, groups: &str) -> Option<u64> {
     let room = |line: &str| {
         let (_, line) = line.split_once(':')?;
@@ -52,7 +52,8 @@ fn group_room(root: &Path, groups: &str) -> Option<u64> {
     groups.lines().filter_map(room).min()
 }
 
-/// Over the group and those above it. In a container the path may be the host's, of which only the root is seen.
+/// Returns the least `room` of the group at `path` and of those above it, up to `root`. In a container the path may be
+/// the host's, of which only the root is seen.
 fn least(root: &Path, path: &str, room: impl Fn(&Path) -> Option<u64>) -> Option<u64> {
     let group: PathBuf = root.join(path);
     group.ancestors().take_while(|group| group.starts_with(root)).filter_map(room).min()
@@ -63,18 +64,19 @@ fn cache(group: &Path, prefix: &str) -> u64 {
     ["inactive_file", "active_file"].iter().filter_map(|name| field(&stat, &format!("{prefix}{name}"))).sum()
 }
 
-/// None also for `max`, which is no limit.
+/// Reads the number that a group's file holds; none also for `max`, which is no limit.
 fn number(group: &Path, file: &str) -> Option<u64> {
     fs::read_to_string(group.join(file)).ok()?.trim().parse().ok()
 }
 
-/// The number after a name at the start of a line.
+/// Returns the number after a name at the start of a line.
 fn field(text: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().map(str::split_ascii_whitespace);
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok()).flatten())
 }
 
-/// tch does not bind this, so the CUDA runtime is asked: libtorch's, which is in the process already.
+/// Asks the CUDA runtime for the free bytes of a device. tch does not bind this, so libtorch's own runtime is asked,
+/// which is in the process already.
 fn cuda(index: c_int) -> Option<u64> {
     type GetDevice = unsafe extern "C" fn(*mut c_int) -> c_int;
     type SetDevice = unsafe extern "C" fn(c_int) -> c_int;

@@ -14,42 +14,49 @@ const VARIABLE: &str = "EMU2_TEST_DEVICE";
 /// (1.4e-2 after three layers).
 const BF16_SHARE: f64 = 2e-2;
 
-/// A device, and what models compute in there.
+/// The device and the kind that a parity test computes in.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bench {
+    /// The device that the model is loaded to.
     pub device: Device,
+    /// The kind that the model computes in: float32 or bfloat16.
     pub kind: Kind,
 }
 
-/// What a result on a bench may differ by, in each kind.
+/// By how much a result may differ from golden numbers in any element, in each kind that a [`Bench`] may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
+    /// The largest absolute difference in float32.
     pub float32: f64,
+    /// The largest absolute difference in bfloat16.
     pub bf16: f64,
 }
 
 impl Tolerance {
-    /// In bfloat16: 2e-2 × max(1, max |want|).
+    /// Makes a tolerance of one forward: `float32` as given; in bfloat16, 2e-2 × max(1, max |want|).
     pub fn new(float32: f64, want: &Tensor) -> Self {
         Self { float32, bf16: BF16_SHARE * largest(want) }
     }
 
-    /// After so many blocks in a row: independent roundings add up as the root of their number.
+    /// Makes a tolerance of a result after `blocks` blocks in a row, of which independent roundings add up as the root
+    /// of their number: in bfloat16, √blocks times that of [`Self::new`].
     pub fn after(blocks: u32, float32: f64, want: &Tensor) -> Self {
         Self { float32, bf16: BF16_SHARE * f64::from(blocks).sqrt() * largest(want) }
     }
 }
 
 impl Bench {
-    /// Where golden numbers were computed.
+    /// The bench that the golden numbers were computed on: the CPU in float32.
     pub const GOLDEN: Self = Self { device: Device::Cpu, kind: Kind::Float };
-    /// The CPU in bfloat16: what a GPU computes in, on any machine.
+    /// The CPU in bfloat16: the kind that a GPU computes in, on any machine.
     pub const BF16: Self = Self { device: Device::Cpu, kind: Kind::BFloat16 };
 
-    /// The device of `EMU2_TEST_DEVICE`, in the kind that serving takes there: bfloat16 on CUDA.
+    /// Returns the device of `EMU2_TEST_DEVICE`, the CPU unless it is set, in the kind that serving takes there:
+    /// bfloat16 on CUDA.
     ///
     /// # Panics
-    /// When there is no such device.
+    ///
+    /// There is no such device.
     pub fn of_environment() -> Self {
         let name = std::env::var(VARIABLE).unwrap_or_else(|_| "cpu".to_owned());
         let opened = device::open(std::slice::from_ref(&name));
@@ -57,15 +64,17 @@ impl Bench {
         Self { device, kind: device::compute_kind(device) }
     }
 
-    /// A tensor as a model here takes it.
+    /// Copies a tensor to this bench's device and kind, as a model there takes it.
     pub fn put(&self, tensor: &Tensor) -> Tensor {
         tensor.to_device(self.device).to_kind(self.kind)
     }
 
-    /// Also prints by how much it differs, for whoever asks how close it comes.
+    /// Asserts that `got` has the shape of `want` and differs from it by at most the tolerance of this bench's kind. It
+    /// also prints by how much it differs, for whoever asks how close it comes.
     ///
     /// # Panics
-    /// When shapes differ, or any element by more than the tolerance.
+    ///
+    /// The shapes differ, or an element differs by more than the tolerance.
     pub fn assert_close(&self, name: &str, got: &Tensor, want: &Tensor, tolerance: Tolerance) {
         let got = got.to_device(Device::Cpu).to_kind(Kind::Double);
         let want = want.to_device(Device::Cpu).to_kind(Kind::Double);

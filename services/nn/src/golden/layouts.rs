@@ -14,15 +14,15 @@ use super::{
 const WRAPPER: &str = "multimodal_encoder.";
 const BUFFERS: &str = ".inv_freq";
 
-/// Writes a golden model as BAAI/Emu2 is published: two shards with an index, config.json, tokenizer.model.
+/// Writes a golden model to `folder` as BAAI/Emu2 is published: two shards with an index, config.json, tokenizer.model.
 pub fn hugging_face(model: &str, folder: &Path) {
     let native = Native::read(model);
     native.write_multimodal(folder, "");
     copy_tokenizer(model, folder);
 }
 
-/// Writes a golden model as BAAI/Emu2 is published first: the same in pickled shards of float32. Its values were
-/// bfloat16's, so that rounding changes nothing.
+/// Writes a golden model to `folder` as BAAI/Emu2 was published first: the files of [`hugging_face`] with pickled
+/// shards of float32. Its values were bfloat16's, so that rounding changes nothing.
 pub fn pickled(model: &str, folder: &Path) {
     hugging_face(model, folder);
     let index = folder.join("model.safetensors.index.json");
@@ -38,7 +38,8 @@ pub fn pickled(model: &str, folder: &Path) {
     }
 }
 
-/// Writes the golden emu2-gen as BAAI/Emu2-Gen is published: a folder for each part, files of the variant bf16.
+/// Writes the golden emu2-gen to `folder` as BAAI/Emu2-Gen is published: a folder for each part, files of the variant
+/// bf16.
 pub fn diffusers(folder: &Path) {
     let native = Native::read("emu2-gen");
     native.write_multimodal(&folder.join("multimodal_encoder"), "bf16");
@@ -61,7 +62,8 @@ pub fn diffusers(folder: &Path) {
     copy_tokenizer("emu2-gen", &folder.join("tokenizer"));
 }
 
-/// Writes a golden model with the visual encoder of another, as published models share theirs; in the native layout.
+/// Writes a golden model to `folder` with the visual encoder of another, as published models share theirs; in the
+/// native layout.
 pub fn with_visual_of(model: &str, other: &str, folder: &Path) {
     let (native, other) = (Native::read(model), Native::read(other));
     let plain = |name: String| name.strip_prefix(WRAPPER).map_or(name.clone(), str::to_owned);
@@ -94,7 +96,7 @@ impl Native {
         file.tensors().into_iter().collect()
     }
 
-    /// Every second tensor to the second shard.
+    /// Writes the multimodal model's part of the files, every second tensor to the second shard.
     fn write_multimodal(&self, folder: &Path, variant: &str) {
         let dot = if variant.is_empty() { "" } else { "." };
         let mut shards = [BTreeMap::new(), BTreeMap::new()];

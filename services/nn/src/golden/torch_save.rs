@@ -1,19 +1,26 @@
-//! torch.save by hand: the same opcodes and the same zip file, for checkpoints as they are published.
+//! Files as torch.save writes them, made by hand: the same opcodes in the same zip, for tests of published checkpoints.
 
 use safetensors::{Dtype, SafeTensors};
 
 /// One tensor of a state dict, alone in its storage.
 #[derive(Debug)]
 pub struct Saved {
+    /// The tensor's name in the state dict.
     pub name: String,
+    /// Torch's class of the storage, which tells the dtype, such as `FloatStorage`.
     pub class: &'static str,
+    /// The tensor's sides.
     pub shape: Vec<usize>,
+    /// The tensor's values in row-major order, little-endian.
     pub data: Vec<u8>,
 }
 
 impl Saved {
+    /// Makes a tensor of float32 values in row-major order.
+    ///
     /// # Panics
-    /// When the shape does not have as many values.
+    ///
+    /// The shape has another number of values.
     pub fn f32s(name: &str, shape: &[usize], values: impl IntoIterator<Item = f32>) -> Self {
         let data: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
         assert_eq!(data.len(), shape.iter().product::<usize>() * 4);
@@ -21,10 +28,11 @@ impl Saved {
     }
 }
 
-/// All tensors of a safetensors file, in float32.
+/// Reads all tensors of a safetensors file, sorted by name, and converts them to float32.
 ///
 /// # Panics
-/// When it is none, or holds anything but float32 and bfloat16.
+///
+/// The bytes are no safetensors file, or hold anything but float32 and bfloat16.
 pub fn widened(bytes: &[u8]) -> Vec<Saved> {
     let file = SafeTensors::deserialize(bytes).expect("a safetensors file");
     let mut tensors = file.tensors();
@@ -40,12 +48,12 @@ pub fn widened(bytes: &[u8]) -> Vec<Saved> {
     saved.collect()
 }
 
-/// Exact: bfloat16 is the upper half of float32.
+/// Converts a bfloat16 to float32, exactly: it is the upper half of one.
 fn widen(value: [u8; 2]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16)
 }
 
-/// A file as torch.save writes it.
+/// Writes a state dict of these tensors as torch.save writes it.
 pub fn save(tensors: &[Saved]) -> Vec<u8> {
     let storages = tensors.iter().enumerate().map(|(key, tensor)| (format!("data/{key}"), &tensor.data[..]));
     let pickle = state_dict(tensors);
@@ -53,12 +61,12 @@ pub fn save(tensors: &[Saved]) -> Vec<u8> {
     zip(&first.into_iter().chain(storages).collect::<Vec<_>>(), false)
 }
 
-/// A file with this pickle and one storage of 16 bytes.
+/// Writes a checkpoint with this pickle, whatever it holds, and one storage of 16 zero bytes named `0`.
 pub fn with_pickle(pickle: &[u8]) -> Vec<u8> {
     zip(&[("data.pkl".to_owned(), pickle), ("data/0".to_owned(), &[0; 16])], false)
 }
 
-/// Protocol 2, an OrderedDict with `_metadata`.
+/// Pickles an OrderedDict with `_metadata`, in protocol 2.
 fn state_dict(tensors: &[Saved]) -> Vec<u8> {
     let mut p = vec![0x80, 2];
     p.extend(b"ccollections\nOrderedDict\nq\x00)Rq\x01(");
@@ -90,7 +98,7 @@ fn state_dict(tensors: &[Saved]) -> Vec<u8> {
     p
 }
 
-/// BINUNICODE
+/// Appends a text to a pickle, as the opcode BINUNICODE.
 pub fn text(p: &mut Vec<u8>, text: &str) {
     p.push(b'X');
     p.extend((text.len() as u32).to_le_bytes());
@@ -102,7 +110,8 @@ fn int(p: &mut Vec<u8>, value: usize) {
     p.extend(i32::try_from(value).expect("test tensors are small").to_le_bytes());
 }
 
-/// Entries stored, each from a multiple of 64 on. `wide`: with the 64-bit forms that files over 4 GB need.
+/// Writes a zip archive of stored entries (name, bytes), each of which begins at a multiple of 64 bytes. With `wide` it
+/// has the 64-bit forms that archives over 4 GB need.
 pub fn zip(entries: &[(String, &[u8])], wide: bool) -> Vec<u8> {
     let mut out = Vec::new();
     let mut directory = Vec::new();

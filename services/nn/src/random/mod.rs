@@ -17,12 +17,12 @@ use crate::checkpoint::Part;
 mod sizes;
 mod tokenizer;
 
-/// How such a model begins.
+/// What the name of a model with random weights begins with.
 pub(crate) const PREFIX: &str = "random:";
-/// Standard deviation of what is no norm's gain: what LLaMA is initialised with.
+/// Standard deviation of all weights but the scales of norms: what LLaMA is initialised with.
 const DEVIATION: f64 = 0.02;
 
-/// What stands after the prefix.
+/// What the text after the prefix asks for.
 #[derive(Debug)]
 pub(crate) struct Spec {
     pub(crate) config: Map<String, Value>,
@@ -53,23 +53,23 @@ impl Spec {
     }
 }
 
-/// The source.
+/// The source of random weights.
 #[derive(Debug)]
 pub(crate) struct Random {
     seed: u64,
-    /// Of each part that serving loads, where the size is a named one.
+    /// How many values each part has that serving loads, where the size is a named one.
     values: Option<[u64; Part::ALL.len()]>,
-    /// Of the tokenizer, special tokens apart.
+    /// How many pieces the tokenizer has without special tokens, where the size is a named one.
     pieces: Option<usize>,
 }
 
 impl Random {
-    /// Of a size that nobody has counted.
+    /// Makes a source for a size that nobody has counted.
     pub(crate) fn new(seed: u64) -> Self {
         Self { seed, values: None, pieces: None }
     }
 
-    /// 0 where the size is not a named one.
+    /// Returns how many values a part has; 0 where the size is not a named one.
     pub(crate) fn values(&self, part: Part) -> u64 {
         self.values.map_or(0, |values| values[part as usize])
     }
@@ -82,7 +82,7 @@ impl Random {
         self.pieces.map(tokenizer::made_up)
     }
 
-    /// Norms' gains are 1, all else is normal around 0.
+    /// Makes a tensor: the scales of norms are 1, all else is normal around 0.
     pub(crate) fn tensor(&self, part: Part, name: &str, shape: &[i64], kind: Kind, device: Device) -> Tensor {
         if shape.len() == 1 && name.ends_with("weight") {
             return Tensor::ones(shape, (kind, device));
@@ -95,7 +95,7 @@ impl Random {
         tensor.normal_(0.0, DEVIATION)
     }
 
-    /// What stands for the values in the digest.
+    /// Returns what stands for the values in the digest.
     pub(crate) fn identity(&self, device: Device) -> String {
         let place = if device.is_cuda() { "cuda" } else { "cpu" };
         format!("random seed {} on {place}", self.seed)

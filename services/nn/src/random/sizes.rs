@@ -8,9 +8,10 @@ use crate::checkpoint::Part;
 #[derive(Debug)]
 pub(super) struct Size {
     pub(super) config: Map<String, Value>,
-    /// Of each part in the order of [`Part::ALL`], as far as serving loads it: without the VAE's encoder.
+    /// How many values each part has, in the order of [`Part::ALL`], as far as serving loads it: without the VAE's
+    /// encoder.
     pub(super) values: [u64; Part::ALL.len()],
-    /// Of the tokenizer: the vocabulary without Emu2's 272 special tokens.
+    /// How many pieces the tokenizer has: the vocabulary without Emu2's 272 special tokens.
     pub(super) pieces: usize,
 }
 
@@ -29,13 +30,13 @@ pub(super) fn find(name: &str) -> Result<Size, String> {
     Ok(Size { config, values, pieces })
 }
 
-/// Emu2-Gen as published, which is what sections default to.
+/// Returns the sections of Emu2-Gen as published, which is what sections default to.
 fn published() -> [(&'static str, Value); 5] {
     ["vision", "llama", "unet", "vae", "scheduler"].map(|section| (section, json!({})))
 }
 
-/// All layers of the published model at about a third of their width, in whole heads and groups: 17 GB in float32,
-/// the largest that a host of 24 GB serves.
+/// Returns the sections of a model with all layers of the published one at about a third of their width, in whole heads
+/// and groups: 17 GB in float32, the largest that a host of 24 GB serves.
 fn third() -> [(&'static str, Value); 5] {
     [
         ("vision", json!({ "width": 560 })),
@@ -55,7 +56,7 @@ fn third() -> [(&'static str, Value); 5] {
     ]
 }
 
-/// As small as it goes, for tests; the sizes of the golden models.
+/// Returns the sections of a model as small as it goes, for tests; the sizes of the golden models.
 fn tiny() -> [(&'static str, Value); 5] {
     [
         (
