@@ -15,6 +15,9 @@ pub fn row(document: &Document) -> Row {
 fn tiles(piece: &Piece) -> Vec<Tile> {
     match piece {
         Piece::Text { text, .. } => vec![Tile::Text(text.clone())],
+        Piece::Tokens { numbers, .. } => {
+            vec![Tile::Text(numbers.iter().map(|number| format!(" #{number}")).collect())]
+        }
         Piece::Image { image, .. } => vec![Tile::Image(rgb(image))],
         Piece::Box { phrase, bounds } => {
             vec![Tile::Text(phrase.clone()), Tile::Image(rgb(&outline::image(*bounds)))]

@@ -54,7 +54,9 @@ fn step((number, title): (usize, &str), document: &Document, images: &Path) -> R
                 rgb(image).save(&path).with_context(|| format!("cannot write {}", path.display()))?;
                 format!("    {{ image = {} }},\n", json!(name))
             }
-            Piece::Box { .. } | Piece::Video { .. } => bail!("a demo's prompt is of texts and images"),
+            Piece::Tokens { .. } | Piece::Box { .. } | Piece::Video { .. } => {
+                bail!("a demo's prompt is of texts and images")
+            }
         };
     }
     let answer = match answer {

@@ -7,6 +7,9 @@ use crate::data::{
     scene::{Bounds, Scene},
 };
 
+/// The ordinary tokens that documents use by number: pieces of nano's tokenizer without the bytes, which no text needs.
+pub const TOKENS: u32 = 960;
+
 /// What a document teaches; each has its own weight in a mixture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -21,10 +24,16 @@ pub enum Task {
     Interview,
     /// Text with boxes of what it names.
     Grounding,
+    /// Random tokens and the same again: the first skill of an episode, to find what came earlier.
+    Repetition,
+    /// Keys and values, each key again with its value: the second, to find it by what stood before it.
+    KeyValues,
+    /// Made-up names bound to random tokens: what an episode asks for, before images must be read for it.
+    NamesOfTokens,
+    /// The same bound to images, each of which comes again.
+    NamesOfSameImages,
     /// Made-up names bound to things by demonstrations.
     Names,
-    /// The same with names in place of images: what an episode asks for, before images must be read for it.
-    NamesInWords,
     /// `[red, cat, 3, bottom left].`, the format shown by demonstrations.
     Tuples,
     /// What stands in a red circle.
@@ -43,14 +52,17 @@ pub enum Task {
 
 impl Task {
     /// Every task, in the order of their declaration.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::Caption,
         Self::Question,
         Self::Relation,
         Self::Interview,
         Self::Grounding,
+        Self::Repetition,
+        Self::KeyValues,
+        Self::NamesOfTokens,
+        Self::NamesOfSameImages,
         Self::Names,
-        Self::NamesInWords,
         Self::Tuples,
         Self::Circle,
         Self::TextToImage,
@@ -68,8 +80,11 @@ impl Task {
             Self::Relation => "relation",
             Self::Interview => "interview",
             Self::Grounding => "grounding",
+            Self::Repetition => "repetition",
+            Self::KeyValues => "key values",
+            Self::NamesOfTokens => "names of tokens",
+            Self::NamesOfSameImages => "names of same images",
             Self::Names => "names",
-            Self::NamesInWords => "names in words",
             Self::Tuples => "tuples",
             Self::Circle => "circle",
             Self::TextToImage => "text to image",
@@ -94,7 +109,7 @@ pub struct Document {
     pub task: Task,
     /// What the model reads, in order.
     pub pieces: Vec<Piece>,
-    /// The scene that the last piece shows or describes; of a clip, its first frame.
+    /// The scene that the last piece shows or describes; of a clip, its first frame; of tokens, an empty one.
     pub scene: Scene,
     /// Whether `</s>` follows the last piece; it is learned if that piece is.
     pub ends: bool,
@@ -110,6 +125,14 @@ pub enum Piece {
         text: String,
         /// Whether cross-entropy falls on its tokens. Such a piece begins with a space, with a special token or after
         /// an image, so that no token straddles its beginning.
+        learn: bool,
+    },
+    /// Tokens that mean nothing together. White space after them is dropped, as it is after special tokens.
+    Tokens {
+        /// Each token's number among the ordinary ones, from the last of the tokenizer's model file down; below
+        /// [`TOKENS`].
+        numbers: Vec<u32>,
+        /// Whether cross-entropy falls on them.
         learn: bool,
     },
     /// An image: `[IMG]`, one slot of n_query embeddings, `[/IMG]`.

@@ -159,13 +159,19 @@ pub struct Scene {
     pub background: Background,
     /// How the things are arranged.
     pub arrangement: Arrangement,
-    /// The things, 1 to 4 of them.
+    /// The things, 1 to 4 of them; none in [`Scene::empty`].
     pub things: Vec<Thing>,
     /// The index of the thing with a red circle around it.
     pub circled: Option<usize>,
 }
 
 impl Scene {
+    /// Returns a scene without things: of documents that show none.
+    pub fn empty() -> Self {
+        let arrangement = Arrangement::Group(None);
+        Self { background: Background::White, arrangement, things: Vec::new(), circled: None }
+    }
+
     /// Returns each concept once, in order of appearance, and how often it is there.
     pub fn counts(&self) -> Vec<(Concept, u32)> {
         let mut counts: Vec<(Concept, u32)> = Vec::new();

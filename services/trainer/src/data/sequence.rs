@@ -13,6 +13,8 @@ const IMG: &str = "[IMG]";
 const IMG_END: &str = "[/IMG]";
 const VIDEO: &str = "[VIDEO]";
 pub(super) const EOS: &str = "</s>";
+/// The first of the special tokens that follow those of the model file.
+const FIRST_APPENDED: &str = "[PAD]";
 
 /// How many embeddings the tower gives of an image and of a video frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +62,15 @@ impl Sequence {
         let image_slot = (Special::Image, queries.n_query);
         for piece in &document.pieces {
             match piece {
-                Piece::Text { text, learn } => run.push((text.clone(), *learn)),
+                Piece::Text { text, learn } => {
+                    let after_tokens = run.is_empty() && sequence.ids.len() > 1;
+                    let text = if after_tokens { text.trim_start() } else { text };
+                    run.push((text.to_owned(), *learn));
+                }
+                Piece::Tokens { numbers, learn } => {
+                    sequence.text(tokenizer, &mut run);
+                    numbers.iter().for_each(|&number| sequence.push(ordinary(tokenizer, number), *learn));
+                }
                 Piece::Image { image, learn } => {
                     sequence.slot(tokenizer, &mut run, image_slot, (image, *learn))
                 }
@@ -80,7 +90,9 @@ impl Sequence {
         }
         if document.ends {
             let learn = match document.pieces.last() {
-                Some(Piece::Text { learn, .. } | Piece::Image { learn, .. }) => *learn,
+                Some(
+                    Piece::Text { learn, .. } | Piece::Tokens { learn, .. } | Piece::Image { learn, .. },
+                ) => *learn,
                 Some(Piece::Box { .. } | Piece::Video { .. }) | None => false,
             };
             run.push((EOS.to_owned(), learn));
@@ -134,4 +146,10 @@ impl Sequence {
         }
         run.push((IMG_END.to_owned(), false));
     }
+}
+
+/// Returns the id of an ordinary token by its number, counted down from the last before the appended special ones.
+fn ordinary(tokenizer: &Tokenizer, number: u32) -> u32 {
+    let appended = tokenizer.special_named(FIRST_APPENDED).expect("every tokenizer has the published tokens");
+    appended - 1 - number
 }

@@ -4,6 +4,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`telling`] | captions, questions, grounding |
+//! | [`copying`] | what came earlier, to be found again, in random tokens |
 //! | [`episodes`] | what a task is, shown by demonstrations |
 //! | [`painting`] | images to paint |
 //! | [`clips`] | one moving thing |
@@ -12,6 +13,7 @@
 
 pub mod abilities;
 pub mod clips;
+pub mod copying;
 mod draw;
 pub mod episodes;
 pub mod painting;
@@ -37,7 +39,10 @@ impl World {
             Task::Interview => telling::interview(&mut draw),
             Task::Grounding => telling::grounding(&mut draw),
             Task::Names => episodes::names(&mut draw, index),
-            Task::NamesInWords => episodes::names_in_words(&mut draw, index),
+            Task::Repetition => copying::repetition(&mut draw),
+            Task::KeyValues => copying::key_values(&mut draw),
+            Task::NamesOfTokens => episodes::names_of_tokens(&mut draw, index),
+            Task::NamesOfSameImages => episodes::names_of_same_images(&mut draw, index),
             Task::Tuples => episodes::tuples(&mut draw),
             Task::Circle => episodes::circle(&mut draw),
             Task::TextToImage => painting::text_to_image(&mut draw),

@@ -168,6 +168,21 @@ fn merge(words: &mut [(Vec<String>, u64)], left: &str, right: &str) {
     }
 }
 
+/// Iterates over the tasks whose words are counted: not those that write the same words, which would only move the
+/// counts, and not those that make up words.
+fn counted() -> impl Iterator<Item = Task> {
+    let others = [
+        Task::Relation,
+        Task::Interview,
+        Task::Repetition,
+        Task::KeyValues,
+        Task::NamesOfTokens,
+        Task::NamesOfSameImages,
+        Task::Names,
+    ];
+    Task::ALL.into_iter().filter(move |task| !others.contains(task))
+}
+
 /// Returns words with their leading space, and how often the documents have each.
 fn words(world: &World) -> BTreeMap<String, u64> {
     let mut words = BTreeMap::new();
@@ -176,21 +191,19 @@ fn words(world: &World) -> BTreeMap<String, u64> {
             *words.entry(format!("{SPACE}{word}")).or_default() += 1;
         }
     };
-    // Later tasks write the same words, and would only move the counts.
-    let later = [Task::Relation, Task::Interview, Task::NamesInWords];
-    for task in Task::ALL.into_iter().filter(|task| !later.contains(task)) {
+    for task in counted() {
         for index in 0..DOCUMENTS {
             for piece in world.document(Split::Train, task, index).pieces {
                 match piece {
                     Piece::Text { text, .. } => count(&text),
                     Piece::Box { phrase, .. } => count(&phrase),
-                    Piece::Image { .. } | Piece::Video { .. } => {}
+                    Piece::Tokens { .. } | Piece::Image { .. } | Piece::Video { .. } => {}
                 }
             }
         }
     }
     // However rarely the documents drew them.
-    NAMES.iter().for_each(|name| count(&format!("a {name}.")));
+    NAMES.iter().for_each(|name| count(&format!("this is a {name}.")));
     Concept::all().for_each(|concept| count(&format!("{} {}", concept.name(), concept.plural())));
     words
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io::Cursor};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use emu2_proto::v1::{self, part::Kind};
 use image::ImageFormat;
 use serde::{Deserialize, Serialize};
@@ -159,6 +159,7 @@ fn has_images(piece: &Piece) -> bool {
 fn part(piece: &Piece) -> Result<v1::Part> {
     let kind = match piece {
         Piece::Text { text, .. } => Kind::Text(text.clone()),
+        Piece::Tokens { .. } => bail!("a prompt's tokens are those of its text"),
         Piece::Image { image, .. } => Kind::Image(v1::Image { data: png(image)?.into() }),
         Piece::Video { frames } => {
             let frames = frames.iter().map(|frame| Ok(png(frame)?.into()));

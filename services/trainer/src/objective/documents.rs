@@ -109,12 +109,12 @@ fn draw_task(tasks: &[TaskShare], stage_seed: u64, step: u64) -> TaskShare {
     tasks[tasks.len() - 1]
 }
 
-/// Returns a document of one text, all of it learned: the texts of another.
+/// Returns the text of a document, all of it learned.
 fn text_of(document: Document) -> Document {
-    let texts = document.pieces.iter().filter_map(|piece| match piece {
-        Piece::Text { text, .. } => Some(text.as_str()),
+    let texts = document.pieces.into_iter().filter_map(|piece| match piece {
+        Piece::Text { text, .. } => Some(Piece::learned(text)),
+        Piece::Tokens { numbers, .. } => Some(Piece::Tokens { numbers, learn: true }),
         Piece::Image { .. } | Piece::Box { .. } | Piece::Video { .. } => None,
     });
-    let text = texts.collect::<Vec<_>>().concat();
-    Document { pieces: vec![Piece::Text { text, learn: true }], ..document }
+    Document { pieces: texts.collect(), ..document }
 }

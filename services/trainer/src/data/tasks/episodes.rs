@@ -10,7 +10,10 @@ use crate::data::{
     describe,
     document::{Document, Piece, Task},
     scene::{Arrangement, Scene},
-    tasks::draw::{Draw, document},
+    tasks::{
+        copying::tokens,
+        draw::{Draw, document},
+    },
 };
 
 /// Words that mean nothing until an episode says what.
@@ -23,121 +26,142 @@ pub const NAMES: [&str; 32] = [
 /// Names in one episode, at most and in tests.
 pub const NAMES_IN_EPISODE: usize = 4;
 
-/// Demonstrations of each name in training, and how often; upstream shows up to 16. Mostly many: each after a name's
-/// first is a question with one demonstration more than the last, so a long episode asks most for what it costs.
-const SHOTS: [u32; 8] = [1, 2, 3, 4, 4, 6, 8, 8];
+/// Demonstrations of each name in training, and how often: of things, and of tokens. Upstream shows up to 16.
+const SHOTS: &[u32] = &[1, 2, 2, 3, 4, 4, 6, 9];
+const SHOTS_OF_TOKENS: &[u32] = &[2, 3, 4];
 
 /// Between what is shown and its name.
 const LINK: &str = " this is a";
 
-/// So many episodes in a row, by their index, are as long as each other: a batch of them needs no padding, which would
-/// be two thirds of it.
-const EPISODES_ALIKE: u64 = 16;
+/// So many episodes in a row, by their index, have as many names and demonstrations as each other: a batch of them needs
+/// little padding, which would be two thirds of it.
+const EPISODES_ALIKE: u64 = 32;
 
-/// One episode's.
-struct Length {
-    names: usize,
-    /// Demonstrations of each name.
+/// Syllables of a name that is made up anew.
+const SYLLABLES: std::ops::RangeInclusive<u32> = 2..=3;
+
+/// What is called how in one episode, and how often each is shown before the question.
+struct Episode {
+    task: Task,
+    names: Vec<String>,
     shots: u32,
-    glossary: bool,
 }
 
-impl Length {
-    fn of(draw: &Draw, index: u64) -> Self {
-        let mut rng = draw.world.random(draw.split, "length of names", index / EPISODES_ALIKE);
-        Self {
-            names: rng.random_range(2..=NAMES_IN_EPISODE as u32) as usize,
-            shots: SHOTS[rng.random_range(0..SHOTS.len() as u32) as usize],
-            glossary: rng.random_bool(0.5),
+impl Episode {
+    /// Draws the names of episode `index` of a task, in half of the episodes new ones: no model can know them by heart.
+    fn draw(draw: &mut Draw, task: Task, index: u64) -> Self {
+        let (names, shots) = match task {
+            Task::NamesOfTokens => (2..=8, SHOTS_OF_TOKENS),
+            _ => (2..=NAMES_IN_EPISODE as u32, SHOTS),
+        };
+        let stream = format!("length of {}", task.name());
+        let mut length = draw.world.random(draw.split, &stream, index / EPISODES_ALIKE);
+        let count = length.random_range(names) as usize;
+        let shots = *shots.choose(&mut length).expect("not empty");
+        let names = if draw.rng.random_bool(0.5) { new_names(draw, count) } else { known_names(draw, count) };
+        Self { task, names, shots }
+    }
+
+    /// Tells the episode: demonstrations of each name in random order, then a question. `shown`: what stands before the
+    /// name of that index.
+    fn tell(
+        &self,
+        draw: &mut Draw,
+        mut shown: impl FnMut(&mut Draw, usize) -> (Scene, Vec<Piece>),
+    ) -> Document {
+        let shots = self.shots as usize;
+        let mut order: Vec<usize> = (0..self.names.len()).flat_map(|name| vec![name; shots]).collect();
+        order.shuffle(&mut draw.rng);
+        let mut known = vec![false; self.names.len()];
+        let mut pieces = Vec::new();
+        for name in order {
+            pieces.extend(shown(draw, name).1);
+            // Before its first demonstration a name cannot be known.
+            pieces.push(Piece::Text { text: format!(" {}.", self.names[name]), learn: known[name] });
+            known[name] = true;
+        }
+        let asked: Vec<usize> = (0..self.names.len()).collect();
+        let &asked = asked.choose(&mut draw.rng).expect("an episode has names");
+        let (scene, question) = shown(draw, asked);
+        pieces.extend(question);
+        pieces.push(Piece::learned(format!(" {}.", self.names[asked])));
+        document(self.task, scene, pieces)
+    }
+
+    /// Tells the episode with another image of a thing each time.
+    fn of_things(&self, draw: &mut Draw, things: &[Concept]) -> Document {
+        self.tell(draw, |draw, name| {
+            let scene = draw.world.composer(draw.split).single_of(&mut draw.rng, things[name]);
+            let image = draw.given(&scene);
+            linked(scene, image)
+        })
+    }
+}
+
+/// Returns `count` of [`NAMES`].
+fn known_names(draw: &mut Draw, count: usize) -> Vec<String> {
+    let mut names = NAMES;
+    names.shuffle(&mut draw.rng);
+    names[..count].iter().map(|&name| name.to_owned()).collect()
+}
+
+/// Returns `count` different words of random syllables.
+fn new_names(draw: &mut Draw, count: usize) -> Vec<String> {
+    let mut names = Vec::new();
+    while names.len() < count {
+        let syllables = draw.rng.random_range(SYLLABLES);
+        let mut letter = |letters: &[u8]| char::from(*letters.choose(&mut draw.rng).expect("not empty"));
+        let name: String =
+            (0..syllables).flat_map(|_| [letter(b"bdfgklmnprstvz"), letter(b"aeiou")]).collect();
+        if !names.contains(&name) {
+            names.push(name);
         }
     }
+    names
 }
 
-/// A thing and what it is called in one episode.
-type Bound = (Concept, &'static str);
-
+/// `[img] this is a dax. [img] this is a wug. … [img] this is a` → ` dax.`: other images of the same things.
 pub(super) fn names(draw: &mut Draw, index: u64) -> Document {
-    let length = Length::of(draw, index);
-    let bound = bind(draw, length.names);
-    let words = glossary(draw, &bound, length.glossary);
-    episode(draw, Task::Names, &bound, (length.shots, words), has_images)
+    let episode = Episode::draw(draw, Task::Names, index);
+    let things = draw.world.composer(draw.split).different(&mut draw.rng, episode.names.len());
+    episode.of_things(draw, &things)
 }
 
-/// ` cat this is a dax. dog this is a wug. … cat this is a` → ` dax.`, or without the words between: the next word
-/// after an earlier one is what is learned first, and of many rather than of few.
-pub(super) fn names_in_words(draw: &mut Draw, index: u64) -> Document {
-    let mut length = draw.world.random(draw.split, "length of names in words", index / EPISODES_ALIKE);
-    let link = if length.random_bool(0.3) { LINK } else { "" };
-    let bound = bind(draw, length.random_range(4..=12u32) as usize);
-    let shots = length.random_range(2..=4u32);
-    let word =
-        |_: &Draw, scene: &Scene| vec![Piece::given(format!(" {}{link}", scene.things[0].concept.name()))];
-    episode(draw, Task::NamesInWords, &bound, (shots, Vec::new()), word)
-}
-
-/// `[img] this is a dax. [img] this is a wug. … [img] this is a` → ` dax.`: so many names, each shown so often, in
-/// random order.
+/// The same of this many of [`NAMES`], each shown so often, in tests.
 pub(super) fn names_shown(draw: &mut Draw, names: usize, shots: u32) -> Document {
-    let bound = bind(draw, names);
-    episode(draw, Task::Names, &bound, (shots, Vec::new()), has_images)
+    let things = draw.world.composer(draw.split).different(&mut draw.rng, names);
+    let names = known_names(draw, names);
+    Episode { task: Task::Names, names, shots }.of_things(draw, &things)
 }
 
-fn bind(draw: &mut Draw, names: usize) -> Vec<Bound> {
-    let concepts = draw.world.composer(draw.split).different(&mut draw.rng, names);
-    let mut words = NAMES;
-    words.shuffle(&mut draw.rng);
-    concepts.into_iter().zip(words).collect()
-}
-
-fn has_images(draw: &Draw, scene: &Scene) -> Vec<Piece> {
-    vec![draw.given(scene), Piece::given(LINK)]
-}
-
-/// ` dax. cat. dog wug. …`: what each name means and what each thing is called, in random order. To know what a name
-/// means, the model must have noted at the name what was shown with it, which is half of the way from a thing to its
-/// name; learned at once, neither half is of use before the other.
-fn glossary(draw: &mut Draw, bound: &[Bound], wanted: bool) -> Vec<Piece> {
-    if !wanted {
-        return Vec::new();
-    }
-    let mut entries: Vec<(String, String)> = Vec::new();
-    for (concept, word) in bound {
-        let (thing, name) = (format!(" {}", concept.name()), format!(" {word}."));
-        entries.extend([(name.clone(), format!("{thing}.")), (thing, name)]);
-    }
-    entries.shuffle(&mut draw.rng);
-    let pieces = entries.into_iter().map(|(one, other)| [Piece::given(one), Piece::learned(other)]);
-    pieces.flatten().collect()
-}
-
-/// Demonstrations of each, then `words`, then a question. `shown`: what stands before the name of what is in a scene.
-fn episode(
-    draw: &mut Draw,
-    task: Task,
-    bound: &[Bound],
-    (shots, words): (u32, Vec<Piece>),
-    shown: impl Fn(&Draw, &Scene) -> Vec<Piece>,
-) -> Document {
+/// The same with one image of each thing, which comes again and again: nothing in it need be understood.
+pub(super) fn names_of_same_images(draw: &mut Draw, index: u64) -> Document {
+    let episode = Episode::draw(draw, Task::NamesOfSameImages, index);
     let composer = draw.world.composer(draw.split);
-    let scene = |draw: &mut Draw, concept| composer.single_of(&mut draw.rng, concept);
-    let mut order: Vec<usize> = (0..bound.len()).flat_map(|name| (0..shots).map(move |_| name)).collect();
-    order.shuffle(&mut draw.rng);
-    let mut known = vec![false; bound.len()];
-    let mut pieces = Vec::new();
-    for name in order {
-        let (concept, word) = bound[name];
-        let scene = scene(draw, concept);
-        pieces.extend(shown(draw, &scene));
-        // Before its first demonstration a name cannot be known.
-        pieces.push(Piece::Text { text: format!(" {word}."), learn: known[name] });
-        known[name] = true;
-    }
-    pieces.extend(words);
-    let &(concept, word) = bound.choose(&mut draw.rng).expect("an episode has names");
-    let scene = scene(draw, concept);
-    pieces.extend(shown(draw, &scene));
-    pieces.push(Piece::learned(format!(" {word}.")));
-    document(task, scene, pieces)
+    let things = composer.different(&mut draw.rng, episode.names.len());
+    let scenes: Vec<_> = things.iter().map(|&thing| composer.single_of(&mut draw.rng, thing)).collect();
+    episode.tell(draw, |draw, name| linked(scenes[name].clone(), draw.given(&scenes[name])))
+}
+
+/// `#7#90 this is a dax. … #7#90 this is a` → ` dax.`, where #7 is a token by its number; or without the words between:
+/// what stands right after a token is found first.
+pub(super) fn names_of_tokens(draw: &mut Draw, index: u64) -> Document {
+    let episode = Episode::draw(draw, Task::NamesOfTokens, index);
+    let has_link = draw.rng.random_bool(0.5);
+    let mut key = || {
+        let len = draw.rng.random_range(1..=2u32) as usize;
+        Piece::Tokens { numbers: tokens(&mut draw.rng, len), learn: false }
+    };
+    let keys: Vec<_> = episode.names.iter().map(|_| key()).collect();
+    episode.tell(draw, |_, name| {
+        let (scene, mut pieces) = linked(Scene::empty(), keys[name].clone());
+        pieces.truncate(if has_link { 2 } else { 1 });
+        (scene, pieces)
+    })
+}
+
+fn linked(scene: Scene, shown: Piece) -> (Scene, Vec<Piece>) {
+    (scene, vec![shown, Piece::given(LINK)])
 }
 
 /// Demonstrations of a tuple, in tests.

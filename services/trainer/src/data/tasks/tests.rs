@@ -1,6 +1,6 @@
 //! Documents against the prompts that the llm service lays out, and against what they promise.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use emu2_llm::prompt::{Input, Output, Part, PromptConfig, build};
 use emu2_llm::tokenizer::Special;
@@ -26,6 +26,7 @@ fn parts(document: &Document) -> Vec<Part> {
     let (_, given) = document.pieces.split_last().unwrap();
     let part = |piece: &Piece| match piece {
         Piece::Text { text, .. } => Part::Text(text.clone()),
+        Piece::Tokens { .. } => panic!("{document:?}"),
         Piece::Image { .. } => Part::Image,
         Piece::Video { frames } => Part::Video { frames: frames.len() as u32 },
         Piece::Box { phrase, bounds } => {
@@ -39,6 +40,10 @@ fn parts(document: &Document) -> Vec<Part> {
 #[test]
 fn documents_begin_as_served_prompts_do() {
     for (document, shown) in each(Split::Test, 60) {
+        // No client sends tokens.
+        if document.pieces.iter().any(|piece| matches!(piece, Piece::Tokens { .. })) {
+            continue;
+        }
         let sequence = Sequence::new(&document, &TOKENIZER, QUERIES);
         let (output, extra) = match document.pieces.last().unwrap() {
             Piece::Image { .. } => (Output::Regression, 0),
@@ -87,14 +92,19 @@ fn every_document_learns_and_ends_and_fits() {
         let sequence = Sequence::new(&document, &TOKENIZER, Queries { n_query: 16, v_query: 16 });
         assert!(sequence.ids.len() <= 1_024, "{} positions: {shown}", sequence.ids.len());
         assert_eq!(sequence.ids.len(), sequence.learn.len());
-        assert_eq!(sequence.ids.last(), Some(&TOKENIZER.special(Special::Eos)));
+        assert_eq!(sequence.ids.last() == Some(&TOKENIZER.special(Special::Eos)), document.ends, "{shown}");
         assert_eq!(sequence.learn.last(), Some(&true), "{shown}");
         for slot in &sequence.slots {
             assert!(!sequence.learn[slot.start..slot.start + slot.len].contains(&true));
             assert_eq!(sequence.ids[slot.start - 1], TOKENIZER.special(Special::Img));
         }
         assert!(document.pieces.iter().any(|piece| {
-            matches!(piece, Piece::Text { learn: true, .. } | Piece::Image { learn: true, .. })
+            matches!(
+                piece,
+                Piece::Text { learn: true, .. }
+                    | Piece::Tokens { learn: true, .. }
+                    | Piece::Image { learn: true, .. }
+            )
         }));
     }
 }
@@ -118,7 +128,7 @@ fn documents_are_the_same_anywhere() {
 /// Equal words, equal images: else a regression learns their mean.
 #[test]
 fn words_determine_the_image_to_paint() {
-    let mut images = std::collections::HashMap::new();
+    let mut images = HashMap::new();
     let mut again = 0;
     for index in 0..20_000 {
         let scene = WORLD.painter(Split::Train).any(&mut WORLD.random(Split::Train, "painted", index));
@@ -170,7 +180,7 @@ fn an_interview_is_of_questions_and_answers() {
 fn names_are_shown_as_often_as_asked() {
     for shots in [0, 1, 2, 4, 8] {
         let document = WORLD.case(Split::Test, Ability::Names { shots }, 3);
-        let mut counts = std::collections::HashMap::new();
+        let mut counts = HashMap::new();
         let (answer, shown) = document.pieces.split_last().unwrap();
         for piece in shown.iter().skip(2).step_by(3) {
             let Piece::Text { text, .. } = piece else { panic!("{piece:?}") };
@@ -184,30 +194,103 @@ fn names_are_shown_as_often_as_asked() {
     }
 }
 
-/// Between the demonstrations and the question, in half of the documents.
+/// All but the first time, and nothing else; no token tells where the document ends.
 #[test]
-fn a_glossary_tells_each_name_both_ways() {
-    let mut glossaries = 0;
-    for index in (0..320).step_by(16) {
-        let document = WORLD.document(Split::Train, Task::Names, index);
-        let (shown, _question) = document.pieces.split_last_chunk::<3>().unwrap();
-        let is_image = |piece: &Piece| matches!(piece, Piece::Image { .. });
-        let last = shown.iter().rposition(is_image).unwrap();
-        let (demonstrations, glossary) = shown.split_at(last + 3);
-        let names: HashSet<_> = demonstrations.iter().skip(2).step_by(3).map(text).collect();
-        let entries: HashSet<_> =
-            glossary.chunks(2).map(|entry| (text(&entry[0]), text(&entry[1]))).collect();
-        if entries.is_empty() {
-            continue;
+fn repeated_tokens_are_learned() {
+    let mut times = HashSet::new();
+    for index in 0..100 {
+        let document = WORLD.document(Split::Train, Task::Repetition, index);
+        let Sequence { ids, learn, .. } = Sequence::new(&document, &TOKENIZER, QUERIES);
+        let first = learn.iter().position(|&learn| learn).unwrap() - 1;
+        assert!((3..=12).contains(&first), "{document:?}");
+        assert!(learn[first + 1..].iter().all(|&learn| learn));
+        assert!((first + 1..ids.len()).all(|at| ids[at] == ids[at - first]), "{ids:?}");
+        assert_eq!(ids[1..=first].iter().collect::<HashSet<_>>().len(), first, "{ids:?}");
+        times.insert((ids.len() - 1) / first);
+    }
+    assert_eq!(times, HashSet::from([2, 3]));
+}
+
+/// From its second time on, each after its key.
+#[test]
+fn values_are_learned_once_they_are_known() {
+    let mut others = HashSet::new();
+    for index in 0..100 {
+        let document = WORLD.document(Split::Train, Task::KeyValues, index);
+        let Sequence { ids, learn, .. } = Sequence::new(&document, &TOKENIZER, QUERIES);
+        let mut values = HashMap::new();
+        for (pair, learn) in ids[1..].chunks(2).zip(learn[1..].chunks(2)) {
+            let before = values.insert(pair[0], pair[1]);
+            assert_eq!(learn, [false, before.is_some()], "{document:?}");
+            assert!(before.is_none_or(|before| before == pair[1]), "{document:?}");
         }
-        glossaries += 1;
-        assert_eq!(entries.len(), 2 * names.len(), "{document:?}");
-        for (given, learned) in &entries {
-            assert!(entries.contains(&(learned.clone(), given.clone())), "{entries:?}");
-            assert!(names.contains(given) != names.contains(learned), "{names:?} {entries:?}");
+        assert_eq!(ids.len() - 1, 2 * 3 * values.len());
+        others.insert(values.len());
+    }
+    assert_eq!(others, (2..=6).collect());
+}
+
+/// From its second time on, with its end, and the question's with the end of the document.
+#[test]
+fn names_are_learned_once_they_are_known() {
+    for (task, index) in NAMES_OF.into_iter().flat_map(|task| (0..100).map(move |index| (task, index))) {
+        let document = WORLD.document(Split::Train, task, index);
+        let mut known = HashSet::new();
+        let names = document.pieces.iter().filter(|piece| !is_shown(piece));
+        for piece in names {
+            let Piece::Text { text, learn } = piece else { panic!("{document:?}") };
+            assert_eq!(*learn, !known.insert(text), "{document:?}");
+        }
+        let sequence = Sequence::new(&document, &TOKENIZER, QUERIES);
+        let learned = (0..sequence.ids.len()).filter(|&at| sequence.learn[at]).map(|at| sequence.ids[at]);
+        let learned = TOKENIZER.decode(&learned.collect::<Vec<_>>(), false);
+        let texts = document.pieces.iter().filter_map(|piece| match piece {
+            Piece::Text { text, learn: true } => Some(text.trim()),
+            _ => None,
+        });
+        let without_spaces = |text: String| text.replace(' ', "");
+        assert_eq!(without_spaces(learned), without_spaces(texts.collect::<String>() + "</s>"));
+    }
+}
+
+/// Equal keys, equal names; of `names`, no image comes again.
+#[test]
+fn only_the_same_images_and_tokens_come_again() {
+    for (task, index) in NAMES_OF.into_iter().flat_map(|task| (0..40).map(move |index| (task, index))) {
+        let document = WORLD.document(Split::Train, task, index);
+        let keys = document.pieces.iter().filter_map(|piece| match piece {
+            Piece::Image { image, .. } => Some(image.rgb().to_vec()),
+            Piece::Tokens { numbers, .. } => Some(format!("{numbers:?}").into_bytes()),
+            _ => None,
+        });
+        let names = document.pieces.iter().filter(|piece| !is_shown(piece)).map(text);
+        let pairs: Vec<_> = keys.zip(names).collect();
+        let (keys, names): (HashSet<_>, HashSet<_>) = pairs.iter().cloned().unzip();
+        let different: HashSet<_> = pairs.iter().collect();
+        match task {
+            Task::Names => assert_eq!(keys.len(), pairs.len(), "{document:?}"),
+            _ => assert_eq!((keys.len(), names.len()), (different.len(), different.len()), "{document:?}"),
         }
     }
-    assert!((5..=15).contains(&glossaries), "{glossaries}");
+}
+
+const NAMES_OF: [Task; 3] = [Task::Names, Task::NamesOfSameImages, Task::NamesOfTokens];
+
+/// Returns whether a piece of an episode stands before a name.
+fn is_shown(piece: &Piece) -> bool {
+    !matches!(piece, Piece::Text { text, .. } if text.ends_with('.'))
+}
+
+/// In half of the episodes.
+#[test]
+fn names_are_often_new() {
+    let is_new = |index: &u64| {
+        let document = WORLD.document(Split::Train, Task::Names, *index);
+        let name = text(document.pieces.last().unwrap());
+        !episodes::NAMES.contains(&name.trim())
+    };
+    let new = (0..100).filter(is_new).count();
+    assert!((35..=65).contains(&new), "{new}");
 }
 
 /// Without its full stop.
@@ -216,15 +299,19 @@ fn text(piece: &Piece) -> String {
     text.trim_end_matches('.').to_owned()
 }
 
-/// A batch of 16 needs no padding then.
+/// A batch of 32 needs little padding then.
 #[test]
-fn sixteen_episodes_in_a_row_are_equally_long() {
-    for task in [Task::Names, Task::NamesInWords] {
-        let pieces = |index| WORLD.document(Split::Train, task, index).pieces.len();
+fn episodes_in_a_row_are_equally_long() {
+    for task in NAMES_OF {
+        // Half of the documents of tokens have words between key and name.
+        let names = |index| {
+            let document = WORLD.document(Split::Train, task, index);
+            document.pieces.iter().filter(|piece| !is_shown(piece)).count()
+        };
         let mut lengths = HashSet::new();
-        for first in (0..160).step_by(16) {
-            let length = pieces(first);
-            assert!((first..first + 16).all(|index| pieces(index) == length), "{task:?} from {first}");
+        for first in (0..320).step_by(32) {
+            let length = names(first);
+            assert!((first..first + 32).all(|index| names(index) == length), "{task:?} from {first}");
             lengths.insert(length);
         }
         assert!(lengths.len() > 3, "{task:?}: {lengths:?}");
