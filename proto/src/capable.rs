@@ -2,7 +2,7 @@
 //! tests, benchmarks and fuzz targets, which name only what is different about theirs.
 
 use crate::{
-    stage::{DecoderInfo, EncoderInfo, LlmInfo},
+    stage::{DecoderInfo, EncoderInfo, LlmInfo, Load},
     v1::Dtype,
 };
 
@@ -15,7 +15,7 @@ pub fn encoder() -> EncoderInfo {
         grid_side: 32,
         preprocessing_version: 1,
         max_image_pixels: 1 << 26,
-        step_ms: 0,
+        load: Some(Load::default()),
     }
 }
 
@@ -39,7 +39,7 @@ pub fn llm() -> LlmInfo {
         min_repetition_penalty: 0.1,
         max_repetition_penalty: 10.0,
         max_text_bytes: 1 << 16,
-        step_ms: 0,
+        load: Some(Load::default()),
     }
 }
 
@@ -55,6 +55,6 @@ pub fn decoder() -> DecoderInfo {
         max_steps: 250,
         max_guidance_scale: 100.0,
         max_queries: 1024,
-        step_ms: 0,
+        load: Some(Load::default()),
     }
 }

@@ -10,7 +10,7 @@ use emu2_engine::error::EngineError;
 use emu2_proto::{
     stage::{
         DecodeEvent, DecodeFinished, DecodeRequest, DecodedImage, DecoderInfo, DecoderInfoRequest,
-        DenoiseStep, decode_event,
+        DecoderWatchLoadRequest, DenoiseStep, Load, decode_event,
         visual_decoder_server::{VisualDecoder, VisualDecoderServer},
     },
     v1,
@@ -143,6 +143,15 @@ impl Service {
 impl VisualDecoder for Service {
     type DecodeStream = Events<DecodeEvent>;
 
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<DecoderWatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        Ok(Response::new(self.engine.watch_load(Deadline::of(&request))))
+    }
+
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
         let Limits { model, max_image_side, max_steps, max_guidance_scale, max_queries } = self.limits()?;
         Ok(Response::new(DecoderInfo {
@@ -157,7 +166,7 @@ impl VisualDecoder for Service {
             max_steps: *max_steps as u32,
             max_guidance_scale: *max_guidance_scale,
             max_queries: *max_queries as u32,
-            step_ms: self.engine.step_ms(),
+            load: Some(self.engine.wire_load()),
         }))
     }
 

@@ -9,7 +9,7 @@ use emu2_engine::error::EngineError;
 use emu2_proto::{
     pooling,
     stage::{
-        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest,
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, EncoderWatchLoadRequest, Load,
         encode_request::Source,
         visual_encoder_server::{VisualEncoder, VisualEncoderServer},
     },
@@ -175,6 +175,15 @@ impl Service {
 impl VisualEncoder for Service {
     type EncodeStream = Events<EncodeResponse>;
 
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<EncoderWatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        Ok(Response::new(self.engine.watch_load(Deadline::of(&request))))
+    }
+
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
         let model = self.model()?;
         Ok(Response::new(EncoderInfo {
@@ -186,7 +195,7 @@ impl VisualEncoder for Service {
             grid_side: model.grid_side as u32,
             preprocessing_version: PREPROCESSING_VERSION,
             max_image_pixels: self.preprocessor.limits().max_pixels,
-            step_ms: self.engine.step_ms(),
+            load: Some(self.engine.wire_load()),
         }))
     }
 

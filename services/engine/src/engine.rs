@@ -117,6 +117,10 @@ impl<S: Stage> Engine<S> {
         self.timer.step_ms()
     }
 
+    pub(crate) fn step_timer(&self) -> StepTimer {
+        self.timer.clone()
+    }
+
     /// The engine's load: its measure now, and its changes.
     pub fn load(&self) -> &LoadMetrics {
         &self.metrics

@@ -10,6 +10,7 @@
 //! | [`worker`] | the loop: receive, drop who left, plan, step, report the load |
 //! | [`line`] | a waiting line that honours priority classes |
 //! | [`load`] | backlog, pace and the metrics that every stage has under the same names |
+//! | `wire` | the load as a service tells it to routers |
 //! | [`thread`] | how the thread starts, tells that it has ended, and shows that a step hangs |
 //! | [`error`] | faults of a step, and the errors that callers see |
 //!
@@ -82,4 +83,5 @@ pub mod line;
 pub mod load;
 pub mod stage;
 pub mod thread;
+mod wire;
 pub mod worker;

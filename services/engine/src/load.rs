@@ -1,10 +1,7 @@
 //! How much work an engine has: the same measures and the same metric names for every stage.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -27,6 +24,8 @@ pub struct Load {
     pub running: usize,
     /// Requests that have not begun.
     pub waiting: usize,
+    /// Positions of keys and values that no request has reserved; none in stages without keys and values.
+    pub free_positions: Option<usize>,
 }
 
 /// The metrics of an engine's load, and the load itself for whoever watches it. Clones share everything.
@@ -39,8 +38,6 @@ pub struct LoadMetrics {
     waiting: Gauge,
     callers_left: Counter,
     failed: Counter,
-    /// Requests that wait; the gauge follows it.
-    waiting_count: Arc<AtomicUsize>,
     current: Arc<watch::Sender<Load>>,
 }
 
@@ -55,7 +52,6 @@ impl LoadMetrics {
             waiting: Gauge::default(),
             callers_left: Counter::default(),
             failed: Counter::default(),
-            waiting_count: Arc::default(),
             current: Arc::new(watch::Sender::default()),
         };
         let all = &metrics;
@@ -82,8 +78,7 @@ impl LoadMetrics {
 
     /// The load as of the last step, but for the requests that wait, which are those of now.
     pub fn current(&self) -> Load {
-        let waiting = self.waiting_count.load(Ordering::Relaxed);
-        Load { waiting, ..*self.current.borrow() }
+        *self.current.borrow()
     }
 
     /// How many requests' callers left before their end.
@@ -98,15 +93,18 @@ impl LoadMetrics {
 
     /// Takes one of `max` places to wait; false when all are taken.
     pub(crate) fn enter(&self, max: usize) -> bool {
-        let enter = |waiting| (waiting < max).then_some(waiting + 1);
-        let entered = self.waiting_count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).is_ok();
+        let entered = self.current.send_if_modified(|load| {
+            let free = load.waiting < max;
+            load.waiting += usize::from(free);
+            free
+        });
         self.show_waiting();
         entered
     }
 
     /// Gives a place to wait back.
     pub(crate) fn leave(&self) {
-        self.waiting_count.fetch_sub(1, Ordering::Relaxed);
+        self.current.send_modify(|load| load.waiting -= 1);
         self.show_waiting();
     }
 
@@ -133,16 +131,17 @@ impl LoadMetrics {
         self.step.observe(took.as_secs_f64());
     }
 
-    pub(crate) fn report(&self, backlog_seconds: f64, running: usize) {
+    pub(crate) fn report(&self, backlog_seconds: f64, running: usize, free_positions: Option<usize>) {
         self.backlog.set(backlog_seconds);
         self.running.set(running as i64);
-        let waiting = self.waiting_count.load(Ordering::Relaxed);
-        let load = Load { backlog_seconds, running, waiting };
-        self.current.send_if_modified(|current| std::mem::replace(current, load) != load);
+        self.current.send_if_modified(|load| {
+            let new = Load { backlog_seconds, running, free_positions, ..*load };
+            std::mem::replace(load, new) != new
+        });
     }
 
     fn show_waiting(&self) {
-        self.waiting.set(self.waiting_count.load(Ordering::Relaxed) as i64);
+        self.waiting.set(self.current.borrow().waiting as i64);
     }
 }
 
@@ -182,7 +181,7 @@ mod tests {
         let metrics = LoadMetrics::register(&mut registry, "decoder");
         assert!(metrics.enter(1) && !metrics.enter(1));
         metrics.begin(Duration::from_millis(500));
-        metrics.report(1.5, 1);
+        metrics.report(1.5, 1, Some(100));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
@@ -196,7 +195,10 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
-        assert_eq!(metrics.current(), Load { backlog_seconds: 1.5, running: 1, waiting: 0 });
+        assert_eq!(
+            metrics.current(),
+            Load { backlog_seconds: 1.5, running: 1, waiting: 0, free_positions: Some(100) }
+        );
     }
 
     #[test]

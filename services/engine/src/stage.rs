@@ -64,6 +64,11 @@ pub trait Stage: Sized + 'static {
 
     /// Units of work left over all requests, one number for each of [`Stage::UNITS`].
     fn units_left(&self) -> Vec<f64>;
+
+    /// Positions of keys and values that no request has reserved; none in a stage without keys and values.
+    fn free_positions(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// How a request came.

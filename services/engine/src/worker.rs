@@ -98,7 +98,7 @@ impl<S: Stage> Worker<S> {
                 outbox.fail_with(ticket, EngineError::Stopped);
             }
         }
-        self.metrics.report(0.0, 0);
+        self.metrics.report(0.0, 0, None);
     }
 
     fn serve(&mut self) -> Result<(), DeviceLost> {
@@ -129,7 +129,8 @@ impl<S: Stage> Worker<S> {
             }
             None => Turn::Idle,
         };
-        self.metrics.report(self.pace.seconds(&self.stage.units_left()), self.entries.running());
+        let backlog = self.pace.seconds(&self.stage.units_left());
+        self.metrics.report(backlog, self.entries.running(), self.stage.free_positions());
         Ok(turn)
     }
 

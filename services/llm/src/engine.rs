@@ -203,4 +203,8 @@ impl Stage for LanguageModel {
         let decode: usize = self.sequences.values().map(Sequence::output_left).sum();
         vec![self.scheduler.prefill_left() as f64, decode as f64]
     }
+
+    fn free_positions(&self) -> Option<usize> {
+        Some(self.scheduler.free())
+    }
 }

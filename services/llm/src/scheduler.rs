@@ -158,6 +158,11 @@ impl Scheduler {
         self.reserved
     }
 
+    /// Entries promised to nobody.
+    pub fn free(&self) -> usize {
+        self.limits.kv_entries - self.reserved
+    }
+
     /// Positions of prompts that are not in a cache yet.
     pub fn prefill_left(&self) -> usize {
         self.waiting.iter().chain(&self.running).map(|it| it.demand.prompt - it.prefilled).sum()

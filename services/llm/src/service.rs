@@ -14,7 +14,7 @@ use std::{
 use emu2_engine::error::EngineError;
 use emu2_proto::{
     stage::{
-        self as stage, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmStart,
+        self as stage, LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmStart, LlmWatchLoadRequest, Load,
         language_model_server::LanguageModel, llm_event::Event as Reply, llm_request::Message, llm_start,
     },
     v1,
@@ -104,6 +104,15 @@ impl Service {
 
 #[tonic::async_trait]
 impl LanguageModel for Service {
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<LlmWatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        Ok(Response::new(self.engine.watch_load(Deadline::of(&request))))
+    }
+
     async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
         let loaded = self.loaded()?;
         Ok(Response::new(LlmInfo {
@@ -117,7 +126,7 @@ impl LanguageModel for Service {
             max_positions: loaded.max_positions as u32,
             instruct: loaded.tokenizer.instruct(),
             max_text_bytes: loaded.tokenizer.max_text_bytes(loaded.max_positions) as u64,
-            step_ms: self.engine.step_ms(),
+            load: Some(self.engine.wire_load()),
             ..self.limits.info()
         }))
     }

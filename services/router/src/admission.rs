@@ -1,10 +1,5 @@
 //! Who is let in, once it is known what is asked: permits by class, and no work that would only wait in vain.
 //!
-//! | module | holds |
-//! |---|---|
-//! | [`backlog`] | how far behind a stage is, in seconds, by what it was seen to do |
-//! | [`backlogs`] | a model's stages as they are watched, and what may not be asked of them now |
-//!
 //! Before the message is read, the door of `emu2_serve` has counted the request, its tenant's rate and its bytes. Here
 //! 1. its class must be one that its tenant may use;
 //! 2. the requests that run must leave room for higher classes: lower ones may fill only a share of the permits;
@@ -12,18 +7,13 @@
 //!    than the request's deadline;
 //! 4. its own work must fit its deadline at the best pace that was seen of late.
 //!
-//! 3 and 4 go by measurements alone: a stage that has not been seen at work refuses nobody. For 4 only certain work
-//! counts: denoising steps, and of a text, which may end at any token, those before `min_length`. What the cache may hold
-//! is certain only after a look: then rows to be regressed count with the steps that come after them, and the encoder
-//! may not be further behind than `admission.max_backlog_ms`. Pictures of one request are encoded in batches with those
-//! of others, and how many positions a prompt has only the llm knows: what these take a single request is nowhere
-//! counted.
-
-mod backlog;
-mod backlogs;
+//! 3 goes by what the stages report of their load, so that all routers refuse alike; a stage is behind once requests
+//! wait at each of its replicas. 4 goes by what this router saw: a stage that it has not seen at work refuses nobody, and
+//! only certain work counts: denoising steps, and of a text, which may end at any token, those before `min_length`. What
+//! the cache may hold is certain only after a look: then rows to be regressed count with the steps that come after them,
+//! and the encoder may not be further behind than `admission.max_backlog_ms`.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -31,23 +21,21 @@ use std::{
     time::Duration,
 };
 
-use emu2_proto::v1::{GenerateEvent, generate_event::Event};
+use emu2_proto::{
+    stage::DecodeStart,
+    v1::{GenerateEvent, generate_event::Event},
+};
 use emu2_serve::{
-    admission::MemoryReservation,
     deadline::Deadline,
-    priority::Priority,
-    status::{self, Violation},
-    tenant::Tenant,
+    status::{self, ErrorCode, Violation},
 };
 use tonic::Status;
 
-pub(crate) use self::backlogs::Backlogs;
-use self::{
-    backlog::{Backlog, Work},
-    backlogs::{step_units, units_of},
-};
 use crate::{
     config::{AdmissionConfig, Config},
+    context::Caller,
+    model::Model,
+    pool::{PaceSample, Pool, Stage},
     request::{Generation, Task},
 };
 
@@ -60,16 +48,6 @@ pub(crate) struct Admission {
     config: AdmissionConfig,
     max_requests: usize,
     running: Arc<AtomicUsize>,
-    models: HashMap<String, Backlogs>,
-}
-
-/// Who asks, and how long it can wait.
-#[derive(Clone, Debug)]
-pub(crate) struct Caller {
-    pub(crate) tenant: Tenant,
-    pub(crate) priority: Priority,
-    pub(crate) deadline: Deadline,
-    pub(crate) holding: MemoryReservation,
 }
 
 /// A permit; given back when dropped.
@@ -79,8 +57,8 @@ pub(crate) struct Permit(Arc<AtomicUsize>);
 /// A request that was let in, as its stages get on with it.
 #[derive(Debug)]
 pub(crate) struct Admitted {
-    llm: Option<Work>,
-    decoder: Option<Work>,
+    llm: Option<PaceSample>,
+    decoder: Option<PaceSample>,
     /// Whether each token is told as it comes; a beam search's come together at its end.
     tells_tokens: bool,
     /// Of one denoising step.
@@ -90,21 +68,8 @@ pub(crate) struct Admitted {
 
 impl Admission {
     pub(crate) fn new(config: &Config) -> Self {
-        let mut known: HashMap<(&str, &[String]), Arc<Backlog>> = HashMap::new();
-        let mut of = |stage, replicas| Arc::clone(known.entry((stage, replicas)).or_default());
-        let max_backlog = Duration::from_millis(config.admission.max_backlog_ms);
-        let backlogs = config.models.iter().map(|model| {
-            let backlogs = Backlogs {
-                encoder: of("encoder", &model.encoder),
-                llm: of("llm", &model.llm),
-                decoder: of("decoder", &model.decoder),
-                max_backlog,
-            };
-            (model.name.clone(), backlogs)
-        });
-        let models = backlogs.collect();
         let max_requests = config.server.max_requests;
-        Self { config: config.admission.clone(), max_requests, running: Arc::default(), models }
+        Self { config: config.admission.clone(), max_requests, running: Arc::default() }
     }
 
     /// A permit now, or why not.
@@ -130,21 +95,15 @@ impl Admission {
         }
     }
 
-    /// Of a model that is configured.
-    pub(crate) fn backlogs(&self, model: &str) -> Result<&Backlogs, Status> {
-        self.models.get(model).ok_or_else(|| status::not_found("model", model))
-    }
-
     /// Lets a checked request in, or says at once why not.
     pub(crate) fn enter(
         &self,
-        model: &str,
+        model: &Model,
         generation: &Generation,
         caller: &Caller,
     ) -> Result<Admitted, Status> {
         let _permit = self.permit(caller)?;
-        let backlogs = self.backlogs(model)?;
-        backlogs.check(&generation.task, caller.deadline)?;
+        self.check(model, &generation.task, caller.deadline)?;
         let start = generation.task.start();
         let (llm_units, tells_tokens) = match &generation.task {
             Task::Write { parameters, .. } => {
@@ -153,15 +112,97 @@ impl Admission {
             Task::Paint { start, .. } => (Some(f64::from(start.queries)), false),
             Task::Autoencode { .. } => (None, false),
         };
-        let is_first = llm_units.is_none();
+        let decoder = model.decoder.as_ref().zip(start);
         Ok(Admitted {
-            llm: llm_units.map(|units| backlogs.llm.begin(units, true)),
-            decoder: start.map(|start| backlogs.decoder.begin(units_of(start), is_first)),
+            llm: llm_units.map(|units| model.llm.best_pace().sample(units)),
+            decoder: decoder.map(|(pool, start)| pool.best_pace().sample(units_of(start))),
             tells_tokens,
             step_units: start.map_or(0.0, step_units),
             _permit,
         })
     }
+
+    /// What a task needs for certain, whatever the cache holds.
+    fn check(&self, model: &Model, task: &Task, deadline: Deadline) -> Result<(), Status> {
+        let max_backlog = self.config.max_backlog();
+        if !matches!(task, Task::Autoencode { .. }) {
+            check_behind(&model.llm, max_backlog, deadline)?;
+        }
+        match task {
+            Task::Write { parameters, .. } => {
+                // The invisible leading id counts as one.
+                let tokens = parameters.min_length.saturating_sub(1);
+                let needed = model.llm.best_pace().at_best(f64::from(tokens)).unwrap_or_default();
+                in_time(needed, deadline, || format!("the {tokens} tokens of text.min_length"))
+            }
+            Task::Paint { start, .. } | Task::Autoencode { start } => {
+                if let Some(decoder) = &model.decoder {
+                    check_behind(decoder, max_backlog, deadline)?;
+                }
+                check_painting(model, start, 0, deadline)
+            }
+        }
+    }
+}
+
+/// Whether an image that the cache does not hold may be encoded. The work is shared by all who want it, so that it goes by
+/// nobody's deadline.
+pub(crate) fn check_encoder(model: &Model, max_backlog: Duration) -> Result<(), Status> {
+    check_behind(&model.encoder, max_backlog, Deadline::none())
+}
+
+fn check_behind<S: Stage>(pool: &Pool<S>, max_backlog: Duration, deadline: Deadline) -> Result<(), Status> {
+    // A wait that short is no backlog.
+    let behind = pool.behind(max_backlog / 10);
+    let (stage, seconds) = (S::NAME, behind.as_secs_f64());
+    if let Some(left) = deadline.remaining().filter(|left| *left < behind) {
+        let left = left.as_secs_f64();
+        let text =
+            format!("the {stage} is {seconds:.1} s behind, and {left:.1} s are left until the deadline");
+        return Err(ErrorCode::DeadlineExceeded.status(text));
+    }
+    if behind > max_backlog {
+        let most = max_backlog.as_millis();
+        let text =
+            format!("the {stage} is {seconds:.1} s behind, at most {most} ms (admission.max_backlog_ms)");
+        return Err(status::exhausted(text, behind));
+    }
+    Ok(())
+}
+
+/// Whether there is time for `rows` to be regressed and for the denoising that comes after them.
+pub(crate) fn check_painting(
+    model: &Model,
+    start: &DecodeStart,
+    rows: u32,
+    deadline: Deadline,
+) -> Result<(), Status> {
+    let regressing = model.llm.best_pace().at_best(f64::from(rows));
+    let denoising = model.decoder.as_ref().and_then(|pool| pool.best_pace().at_best(units_of(start)));
+    let needed = regressing.unwrap_or_default().saturating_add(denoising.unwrap_or_default());
+    in_time(needed, deadline, || {
+        let DecodeStart { steps, width, height, .. } = start;
+        let rows = if rows > 0 { format!("{rows} embeddings to regress and ") } else { String::new() };
+        format!("{rows}{steps} denoising steps of {width} x {height} pixels")
+    })
+}
+
+/// Whether what is needed at the best pace of late is left until the deadline.
+fn in_time(needed: Duration, deadline: Deadline, what: impl Fn() -> String) -> Result<(), Status> {
+    let Some(left) = deadline.remaining().filter(|left| *left < needed) else { return Ok(()) };
+    let (what, needed, left) = (what(), needed.as_secs_f64(), left.as_secs_f64());
+    let text = format!("{what} take {needed:.1} s at best, and {left:.1} s are left until the deadline");
+    Err(ErrorCode::DeadlineExceeded.status(text))
+}
+
+/// Megapixels that the decoder computes in a step: under guidance twice those of the image.
+fn step_units(start: &DecodeStart) -> f64 {
+    let rows = if start.guidance_scale > 1.0 { 2.0 } else { 1.0 };
+    rows * f64::from(start.width) * f64::from(start.height) / 1e6
+}
+
+fn units_of(start: &DecodeStart) -> f64 {
+    f64::from(start.steps) * step_units(start)
 }
 
 impl Admitted {
@@ -170,13 +211,10 @@ impl Admitted {
         let Some(event) = &event.event else { return };
         match (event, &mut self.llm, &mut self.decoder) {
             (Event::TextDelta(_), Some(llm), _) => llm.did(1.0),
-            (Event::EmbeddingProgress(progress), Some(llm), decoder) => {
+            (Event::EmbeddingProgress(progress), Some(llm), _) => {
                 llm.reached(f64::from(progress.done));
-                if progress.done >= progress.total
-                    && let Some(decoder) = decoder
-                {
+                if progress.done >= progress.total {
                     self.llm = None;
-                    decoder.at_hand();
                 }
             }
             (Event::DenoiseProgress(progress), _, Some(decoder)) => {

@@ -53,7 +53,7 @@ pub(crate) struct Cache {
 
 struct Levels {
     memory: Memory,
-    redis: Option<Arc<Redis>>,
+    redis: Option<Redis>,
 }
 
 impl Cache {

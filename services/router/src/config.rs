@@ -1,6 +1,6 @@
 //! The router's configuration. Every limit has a name, its unit in its documentation, and the reason for its default.
 
-use std::{collections::HashSet, fmt, path::PathBuf};
+use std::{collections::HashSet, fmt, path::PathBuf, time::Duration};
 
 use emu2_serve::{
     config::Validate, priority::Priority, server::ServerConfig, telemetry::TelemetryConfig,
@@ -8,7 +8,10 @@ use emu2_serve::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{cache::Address, pool::RESOLVED};
+use crate::cache::Address;
+
+/// What precedes the scheme of an endpoint whose name stands for all its addresses.
+pub(crate) const RESOLVED: &str = "dns+";
 
 /// What runs here and how far it goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -176,6 +179,10 @@ impl Default for AdmissionConfig {
 }
 
 impl AdmissionConfig {
+    pub(crate) fn max_backlog(&self) -> Duration {
+        Duration::from_millis(self.max_backlog_ms)
+    }
+
     /// How many of `max_requests` permits may be taken when a class is let in; at least one.
     pub(crate) fn permits(&self, class: Priority, max_requests: usize) -> usize {
         let percent = match class {

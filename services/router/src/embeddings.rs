@@ -1,97 +1,103 @@
-//! Embeddings that a request needs and that another may have needed before: of pictures, of the mean colour, and of
-//! the empty prompt. From the cache, else from a stage, whose work is shared by all requests that wait for it.
+//! The store of embeddings that a request needs and that another may have needed before. From the cache, else from a
+//! stage, whose work is shared by all requests that wait for it.
+//!
+//! It keeps three kinds:
+//! - of images and boxes, and of the mean colour, the negative of autoencoding: from the encoder;
+//! - what the llm regressed for a whole prompt. It is deterministic there: the same prompt gives the same embeddings
+//!   whatever the seed, so that another image of it needs the decoder alone;
+//! - guidance's negative, what the llm regresses for the empty prompt.
+//!
+//! A prompt is looked up only if the cache holds all its images. One that has to be encoded makes the prompt new in any
+//! case, and the llm had better begin on what comes before it.
 
-use std::{sync::Arc, time::Duration};
+mod prompt;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use emu2_proto::{
     stage::{
-        EncodeRequest, LlmAccepted, LlmPrompt, LlmStart, MeanColour, RegressionParameters,
+        EncodeRequest, LlmAccepted, LlmInfo, LlmPrompt, LlmStart, MeanColour, RegressionParameters,
         encode_request::Source,
         llm_event::Event,
         llm_start::{self, Input},
     },
     v1,
 };
-use emu2_serve::{
-    admission::MemoryReservation, deadline::Deadline, priority::Priority, status, tenant::Tenant,
-};
+use emu2_serve::status;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use tonic::Status;
 use tracing::{Instrument, Span};
 
+pub(crate) use self::prompt::SentPrompt;
 use crate::{
-    admission::Backlogs,
+    admission,
     cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
+    context::RequestContext,
     drawing,
     error::{self, Stop},
-    metrics::{Metrics, Outcome},
-    model::{Model, Profile},
-    pool::{Pool, Stage},
-    regressed::SentPrompt,
-    request::{Picture, Subject},
-    stage_call::{Route, Session},
+    metrics::Outcome,
+    request::{PromptImage, Subject},
+    stage_call::Session,
     stages::{self, LlmCall},
 };
 
-/// One model's embeddings, under one profile.
+/// The store as one request sees it. A clone shares everything.
 #[derive(Clone)]
-pub(crate) struct Embeddings {
-    pub(crate) model: Arc<Model>,
-    pub(crate) profile: Profile,
-    pub(crate) cache: Cache,
-    /// Whose request it is: tenants share no values.
-    pub(crate) tenant: Tenant,
-    /// Of the request; work that is shared has that of the request which began it.
-    pub(crate) priority: Priority,
-    pub(crate) metrics: Metrics,
-    pub(crate) backlogs: Backlogs,
-    /// Of the request: a prompt's embeddings are up to 14 MB in float32, the 2,048 positions of its context.
-    pub(crate) holding: MemoryReservation,
-    /// What shared work may take: it has no caller whose deadline it could go by.
-    pub(crate) shared_work: Duration,
+pub(crate) struct EmbeddingStore {
+    pub(crate) context: RequestContext,
+    cache: Cache,
+    /// How far behind the encoder may be when it is asked.
+    max_backlog: Duration,
 }
 
-/// A picture as the cache is asked for it: drawn and hashed once, however often it is asked for.
+/// An image as the cache is asked for it: drawn and hashed once, however often it is asked for.
 #[derive(Clone)]
-pub(crate) struct Sought {
+pub(crate) struct Lookup {
     key: Key,
     content: Bytes,
+    /// What the cache held; none where it held nothing or has not been asked.
     pub(crate) found: Option<Found>,
 }
 
-impl Embeddings {
-    pub(crate) fn seek(&self, picture: &Picture) -> Sought {
-        let content = encoded_image(picture);
-        let key = self.recipe(Kind::Image, &content, picture.n_query).key();
-        Sought { key, content, found: None }
+impl EmbeddingStore {
+    pub(crate) fn new(context: RequestContext, cache: Cache, max_backlog: Duration) -> Self {
+        Self { context, cache, max_backlog }
     }
 
-    /// What the cache holds of these pictures; nothing is computed for it.
-    pub(crate) async fn look_for(&self, pictures: &[Picture], at_once: usize) -> Result<Vec<Sought>, Stop> {
+    /// An image, before the cache is asked for it.
+    pub(crate) fn lookup(&self, image: &PromptImage) -> Lookup {
+        let content = encoded_image(image);
+        let key = self.recipe(Kind::Image, &content, image.n_query).key();
+        Lookup { key, content, found: None }
+    }
+
+    /// What the cache holds of these images; nothing is computed for it.
+    pub(crate) async fn look_for(&self, images: &[PromptImage], at_once: usize) -> Result<Vec<Lookup>, Stop> {
         let look = |index: usize| async move {
-            let mut sought = self.seek(&pictures[index]);
+            let mut lookup = self.lookup(&images[index]);
             // One that is not there is counted when it is asked for again.
-            if let Ok(found) = self.cache.peek(sought.key).await {
+            if let Ok(found) = self.cache.peek(lookup.key).await {
                 self.cache.count(Kind::Image, found.outcome);
-                sought.found = Some(self.held(found)?);
+                lookup.found = Some(self.held(found)?);
             }
-            Ok(sought)
+            Ok(lookup)
         };
-        stream::iter(0..pictures.len()).map(look).buffered(at_once).try_collect().await
+        stream::iter(0..images.len()).map(look).buffered(at_once).try_collect().await
     }
 
-    pub(crate) async fn picture(&self, picture: &Picture, sought: Sought) -> Result<Found, Stop> {
-        let Sought { key, content, found } = sought;
+    /// An image's embeddings, [n_query, width]; computed where the cache does not hold them.
+    pub(crate) async fn image(&self, image: &PromptImage, lookup: Lookup) -> Result<Found, Stop> {
+        let Lookup { key, content, found } = lookup;
         if let Some(found) = found {
             return Ok(found);
         }
         let source = Source::Image(content.clone());
-        let found = self.encoded(Kind::Image, key, source, content, picture.n_query).await;
+        let found = self.encoded(Kind::Image, key, source, content, image.n_query).await;
         let found = found.map_err(|stop| {
-            // "image", "image.width" and so on are the picture; the rest we filled in.
+            // "image", "image.width" and so on are the image; the rest we filled in.
             let public =
-                |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", picture.field));
+                |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", image.field));
             error::in_public_terms("encoder", stop, public)
         })?;
         self.held(found)
@@ -101,14 +107,14 @@ impl Embeddings {
     /// there share it.
     fn held(&self, found: Found) -> Result<Found, Stop> {
         if found.outcome != Outcome::L1Hit {
-            self.holding.take(found.tensor.data.len())?;
+            self.context.caller.reservation.take(found.tensor.data.len())?;
         }
         Ok(found)
     }
 
-    /// The negative of autoencoding: a picture that is zero after normalisation, as upstream.
+    /// The negative of autoencoding: an image that is zero after normalisation, as upstream.
     pub(crate) async fn mean_colour(&self) -> Result<Found, Stop> {
-        let (source, n_query) = (Source::MeanColour(MeanColour {}), self.profile.llm.n_query);
+        let (source, n_query) = (Source::MeanColour(MeanColour {}), self.context.profile.llm.n_query);
         let key = self.recipe(Kind::MeanColour, &[], n_query).key();
         let found = self.encoded(Kind::MeanColour, key, source, Bytes::new(), n_query).await;
         found.map_err(|stop| error::in_public_terms("encoder", stop, |_| None))
@@ -116,18 +122,32 @@ impl Embeddings {
 
     /// The negative of image generation: what the llm regresses for the empty prompt, as upstream.
     pub(crate) async fn empty_prompt(&self) -> Result<Found, Stop> {
-        let llm = &self.profile.llm;
+        let llm = &self.context.profile.llm;
         let empty = Input::Prompt(LlmPrompt::default());
         let key = self.prompt_key(llm, llm.dtype(), SentPrompt { input: &empty, embeddings: &[] });
-        let work = self.shared();
-        let compute = || work.regress(empty).instrument(Span::current()).boxed();
+        let store = self.clone();
+        let compute = || store.regress(empty).instrument(Span::current()).boxed();
         let found = self.cache.fetch(Kind::Regressed, key, compute).await;
         found.map_err(|stop| error::in_public_terms("llm", stop, |_| None))
     }
 
-    /// For work that others may wait for: it outlives the request, and what that holds is given back without it.
-    fn shared(&self) -> Self {
-        Self { holding: MemoryReservation::default(), ..self.clone() }
+    /// What the llm regressed for this prompt before.
+    pub(crate) async fn regressed(&self, prompt: SentPrompt<'_>) -> Option<Found> {
+        let llm = &self.context.profile.llm;
+        let found = self.cache.peek(self.prompt_key(llm, llm.dtype(), prompt)).await;
+        self.cache
+            .count(Kind::Regressed, found.as_ref().map_or_else(|outcome| *outcome, |found| found.outcome));
+        found.ok()
+    }
+
+    /// Keeps what the llm has now regressed, all of it, under the names that came with it.
+    pub(crate) fn keep_regressed(
+        &self,
+        accepted: &LlmAccepted,
+        prompt: SentPrompt<'_>,
+        regressed: v1::Tensor,
+    ) {
+        self.cache.put(self.key_of_regressed(accepted, prompt, regressed.dtype()), regressed);
     }
 
     async fn encoded(
@@ -138,36 +158,20 @@ impl Embeddings {
         content: Bytes,
         n_query: u32,
     ) -> Result<Found, Stop> {
-        let work = self.shared();
+        let store = self.clone();
         let request = EncodeRequest { id: 0, source: Some(source), n_query };
-        let compute = || work.encode(kind, request, content, key).instrument(Span::current()).boxed();
+        let compute = || store.encode(kind, request, content, key).instrument(Span::current()).boxed();
         self.cache.fetch(kind, key, compute).await
     }
 
-    /// As the profile's encoder would make it.
-    fn recipe<'a>(&'a self, kind: Kind, content: &'a [u8], n_query: u32) -> Recipe<'a> {
-        let encoder = &self.profile.encoder;
-        Recipe {
-            kind,
-            weights_digest: &encoder.weights_digest,
-            preprocessing_version: encoder.preprocessing_version,
-            n_query,
-            dtype: encoder.dtype(),
-            tenant: self.tenant.name(),
-            content,
-        }
-    }
-
-    /// `asked`: the key of what is asked for.
+    /// Work that others may wait for. `asked`: the key of what is asked for.
     async fn encode(self, kind: Kind, request: EncodeRequest, content: Bytes, asked: Key) -> Computed {
-        let encoder = &self.profile.encoder;
+        let context = self.context.of_shared_work();
+        let encoder = &context.profile.encoder;
         let n_query = request.n_query;
-        let work = self.backlogs.encode()?;
-        let deadline = Deadline::after(self.shared_work);
-        let route = self.route(&self.model.encoder, &encoder.weights_digest, deadline, None);
-        let encoding = stages::encode(request, route);
-        let (answer, lease) = deadline.run(encoding).await.map_err(|_| too_slow())??;
-        work.finish();
+        admission::check_encoder(&context.model, self.max_backlog)?;
+        let encoding = stages::encode(request, context.encoder_route());
+        let (answer, lease) = context.caller.deadline.run(encoding).await.map_err(|_| too_slow())??;
         let known = (&encoder.weights_digest, encoder.preprocessing_version);
         if (&answer.weights_digest, answer.preprocessing_version) != known
             && let Some(lease) = lease
@@ -182,66 +186,83 @@ impl Embeddings {
             preprocessing_version: answer.preprocessing_version,
             n_query,
             dtype: tensor.dtype(),
-            tenant: self.tenant.name(),
+            tenant: context.caller.tenant.name(),
             content: &content,
         };
-        // Most often what was asked for: a picture is hashed once.
+        // Most often what was asked for: an image is hashed once.
         let key = if made == self.recipe(kind, &content, n_query) { asked } else { made.key() };
         Ok((key, tensor))
     }
 
+    /// Work that others may wait for: what the llm regresses for a prompt without slots.
     async fn regress(self, input: Input) -> Computed {
-        let deadline = Deadline::after(self.shared_work);
-        let regressing = self.regress_text(input.clone(), deadline);
-        let (accepted, regressed) = deadline.run(regressing).await.map_err(|_| too_slow())??;
+        let context = self.context.of_shared_work();
+        let regressing = regress_text(&context, input.clone());
+        let (accepted, regressed) =
+            context.caller.deadline.run(regressing).await.map_err(|_| too_slow())??;
         let prompt = SentPrompt { input: &input, embeddings: &[] };
         Ok((self.key_of_regressed(&accepted, prompt, regressed.dtype()), regressed))
     }
 
-    /// Of a prompt without slots.
-    async fn regress_text(
-        &self,
-        input: Input,
-        deadline: Deadline,
-    ) -> Result<(LlmAccepted, v1::Tensor), Stop> {
-        let llm = &self.profile.llm;
-        let start = LlmStart {
-            input: Some(input),
-            output: Some(llm_start::Output::Regression(RegressionParameters {})),
-            resume: None,
-        };
-        let call = LlmCall::new(start, &llm.weights_digest);
-        let route = self.route(&self.model.llm, &llm.weights_digest, deadline, None);
-        let (_, mut session) = Session::new(call, route);
-        while !matches!(session.next().await?.event, Some(Event::Finished(_))) {}
-        let (call, lease) = session.into_parts();
-        let (accepted, regressed) = call.regressed(llm.n_query)?;
-        let known = (&llm.tokenizer_digest, llm.template_version);
-        if (&accepted.tokenizer_digest, accepted.template_version) != known
-            && let Some(lease) = lease
-        {
-            lease.refresh().await;
+    fn recipe<'a>(&'a self, kind: Kind, content: &'a [u8], n_query: u32) -> Recipe<'a> {
+        let encoder = &self.context.profile.encoder;
+        Recipe {
+            kind,
+            weights_digest: &encoder.weights_digest,
+            preprocessing_version: encoder.preprocessing_version,
+            n_query,
+            dtype: encoder.dtype(),
+            tenant: self.context.caller.tenant.name(),
+            content,
         }
-        Ok((accepted, regressed))
     }
 
-    /// A call's way for this request; `hint`: of calls that share a beginning.
-    pub(crate) fn route<S: Stage>(
-        &self,
-        pool: &Arc<Pool<S>>,
-        digest: &str,
-        deadline: Deadline,
-        hint: Option<u64>,
-    ) -> Route<S> {
-        let (pool, digest) = (Arc::clone(pool), digest.to_owned());
-        Route { pool, digest, hint, deadline, priority: self.priority, metrics: self.metrics.clone() }
+    /// By what the llm that regressed it called itself.
+    fn key_of_regressed(&self, accepted: &LlmAccepted, prompt: SentPrompt<'_>, dtype: v1::Dtype) -> Key {
+        let LlmAccepted { weights_digest, tokenizer_digest, template_version, .. } = accepted.clone();
+        let known = (*self.context.profile.llm).clone();
+        let llm = LlmInfo { weights_digest, tokenizer_digest, template_version, ..known };
+        self.prompt_key(&llm, dtype, prompt)
+    }
+
+    fn prompt_key(&self, llm: &LlmInfo, dtype: v1::Dtype, prompt: SentPrompt<'_>) -> Key {
+        let recipe = Recipe {
+            kind: Kind::Regressed,
+            weights_digest: &llm.weights_digest,
+            preprocessing_version: llm.template_version,
+            n_query: llm.n_query,
+            dtype,
+            tenant: self.context.caller.tenant.name(),
+            content: &prompt::content(&llm.tokenizer_digest, prompt),
+        };
+        recipe.key()
     }
 }
 
-fn encoded_image(picture: &Picture) -> Bytes {
-    match &picture.subject {
-        Subject::Sent(data) => data.clone(),
-        Subject::Outline(region) => drawing::outline_png(region),
+async fn regress_text(context: &RequestContext, input: Input) -> Result<(LlmAccepted, v1::Tensor), Stop> {
+    let llm = &context.profile.llm;
+    let start = LlmStart {
+        input: Some(input),
+        output: Some(llm_start::Output::Regression(RegressionParameters {})),
+        resume: None,
+    };
+    let (_, mut session) = Session::new(LlmCall::new(start, &llm.weights_digest), context.llm_route(None));
+    while !matches!(session.next().await?.event, Some(Event::Finished(_))) {}
+    let (call, lease) = session.into_parts();
+    let (accepted, regressed) = call.regressed(llm.n_query)?;
+    let known = (&llm.tokenizer_digest, llm.template_version);
+    if (&accepted.tokenizer_digest, accepted.template_version) != known
+        && let Some(lease) = lease
+    {
+        lease.refresh().await;
+    }
+    Ok((accepted, regressed))
+}
+
+fn encoded_image(image: &PromptImage) -> Bytes {
+    match &image.subject {
+        Subject::Image(data) => data.clone(),
+        Subject::Box(region) => drawing::outline_png(region),
     }
 }
 

@@ -28,8 +28,8 @@ pub fn generate_request(bytes: &[u8]) {
     let limits = LimitsConfig { max_parts: 16, max_images: 8, ..Default::default() };
     match request::check(sent.clone(), &limits, &profile()) {
         Ok(checked) => {
-            assert!(checked.pictures.len() <= limits.max_images as usize);
-            assert!(checked.pictures.iter().all(|picture| !picture.field.is_empty()));
+            assert!(checked.images.len() <= limits.max_images as usize);
+            assert!(checked.images.iter().all(|image| !image.field.is_empty()));
             assert!(sent.seed.is_none_or(|seed| seed == checked.seed));
         }
         Err(violations) => assert_said(&violations),

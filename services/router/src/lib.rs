@@ -1,5 +1,5 @@
 //! The router: the public API in front of the stages. Clients see one service; the router finds or computes the
-//! embeddings of a request's pictures, asks the llm, hands what it regresses to the decoder, and streams what comes.
+//! embeddings of a request's images, asks the llm, hands what it regresses to the decoder, and streams what comes.
 //! It holds no model and no tensors' values: embeddings pass through as shared bytes.
 //!
 //! | module | holds |
@@ -9,8 +9,8 @@
 //! | `request` | what a client asks, checked and with every default filled in; pure |
 //! | `admission` | who is let in, once it is known what is asked |
 //! | `pipeline` | one request through its stages, top to bottom |
-//! | `embeddings` | a picture's (or a negative's) embeddings, from the cache or from a stage |
-//! | `regressed` | what the llm regressed for the same prompt before |
+//! | `context` | what all of a request's work shares: its caller, its model, the routes to its stages |
+//! | `embeddings` | the store of embeddings: of images, of prompts, of guidance's negatives |
 //! | `cache` | memory, Redis, one flight per key here and one lease per key among routers |
 //! | `field_hasher` | several fields as one hash, for keys and hints |
 //! | `model`, `pool` | a model's stages, and the replicas of each |
@@ -29,6 +29,7 @@ pub mod fuzz;
 
 mod admission;
 mod cache;
+mod context;
 mod embeddings;
 mod error;
 mod field_hasher;
@@ -36,7 +37,6 @@ mod metrics;
 mod model;
 mod pipeline;
 mod pool;
-mod regressed;
 mod report;
 mod request;
 mod rows;

@@ -1,6 +1,6 @@
-//! One request through its stages, top to bottom: embeddings of its pictures (side by side) → llm → decoder. Every
-//! stage is opened at once and fed as things become ready: the llm prefills what has arrived while later pictures
-//! are still being encoded, and the decoder takes rows as the llm regresses them. A stage whose replica is lost goes
+//! One request through its stages, top to bottom: embeddings of its images (side by side) → llm → decoder. Every
+//! stage is opened at once and fed as things become ready: the llm prefills what has arrived while later images are
+//! still being encoded, and the decoder takes rows as the llm regresses them. A stage whose replica is lost goes
 //! on elsewhere (`stage_call`), which nothing here sees.
 //!
 //! All of it is one future: when nobody listens any more it is dropped, and every stage's stream with it.
@@ -21,26 +21,24 @@ use emu2_proto::{
         TextDelta, finished::Parameters, generate_event::Event,
     },
 };
-use emu2_serve::{deadline::Deadline, status, stream};
+use emu2_serve::{status, stream};
 use futures::{StreamExt, TryStreamExt, stream::iter, try_join};
 use tokio::sync::mpsc::Sender;
 use tonic::Status;
 use tracing::{Instrument, info_span};
 
 use crate::{
+    admission,
     cache::Found,
-    embeddings::{Embeddings, Sought},
+    context::MAX_BEGINNINGS,
+    embeddings::{EmbeddingStore, Lookup, SentPrompt},
     error::{self, Stop},
     pool::Stage,
-    regressed::SentPrompt,
-    report::Report,
+    report::{ImageCounts, Report},
     request::{Generation, Task, effective_text},
     stage_call::Session,
     stages::{self, DecodeCall, LlmCall},
 };
-
-/// Times that a request begins because it finds its stages' weights replaced: each stage may be found so once.
-pub(crate) const MAX_BEGINNINGS: usize = 4;
 
 type Llm = Session<LlmCall>;
 type Decoder = Session<DecodeCall>;
@@ -48,9 +46,8 @@ type Decoder = Session<DecodeCall>;
 /// A checked request on its way.
 pub(crate) struct Job {
     pub(crate) generation: Generation,
-    pub(crate) embeddings: Embeddings,
+    pub(crate) store: EmbeddingStore,
     pub(crate) request_id: String,
-    pub(crate) deadline: Deadline,
     pub(crate) images_in_flight: usize,
 }
 
@@ -76,7 +73,7 @@ impl Job {
     }
 
     async fn answer(mut self, client: &Client) -> Result<(), Stop> {
-        let model = self.embeddings.model.name.clone();
+        let model = self.store.context.model.name.clone();
         let seed = self.generation.seed;
         let request_id = self.request_id.clone();
         client.send(Event::Accepted(Accepted { request_id, model, seed })).await?;
@@ -85,7 +82,7 @@ impl Job {
                 // Nothing that the client saw depends on the old weights.
                 Err(Stop::WeightsChanged) if !client.sees_progress.load(Ordering::Relaxed) => {
                     let paints = !matches!(self.generation.task, Task::Write { .. });
-                    self.embeddings.profile = self.embeddings.model.profile(paints)?;
+                    self.store.context.renew_profile(paints)?;
                 }
                 outcome => return outcome,
             }
@@ -112,9 +109,9 @@ impl Job {
     ) -> Result<(), Stop> {
         let span = info_span!("llm");
         let (slots, llm) = self.ask_llm(input, llm_start::Output::Text(*parameters));
-        let (pictures, finished) =
+        let ((counts, _), finished) =
             try_join!(self.fill_slots(slots, &[]), self.read_text(llm, report, client).instrument(span))?;
-        report.pictures(&pictures);
+        report.images(counts);
         let reason = if finished.complete { FinishReason::EndOfText } else { FinishReason::MaxNewTokens };
         report.result(reason, Parameters::Text(effective_text(parameters)));
         Ok(())
@@ -127,31 +124,32 @@ impl Job {
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
-        let sought = self.embeddings.look_for(&self.generation.pictures, self.images_in_flight);
-        let sought = sought.instrument(info_span!("embeddings")).await?;
-        let known: Option<Vec<Found>> = sought.iter().map(|sought| sought.found.clone()).collect();
+        let lookups = self.store.look_for(&self.generation.images, self.images_in_flight);
+        let lookups = lookups.instrument(info_span!("embeddings")).await?;
+        let known: Option<Vec<Found>> = lookups.iter().map(|lookup| lookup.found.clone()).collect();
         let Some(known) = known else {
-            return self.paint_new(input, &sought, start, report, client).await;
+            return self.paint_new(input, &lookups, start, report, client).await;
         };
         let embeddings: Vec<v1::Tensor> = known.iter().map(|found| found.tensor.clone()).collect();
-        match self.embeddings.regressed(SentPrompt { input, embeddings: &embeddings }).await {
+        match self.store.regressed(SentPrompt { input, embeddings: &embeddings }).await {
             Some(regressed) => {
-                report.pictures(&Pictures::all_cached(&known));
+                report.images(ImageCounts::all_cached(&known));
                 self.paint_again(regressed.tensor, start, report, client).await
             }
-            None => self.paint_new(input, &sought, start, report, client).await,
+            None => self.paint_new(input, &lookups, start, report, client).await,
         }
     }
 
     async fn paint_new(
         &self,
         input: &llm_start::Input,
-        sought: &[Sought],
+        lookups: &[Lookup],
         start: &DecodeStart,
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
-        self.embeddings.backlogs.check_painting(start, start.queries, self.deadline)?;
+        let context = &self.store.context;
+        admission::check_painting(&context.model, start, start.queries, context.caller.deadline)?;
         let (llm_span, decoder_span) = (info_span!("llm"), info_span!("decoder"));
         let (slots, llm) = self.ask_llm(input, llm_start::Output::Regression(RegressionParameters {}));
         let (conditions, decoder) = self.ask_decoder(start)?;
@@ -160,19 +158,19 @@ impl Job {
             let conditions = conditions;
             let positive = async {
                 let rows = self.forward_regressed(llm, &conditions, start.queries, report, client);
-                let (pictures, regressed) =
-                    try_join!(self.fill_slots(slots, sought), rows.instrument(llm_span))?;
+                let ((counts, sent), regressed) =
+                    try_join!(self.fill_slots(slots, lookups), rows.instrument(llm_span))?;
                 if let Some((accepted, regressed)) = regressed {
-                    let prompt = SentPrompt { input, embeddings: &pictures.sent };
-                    self.embeddings.keep_regressed(&accepted, prompt, regressed);
+                    let prompt = SentPrompt { input, embeddings: &sent };
+                    self.store.keep_regressed(&accepted, prompt, regressed);
                 }
-                Ok(pictures)
+                Ok(counts)
             };
             try_join!(positive, self.send_negative(start, &conditions))
         };
-        let ((pictures, ()), finished) =
+        let ((counts, ()), finished) =
             try_join!(conditions, self.read_image(decoder, client).instrument(decoder_span))?;
-        report.pictures(&pictures);
+        report.images(counts);
         report.painted(&finished, start);
         Ok(())
     }
@@ -212,11 +210,11 @@ impl Job {
         let (conditions, decoder) = self.ask_decoder(start)?;
         let conditions = async {
             let conditions = conditions;
-            try_join!(self.send_picture(&conditions), self.send_negative(start, &conditions))
+            try_join!(self.send_image(&conditions), self.send_negative(start, &conditions))
         };
-        let ((pictures, ()), finished) =
+        let ((counts, ()), finished) =
             try_join!(conditions, self.read_image(decoder, client).instrument(span))?;
-        report.pictures(&pictures);
+        report.images(counts);
         report.painted(&finished, start);
         Ok(())
     }
@@ -224,60 +222,58 @@ impl Job {
     /// Where embeddings of the prompt's slots go, and what comes of them.
     fn ask_llm(&self, input: &llm_start::Input, output: llm_start::Output) -> (Sender<LlmRequest>, Llm) {
         let start = LlmStart { input: Some(input.clone()), output: Some(output), resume: None };
-        let call = LlmCall::new(start, &self.embeddings.profile.llm.weights_digest);
-        let Embeddings { model, profile, .. } = &self.embeddings;
-        let hint = Some(self.generation.beginning());
-        let route = self.embeddings.route(&model.llm, &profile.llm.weights_digest, self.deadline, hint);
-        Session::new(call, route)
+        let call = LlmCall::new(start, &self.store.context.profile.llm.weights_digest);
+        Session::new(call, self.store.context.llm_route(Some(self.generation.beginning())))
     }
 
-    /// Where the picture's conditions go, and what comes of them.
+    /// Where the image's conditions go, and what comes of them.
     fn ask_decoder(&self, start: &DecodeStart) -> Result<(Sender<DecodeRequest>, Decoder), Stop> {
-        let Embeddings { model, profile, .. } = &self.embeddings;
-        let (Some(pool), Some(info)) = (&model.decoder, &profile.decoder) else {
-            return Err(status::internal("an image was asked of a model without a decoder").into());
-        };
-        let route = self.embeddings.route(pool, &info.weights_digest, self.deadline, None);
-        Ok(Session::new(DecodeCall::new(start.clone(), &info.weights_digest), route))
+        let route = self.store.context.decoder_route()?;
+        let call = DecodeCall::new(start.clone(), &route.digest);
+        Ok(Session::new(call, route))
     }
 
-    /// Sends every picture's embeddings to its slot as soon as they are there. `sought`: by slot, what the cache was
-    /// asked before.
-    async fn fill_slots(&self, slots: Sender<LlmRequest>, sought: &[Sought]) -> Result<Pictures, Stop> {
+    /// Sends every image's embeddings to its slot as soon as they are there, and returns them in the order of the slots.
+    /// `lookups`: by slot, what the cache was asked before.
+    async fn fill_slots(
+        &self,
+        slots: Sender<LlmRequest>,
+        lookups: &[Lookup],
+    ) -> Result<(ImageCounts, Vec<v1::Tensor>), Stop> {
         let began = Instant::now();
-        let count = self.generation.pictures.len();
-        let mut pictures = Pictures { sent: vec![v1::Tensor::default(); count], ..Default::default() };
-        let find = |slot: usize| self.slot(slot, sought.get(slot));
+        let count = self.generation.images.len();
+        let (mut counts, mut sent) = (ImageCounts::default(), vec![v1::Tensor::default(); count]);
+        let find = |slot: usize| self.slot(slot, lookups.get(slot));
         let mut looked_up = iter((0..count).map(find)).buffer_unordered(self.images_in_flight);
         while let Some((slot, found)) = looked_up.try_next().await? {
-            pictures.count(&found, began);
-            pictures.sent[slot] = found.tensor.clone();
+            counts.count(&found, began);
+            sent[slot] = found.tensor.clone();
             let embeddings = SlotEmbeddings { slot: slot as u32, embeddings: Some(found.tensor) };
             let request = LlmRequest { message: Some(llm_request::Message::Embeddings(embeddings)) };
             if slots.send(request).await.is_err() {
                 break;
             }
         }
-        Ok(pictures)
+        Ok((counts, sent))
     }
 
-    async fn slot(&self, slot: usize, sought: Option<&Sought>) -> Result<(usize, Found), Stop> {
-        let picture = &self.generation.pictures[slot];
-        let sought = sought.cloned().unwrap_or_else(|| self.embeddings.seek(picture));
-        let found = self.embeddings.picture(picture, sought).instrument(info_span!("embeddings", slot));
+    async fn slot(&self, slot: usize, lookup: Option<&Lookup>) -> Result<(usize, Found), Stop> {
+        let image = &self.generation.images[slot];
+        let lookup = lookup.cloned().unwrap_or_else(|| self.store.lookup(image));
+        let found = self.store.image(image, lookup).instrument(info_span!("embeddings", slot));
         Ok((slot, found.await?))
     }
 
-    /// The only picture, as the positive of autoencoding.
-    async fn send_picture(&self, conditions: &Sender<DecodeRequest>) -> Result<Pictures, Stop> {
+    /// The only image, as the positive of autoencoding.
+    async fn send_image(&self, conditions: &Sender<DecodeRequest>) -> Result<ImageCounts, Stop> {
         let began = Instant::now();
         let (_, found) = self.slot(0, None).await?;
-        let mut pictures = Pictures::default();
-        pictures.count(&found, began);
+        let mut counts = ImageCounts::default();
+        counts.count(&found, began);
         // A decoder that has hung up says why where it is read.
         let _ =
             conditions.send(positive(RegressedEmbeddings { start: 0, embeddings: Some(found.tensor) })).await;
-        Ok(pictures)
+        Ok(counts)
     }
 
     async fn send_negative(
@@ -290,8 +286,8 @@ impl Job {
         }
         let span = info_span!("negative");
         let found = match self.generation.task {
-            Task::Autoencode { .. } => self.embeddings.mean_colour().instrument(span).await?,
-            _ => self.embeddings.empty_prompt().instrument(span).await?,
+            Task::Autoencode { .. } => self.store.mean_colour().instrument(span).await?,
+            _ => self.store.empty_prompt().instrument(span).await?,
         };
         let negative = RegressedEmbeddings { start: 0, embeddings: Some(found.tensor) };
         let message = Some(decode_request::Message::Negative(negative));
@@ -378,33 +374,6 @@ async fn next_of_llm(llm: &mut Llm, report: &mut Report) -> Result<Option<llm_ev
         _ => {}
     }
     Ok(event)
-}
-
-/// What became of a request's pictures.
-#[derive(Debug, Default)]
-pub(crate) struct Pictures {
-    pub(crate) images: u32,
-    pub(crate) cached: u32,
-    /// From the first lookup to the last picture that the cache did not hold.
-    pub(crate) encode_ms: f64,
-    /// By slot, where there are slots.
-    sent: Vec<v1::Tensor>,
-}
-
-impl Pictures {
-    fn all_cached(found: &[Found]) -> Self {
-        let images = found.len() as u32;
-        Self { images, cached: images, ..Default::default() }
-    }
-
-    fn count(&mut self, found: &Found, began: Instant) {
-        self.images += 1;
-        if found.outcome.is_hit() {
-            self.cached += 1;
-        } else {
-            self.encode_ms = began.elapsed().as_secs_f64() * 1e3;
-        }
-    }
 }
 
 /// The client's end of the answer.

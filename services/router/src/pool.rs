@@ -3,16 +3,22 @@
 //! | module | holds |
 //! |---|---|
 //! | `members` | who is in the pool: fixed endpoints, and names that are resolved again and again |
-//! | `replica` | one replica: what it says of itself, its load, its health |
+//! | `load` | how busy a replica is |
+//! | `replica` | one replica: what it says of itself, its health, the leases of calls on it |
+//! | `pace` | the best pace at which the stage was seen to work |
 //! | `retries` | how often the pool may be asked again |
+//! | `stage` | what a stage says of itself, and its client |
 //!
-//! Load is counted here, from opening a stream to its end: with streams of seconds or minutes, what a balancer sees
-//! at the headers says nothing. Of two replicas picked at random the less loaded one is taken: near the best choice,
-//! and routers that see different loads do not all run to the same replica.
+//! Every replica reports its load as it changes, the work of all routers in it; what this router has sent it since is
+//! added (`load`). Of two replicas picked at random the less busy one is taken: near the best choice, and routers that
+//! have the same report do not all run to the same replica.
 
+mod load;
 mod members;
+mod pace;
 mod replica;
 mod retries;
+mod stage;
 #[cfg(test)]
 mod tests;
 
@@ -25,13 +31,16 @@ use std::{
 use rand::seq::IndexedRandom;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Status, transport::Channel};
 
-pub(crate) use self::{members::RESOLVED, replica::Lease};
 use self::{
     members::{Members, Target},
     replica::Replica,
     retries::Retries,
+};
+pub(crate) use self::{
+    pace::{BestPace, PaceSample},
+    replica::Lease,
+    stage::Stage,
 };
 use crate::{config::PoolConfig, field_hasher::FieldHasher};
 
@@ -39,24 +48,11 @@ use crate::{config::PoolConfig, field_hasher::FieldHasher};
 /// prefill, which a queue soon costs.
 const HINT_MAX_LOAD: f64 = 1.25;
 
-/// One of the three stages: its client and what it says of itself.
-pub(crate) trait Stage: Send + Sync + 'static {
-    /// In messages, spans and labels.
-    const NAME: &'static str;
-    type Client: Clone + Send + Sync;
-    type Info: Send + Sync;
-
-    fn client(channel: Channel, max_message_bytes: usize) -> Self::Client;
-    fn info(client: Self::Client) -> impl Future<Output = Result<Self::Info, Status>> + Send;
-    fn digest(info: &Self::Info) -> &str;
-    /// How long the engine's current step has been running.
-    fn step_ms(info: &Self::Info) -> u64;
-}
-
 /// Replicas, and the tasks that watch them; dropping the pool ends those.
 pub(crate) struct Pool<S: Stage> {
     members: Arc<Members<S>>,
     retries: Retries,
+    best_pace: Arc<BestPace>,
     config: PoolConfig,
     _follower: Option<AbortOnDropHandle<()>>,
 }
@@ -126,11 +122,21 @@ impl<S: Stage> Pool<S> {
             let following = tokio::spawn(members::follow(Arc::clone(&members), targets));
             Some(AbortOnDropHandle::new(following))
         };
-        Ok(Self { members, retries: Retries::default(), config: config.clone(), _follower: follower })
+        Ok(Self {
+            members,
+            retries: Retries::default(),
+            best_pace: Arc::default(),
+            config: config.clone(),
+            _follower: follower,
+        })
     }
 
     pub(crate) fn config(&self) -> &PoolConfig {
         &self.config
+    }
+
+    pub(crate) fn best_pace(&self) -> &Arc<BestPace> {
+        &self.best_pace
     }
 
     /// Returns once any replica has answered and every other that is known by then has been asked: the first requests
@@ -159,6 +165,13 @@ impl<S: Stage> Pool<S> {
         choose(&known, None).and_then(|replica| replica.info())
     }
 
+    /// How far behind the stage is for a new request: as far as the least of its answering replicas, each counted once
+    /// requests have waited there for longer than `patience`.
+    pub(crate) fn behind(&self, patience: Duration) -> Duration {
+        let answering = self.members.replicas().into_iter().filter(|replica| replica.answers());
+        answering.map(|replica| replica.behind(patience)).min().unwrap_or_default()
+    }
+
     /// A replica for a first try.
     pub(crate) fn lease(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
         self.retries.earn();
@@ -168,6 +181,15 @@ impl<S: Stage> Pool<S> {
     /// A replica for another try.
     pub(crate) fn lease_again(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
         if self.retries.spend() { self.pick(wanted) } else { Err(NoReplica::TooManyRetries) }
+    }
+
+    /// As if every replica had been asked and had answered this.
+    #[cfg(test)]
+    pub(crate) fn say(&self, info: &S::Info)
+    where
+        S::Info: Clone,
+    {
+        self.members.replicas().iter().for_each(|replica| replica.says(info.clone()));
     }
 
     fn pick(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
@@ -201,7 +223,8 @@ fn choose<S: Stage>(fitting: &[Arc<Replica<S>>], hint: Option<u64>) -> Option<Ar
         return Some(Arc::clone(hinted));
     }
     let two = candidates.choose_multiple(&mut rand::rng(), 2);
-    two.min_by_key(|replica| replica.outstanding()).map(|replica| Arc::clone(replica))
+    let less_busy = two.map(|replica| (replica, replica.busy())).min_by(|(_, a), (_, b)| a.cmp(b));
+    less_busy.map(|(replica, _)| Arc::clone(replica))
 }
 
 /// By rendezvous hashing, so that a replica that comes or goes moves only its own share of the hints.
@@ -213,7 +236,7 @@ fn hinted<'a, S: Stage>(candidates: &[&'a Arc<Replica<S>>], hint: u64) -> Option
         hasher.hint()
     };
     let named = candidates.iter().copied().max_by_key(|replica| score(replica))?;
-    let total: usize = candidates.iter().map(|replica| replica.outstanding()).sum();
+    let total: usize = candidates.iter().map(|replica| replica.busy().requests).sum();
     let fair = (total + 1) as f64 / candidates.len() as f64;
-    ((named.outstanding() as f64) < (fair * HINT_MAX_LOAD).max(1.0)).then_some(named)
+    ((named.busy().requests as f64) < (fair * HINT_MAX_LOAD).max(1.0)).then_some(named)
 }

@@ -7,7 +7,7 @@ use emu2_proto::{
     v1::{FinishReason, Finished, Timings, Usage, finished::Parameters},
 };
 
-use crate::{pipeline::Pictures, request::effective_image};
+use crate::{cache::Found, request::effective_image};
 
 /// Filled in by the stages as they end.
 #[derive(Debug)]
@@ -16,6 +16,32 @@ pub(crate) struct Report {
     finished: Finished,
     usage: Usage,
     timings: Timings,
+}
+
+/// What became of a request's images.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ImageCounts {
+    images: u32,
+    cached: u32,
+    /// From the first lookup to the last image that the cache did not hold.
+    encode_ms: f64,
+}
+
+impl ImageCounts {
+    pub(crate) fn all_cached(found: &[Found]) -> Self {
+        let images = found.len() as u32;
+        Self { images, cached: images, encode_ms: 0.0 }
+    }
+
+    /// One more; `began`: when the first was looked up.
+    pub(crate) fn count(&mut self, found: &Found, began: Instant) {
+        self.images += 1;
+        if found.outcome.is_hit() {
+            self.cached += 1;
+        } else {
+            self.encode_ms = began.elapsed().as_secs_f64() * 1e3;
+        }
+    }
 }
 
 impl Report {
@@ -45,10 +71,11 @@ impl Report {
         self.timings.generate_ms = llm.generate_ms;
     }
 
-    pub(crate) fn pictures(&mut self, pictures: &Pictures) {
-        self.usage.images = pictures.images;
-        self.usage.cached_images = pictures.cached;
-        self.timings.encode_ms = pictures.encode_ms;
+    pub(crate) fn images(&mut self, counts: ImageCounts) {
+        let ImageCounts { images, cached, encode_ms } = counts;
+        self.usage.images = images;
+        self.usage.cached_images = cached;
+        self.timings.encode_ms = encode_ms;
     }
 
     pub(crate) fn painted(&mut self, decoder: &DecodeFinished, start: &DecodeStart) {

@@ -1,6 +1,6 @@
 //! From what a client sent to what the stages are asked: every mistake told at once, every default filled in.
 //!
-//! Nothing here waits or remembers, and no picture is opened. Numbers of positions are the llm's to check: they need
+//! Nothing here waits or remembers, and no image is opened. Numbers of positions are the llm's to check: they need
 //! the tokenizer.
 
 mod checks;
@@ -33,7 +33,7 @@ const ORIGINAL_SIDE: u32 = 1024;
 pub(crate) struct Generation {
     pub(crate) task: Task,
     /// What goes into the prompt's slots, in order.
-    pub(crate) pictures: Vec<Picture>,
+    pub(crate) images: Vec<PromptImage>,
     pub(crate) seed: u64,
 }
 
@@ -43,7 +43,7 @@ pub(crate) enum Task {
     Write { input: llm_start::Input, parameters: TextParameters },
     /// An image from embeddings that the llm regresses.
     Paint { input: llm_start::Input, start: DecodeStart },
-    /// An image from the embeddings of the only picture.
+    /// An image from the embeddings of the only image.
     Autoencode { start: DecodeStart },
 }
 
@@ -67,12 +67,12 @@ impl Task {
 }
 
 impl Generation {
-    /// Equal for prompts that begin alike, in their first picture and their first text: a hint for finding a replica
+    /// Equal for prompts that begin alike, in their first image and their first text: a hint for finding a replica
     /// that has read such a beginning before, not an identity. Read are a few thousand bytes at most.
     pub(crate) fn beginning(&self) -> u64 {
         const READ: usize = 4096;
         let mut hasher = FieldHasher::default();
-        if let Some(Picture { subject: Subject::Sent(data), .. }) = self.pictures.first() {
+        if let Some(PromptImage { subject: Subject::Image(data), .. }) = self.images.first() {
             hasher.push(&(data.len() as u64).to_le_bytes());
             hasher.push(&data[..data.len().min(READ)]);
         }
@@ -98,7 +98,7 @@ impl Generation {
 
 /// Something that becomes embeddings.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Picture {
+pub(crate) struct PromptImage {
     pub(crate) subject: Subject,
     /// Embeddings wanted of it.
     pub(crate) n_query: u32,
@@ -108,10 +108,10 @@ pub(crate) struct Picture {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Subject {
-    /// An encoded picture, as the client sent it.
-    Sent(Bytes),
+    /// An encoded image, as the client sent it.
+    Image(Bytes),
     /// A box, to be drawn.
-    Outline(v1::Box),
+    Box(v1::Box),
 }
 
 /// Checks a request against the router's limits and what the model can do.
@@ -124,7 +124,7 @@ pub(crate) fn check(
     let mut checker = Checker {
         profile,
         checks: Checks::default(),
-        pictures: Vec::new(),
+        images: Vec::new(),
         paints: false,
         parts: 0,
         text_bytes: 0,
@@ -149,25 +149,25 @@ pub(crate) fn check(
             None
         }
     };
-    let Checker { checks, pictures, .. } = checker;
+    let Checker { checks, images, .. } = checker;
     match (task, checks.violations()) {
-        (Some(task), violations) if violations.is_empty() => Ok(Generation { task, pictures, seed }),
+        (Some(task), violations) if violations.is_empty() => Ok(Generation { task, images, seed }),
         (_, violations) => Err(violations),
     }
 }
 
 /// Checks an `Embed` request.
-pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<Picture, Vec<Violation>> {
+pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<PromptImage, Vec<Violation>> {
     let mut checks = Checks::default();
     let data = request.image.unwrap_or_default().data;
-    checks.picture("image", &data);
+    checks.image("image", &data);
     let n_query = request.n_query.unwrap_or(profile.llm.n_query);
     if let Some(problem) = pooling::problem(profile.encoder.grid_side, n_query) {
         checks.wrong("n_query", problem);
     }
     match checks.violations() {
         violations if violations.is_empty() => {
-            Ok(Picture { subject: Subject::Sent(data), n_query, field: "image".into() })
+            Ok(PromptImage { subject: Subject::Image(data), n_query, field: "image".into() })
         }
         violations => Err(violations),
     }
@@ -212,7 +212,7 @@ fn is_one_image(input: Option<&Input>) -> bool {
 struct Checker<'a> {
     profile: &'a Profile,
     checks: Checks,
-    pictures: Vec<Picture>,
+    images: Vec<PromptImage>,
     /// Boxes are drawn for a painter and written for a reader.
     paints: bool,
     parts: usize,
@@ -277,7 +277,7 @@ impl Checker<'_> {
                 llm_part::Kind::Text(text)
             }
             Some(part::Kind::Image(image)) => {
-                self.picture(format!("{field}.image"), image.data, self.profile.llm.n_query);
+                self.prompt_image(format!("{field}.image"), image.data, self.profile.llm.n_query);
                 llm_part::Kind::Image(ImageSlot {})
             }
             Some(part::Kind::Video(video)) => llm_part::Kind::Video(self.video(&field, video)),
@@ -296,7 +296,7 @@ impl Checker<'_> {
             self.checks.wrong(format!("{field}.video.frames"), "must hold at least 1 frame, got 0");
         }
         for (index, frame) in video.frames.into_iter().enumerate() {
-            self.picture(format!("{field}.video.frames[{index}]"), frame, self.profile.llm.v_query);
+            self.prompt_image(format!("{field}.video.frames[{index}]"), frame, self.profile.llm.v_query);
         }
         VideoSlots { frames }
     }
@@ -315,8 +315,8 @@ impl Checker<'_> {
         let slot = LlmBox { left, top, right, bottom, phrase: phrase.clone() };
         if self.paints {
             let n_query = self.profile.llm.n_query;
-            self.pictures.push(Picture {
-                subject: Subject::Outline(region),
+            self.images.push(PromptImage {
+                subject: Subject::Box(region),
                 n_query,
                 field: format!("{field}.box"),
             });
@@ -324,9 +324,9 @@ impl Checker<'_> {
         slot
     }
 
-    fn picture(&mut self, field: String, data: Bytes, n_query: u32) {
-        self.checks.picture(&field, &data);
-        self.pictures.push(Picture { subject: Subject::Sent(data), n_query, field });
+    fn prompt_image(&mut self, field: String, data: Bytes, n_query: u32) {
+        self.checks.image(&field, &data);
+        self.images.push(PromptImage { subject: Subject::Image(data), n_query, field });
     }
 
     fn counts(&mut self, limits: &LimitsConfig, input: Option<&llm_start::Input>) {
@@ -335,7 +335,7 @@ impl Checker<'_> {
             _ => ("prompt.parts", "prompt.parts.image", "prompt"),
         };
         self.checks.at_most(parts, "limits.max_parts", limits.max_parts, self.parts);
-        self.checks.at_most(images, "limits.max_images", limits.max_images, self.pictures.len());
+        self.checks.at_most(images, "limits.max_images", limits.max_images, self.images.len());
         let max_text_bytes = self.profile.llm.max_text_bytes;
         if self.text_bytes as u64 > max_text_bytes {
             let got = self.text_bytes;

@@ -15,14 +15,15 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use crate::{
-    admission::{Admission, Admitted, Caller},
+    admission::{Admission, Admitted},
     cache::Cache,
     config::Config,
-    embeddings::Embeddings,
+    context::{Caller, MAX_BEGINNINGS, RequestContext},
+    embeddings::EmbeddingStore,
     error::Stop,
     metrics::Metrics,
     model::{Model, Profile, StagePools},
-    pipeline::{Job, MAX_BEGINNINGS},
+    pipeline::Job,
     request,
 };
 
@@ -64,23 +65,15 @@ impl Router {
         self.by_name.get(name).ok_or_else(|| status::not_found("model", name))
     }
 
-    fn embeddings(
-        &self,
-        model: &Arc<Model>,
-        profile: Profile,
-        caller: &Caller,
-    ) -> Result<Embeddings, Status> {
-        Ok(Embeddings {
+    fn store(&self, model: &Arc<Model>, profile: Profile, caller: &Caller) -> EmbeddingStore {
+        let context = RequestContext {
+            caller: caller.clone(),
             model: Arc::clone(model),
             profile,
-            cache: self.cache.for_request(),
-            tenant: caller.tenant.clone(),
-            priority: caller.priority,
             metrics: self.metrics.clone(),
-            holding: caller.holding.clone(),
-            backlogs: self.admission.backlogs(&model.name)?.clone(),
             shared_work: Duration::from_millis(self.config.limits.shared_work_ms),
-        })
+        };
+        EmbeddingStore::new(context, self.cache.for_request(), self.config.admission.max_backlog())
     }
 
     fn job(
@@ -93,12 +86,11 @@ impl Router {
         let profile = model.profile(matches!(request.output, Some(Output::Image(_))))?;
         let generation = request::check(request, &self.config.limits, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, generation.task.name());
-        let admitted = self.admission.enter(&model.name, &generation, caller)?;
+        let admitted = self.admission.enter(model, &generation, caller)?;
         let job = Job {
             generation,
-            embeddings: self.embeddings(model, profile, caller)?,
+            store: self.store(model, profile, caller),
             request_id: request_id.to_string(),
-            deadline: caller.deadline,
             images_in_flight: self.config.limits.images_in_flight,
         };
         Ok((job, admitted))
@@ -108,19 +100,19 @@ impl Router {
         let _permit = self.admission.permit(caller)?;
         let model = self.model(&request.model)?;
         let profile = model.profile(false)?;
-        let picture = request::check_embed(request, &profile).map_err(status::invalid)?;
+        let image = request::check_embed(request, &profile).map_err(status::invalid)?;
         self.metrics.request(&model.name, "embed");
-        let mut embeddings = self.embeddings(model, profile, caller)?;
+        let mut store = self.store(model, profile, caller);
         for _ in 0..MAX_BEGINNINGS {
-            match embeddings.picture(&picture, embeddings.seek(&picture)).await {
+            match store.image(&image, store.lookup(&image)).await {
                 Ok(found) => {
                     return Ok(EmbedResponse {
                         embeddings: Some(found.tensor),
-                        weights_digest: embeddings.profile.encoder.weights_digest.clone(),
+                        weights_digest: store.context.profile.encoder.weights_digest.clone(),
                         cached: found.outcome.is_hit(),
                     });
                 }
-                Err(Stop::WeightsChanged) => embeddings.profile = model.profile(false)?,
+                Err(Stop::WeightsChanged) => store.context.renew_profile(false)?,
                 Err(stop) => return Err(stop.into()),
             }
         }
@@ -171,6 +163,6 @@ fn caller<T>(request: &Request<T>, priority: i32) -> Result<Caller, Status> {
         tenant,
         priority: Priority::of(priority)?,
         deadline,
-        holding: MemoryReservation::of(request),
+        reservation: MemoryReservation::of(request),
     })
 }

@@ -2,10 +2,10 @@
 
 use emu2_proto::{
     stage::{
-        DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, EncodeRequest,
-        EncodeResponse, EncoderInfo, EncoderInfoRequest, LlmAccepted, LlmEvent, LlmInfo, LlmInfoRequest,
-        LlmRequest, LlmResume, LlmStart, decode_event, decode_request,
-        language_model_client::LanguageModelClient, llm_event, llm_request,
+        DecodeEvent, DecodeRequest, DecodeStart, DecoderInfo, DecoderInfoRequest, DecoderWatchLoadRequest,
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, EncoderWatchLoadRequest, LlmAccepted,
+        LlmEvent, LlmInfo, LlmInfoRequest, LlmRequest, LlmResume, LlmStart, LlmWatchLoadRequest, Load,
+        decode_event, decode_request, language_model_client::LanguageModelClient, llm_event, llm_request,
         visual_decoder_client::VisualDecoderClient, visual_encoder_client::VisualEncoderClient,
     },
     v1,
@@ -42,8 +42,12 @@ impl Stage for Encoder {
         &info.weights_digest
     }
 
-    fn step_ms(info: &EncoderInfo) -> u64 {
-        info.step_ms
+    fn load(info: &EncoderInfo) -> Load {
+        info.load.unwrap_or_default()
+    }
+
+    async fn watch_load(mut client: Self::Client) -> Result<Response<Streaming<Load>>, Status> {
+        client.watch_load(EncoderWatchLoadRequest {}).await
     }
 }
 
@@ -64,8 +68,12 @@ impl Stage for Llm {
         &info.weights_digest
     }
 
-    fn step_ms(info: &LlmInfo) -> u64 {
-        info.step_ms
+    fn load(info: &LlmInfo) -> Load {
+        info.load.unwrap_or_default()
+    }
+
+    async fn watch_load(mut client: Self::Client) -> Result<Response<Streaming<Load>>, Status> {
+        client.watch_load(LlmWatchLoadRequest {}).await
     }
 }
 
@@ -86,8 +94,12 @@ impl Stage for Decoder {
         &info.weights_digest
     }
 
-    fn step_ms(info: &DecoderInfo) -> u64 {
-        info.step_ms
+    fn load(info: &DecoderInfo) -> Load {
+        info.load.unwrap_or_default()
+    }
+
+    async fn watch_load(mut client: Self::Client) -> Result<Response<Streaming<Load>>, Status> {
+        client.watch_load(DecoderWatchLoadRequest {}).await
     }
 }
 

@@ -5,6 +5,7 @@ mod caching;
 mod failover;
 mod failures;
 mod flows;
+mod load;
 mod mocks;
 mod priorities;
 mod redis_kinds;

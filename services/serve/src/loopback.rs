@@ -12,7 +12,7 @@ use emu2_proto::{
     v1::{self, emu2_client::Emu2Client, emu2_server::Emu2, generate_event::Event},
 };
 use fake_opentelemetry_collector::{ExportedSpan, FakeCollectorServer};
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -131,6 +131,16 @@ impl Emu2 for Probe {
 #[tonic::async_trait]
 impl VisualEncoder for Probe {
     type EncodeStream = Answers<stage::EncodeResponse>;
+    type WatchLoadStream = Answers<stage::Load>;
+
+    /// One report, and no end.
+    async fn watch_load(
+        &self,
+        _: Request<stage::EncoderWatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let first = futures::stream::iter([Ok(stage::Load::default())]);
+        Ok(Response::new(Box::pin(first.chain(futures::stream::pending()))))
+    }
 
     async fn info(
         &self,

@@ -14,6 +14,15 @@ pub(crate) struct Method {
     pub(crate) asks_nothing: bool,
     /// Its request is a stream, whose messages are read one at a time.
     pub(crate) streams_in: bool,
+    /// Its answer is a stream.
+    pub(crate) streams_out: bool,
+}
+
+impl Method {
+    /// Whether it tells changes of the service to whoever asks, and never ends by itself.
+    pub(crate) fn is_watch(self) -> bool {
+        self.asks_nothing && self.streams_out
+    }
 }
 
 impl Methods {
@@ -28,6 +37,7 @@ impl Methods {
                     let shape = Method {
                         asks_nothing: fields.get(method.input_type()) == Some(&0),
                         streams_in: method.client_streaming(),
+                        streams_out: method.server_streaming(),
                     };
                     (format!("{name}/{}", method.name()), shape)
                 })
@@ -55,13 +65,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_and_streams_are_told_apart() {
+    fn questions_streams_and_watches_are_told_apart() {
         let methods = Methods::read().unwrap();
-        let shape = |asks_nothing, streams_in| Some(Method { asks_nothing, streams_in });
-        assert_eq!(methods.get("emu2.v1.Emu2/ListModels"), shape(true, false));
-        assert_eq!(methods.get("emu2.v1.Emu2/Generate"), shape(false, false));
-        assert_eq!(methods.get("emu2.stage.v1.LanguageModel/Info"), shape(true, false));
-        assert_eq!(methods.get("emu2.stage.v1.LanguageModel/Generate"), shape(false, true));
+        let shape =
+            |asks_nothing, streams_in, streams_out| Some(Method { asks_nothing, streams_in, streams_out });
+        assert_eq!(methods.get("emu2.v1.Emu2/ListModels"), shape(true, false, false));
+        assert_eq!(methods.get("emu2.v1.Emu2/Generate"), shape(false, false, true));
+        assert_eq!(methods.get("emu2.stage.v1.LanguageModel/Info"), shape(true, false, false));
+        assert_eq!(methods.get("emu2.stage.v1.LanguageModel/Generate"), shape(false, true, true));
         assert_eq!(methods.get("emu2.v1.Emu2/Anything"), None);
+        let watches = |method| methods.get(method).unwrap().is_watch();
+        assert!(watches("emu2.stage.v1.VisualDecoder/WatchLoad"));
+        assert!(!watches("emu2.v1.Emu2/Generate") && !watches("emu2.stage.v1.VisualDecoder/Info"));
     }
 }

@@ -88,7 +88,7 @@ impl Service<Request<Body>> for Rpc {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let call = request.extensions().get().map(Activity::call);
         let stalled = self.shared.stalled;
-        if request.uri().path().starts_with(INFRASTRUCTURE) {
+        if self.shared.is_infrastructure(&request) {
             let stop = stop(Deadline::none(), self.shared.draining.clone());
             let response = self.infrastructure(request);
             return Box::pin(async move {
@@ -147,6 +147,11 @@ impl Rpc {
 }
 
 impl Shared {
+    fn is_infrastructure(&self, request: &Request<Body>) -> bool {
+        let is_watch = || self.methods.get(method_of(request)).is_some_and(Method::is_watch);
+        request.uri().path().starts_with(INFRASTRUCTURE) || is_watch()
+    }
+
     /// What the call occupies while it is served; nothing for a method that nobody serves.
     fn admit(&self, request: &mut Request<Body>, guest: &Guest) -> Result<Option<Permit>, Status> {
         // While stopping, calls that were on their way when the connection was told to go are still served.
@@ -154,7 +159,7 @@ impl Shared {
             return Err(status::unavailable(format!("not ready: {reason}")));
         }
         let Some(method) = self.methods.get(method_of(request)) else { return Ok(None) };
-        let Method { asks_nothing, streams_in } = method;
+        let Method { asks_nothing, streams_in, .. } = method;
         let permit = if asks_nothing {
             self.admission.question()
         } else {

@@ -13,13 +13,10 @@ use tokio::{net::lookup_host, sync::watch, time::sleep};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    Stage,
     replica::{self, Replica},
+    stage::Stage,
 };
-use crate::config::PoolConfig;
-
-/// What precedes the scheme of an endpoint whose name stands for all its addresses.
-pub(crate) const RESOLVED: &str = "dns+";
+use crate::config::{PoolConfig, RESOLVED};
 
 /// An endpoint of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

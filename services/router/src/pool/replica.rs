@@ -1,9 +1,9 @@
-//! One replica: what it says of itself, how busy this router keeps it, and whether it can be trusted with a call.
+//! One replica: what it says of itself, how busy it is, and whether it can be trusted with a call.
 
 use std::{
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -13,7 +13,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::Stage;
+use super::{
+    load::{Busy, ReplicaLoad},
+    stage::Stage,
+};
 use crate::{config::PoolConfig, error};
 
 /// Questions in a row that go unanswered before the streams that run on a replica are given up: one may be a busy
@@ -28,7 +31,7 @@ const EJECTED_FOR: Duration = Duration::from_secs(5);
 pub(super) struct Replica<S: Stage> {
     pub(super) endpoint: String,
     pub(super) client: S::Client,
-    outstanding: AtomicUsize,
+    load: ReplicaLoad,
     known: RwLock<Known<S::Info>>,
     /// Set once it has been asked about itself, whatever came of it.
     asked: watch::Sender<bool>,
@@ -62,7 +65,7 @@ impl<S: Stage> Replica<S> {
         Self {
             endpoint,
             client,
-            outstanding: AtomicUsize::new(0),
+            load: ReplicaLoad::default(),
             known: RwLock::new(Known {
                 info: None,
                 answers: false,
@@ -96,13 +99,19 @@ impl<S: Stage> Replica<S> {
         self.read(|known| known.ejected_until.is_some_and(|until| Instant::now() < until))
     }
 
-    pub(super) fn outstanding(&self) -> usize {
-        self.outstanding.load(Ordering::Relaxed)
+    pub(super) fn busy(&self) -> Busy {
+        self.load.busy()
+    }
+
+    /// How far behind it is, once requests have waited there for longer than `patience`.
+    pub(super) fn behind(&self, patience: Duration) -> Duration {
+        self.load.behind(patience)
     }
 
     /// As if it had been asked and had answered this.
     #[cfg(test)]
     pub(super) fn says(&self, info: S::Info) {
+        self.load.report(S::load(&info));
         self.write(|known| (known.info, known.answers) = (Some(Arc::new(info)), true));
     }
 
@@ -140,7 +149,9 @@ impl<S: Stage> Replica<S> {
     }
 
     fn heard(&self, info: S::Info) -> bool {
-        let step_ms = S::step_ms(&info);
+        let load = S::load(&info);
+        self.load.report(load);
+        let step_ms = load.step_ms;
         let stuck = step_ms > self.config.max_step_ms;
         if stuck && !*self.hung.borrow() {
             tracing::warn!(
@@ -204,7 +215,7 @@ impl<S: Stage> Replica<S> {
 
 impl<S: Stage> Lease<S> {
     pub(super) fn new(replica: Arc<Replica<S>>) -> Self {
-        replica.outstanding.fetch_add(1, Ordering::Relaxed);
+        replica.load.open();
         Self { replica }
     }
 
@@ -240,12 +251,34 @@ impl<S: Stage> Lease<S> {
 
 impl<S: Stage> Drop for Lease<S> {
     fn drop(&mut self) {
-        self.replica.outstanding.fetch_sub(1, Ordering::Relaxed);
+        self.replica.load.close();
     }
 }
 
 /// Looks at a replica for as long as it is in the pool.
 pub(super) async fn watch<S: Stage>(replica: Arc<Replica<S>>, answered: watch::Sender<bool>) {
+    tokio::join!(ask_again(&replica, answered), follow_load(&replica));
+}
+
+/// Takes in what the replica reports of its load. Where it reports nothing, that of its `Info` is all there is.
+async fn follow_load<S: Stage>(replica: &Replica<S>) {
+    let mut asked = replica.asked.subscribe();
+    loop {
+        // Whoever does not answer questions has no load to tell.
+        let _ = asked.wait_for(|asked| *asked).await;
+        if let Ok(reports) = S::watch_load(replica.client.clone()).await {
+            let mut reports = reports.into_inner();
+            while let Ok(Some(load)) = reports.message().await {
+                replica.load.report(load);
+            }
+        }
+        let pause = Duration::from_millis(replica.config.refresh_ms);
+        sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
+    }
+}
+
+/// Asks the replica about itself again and again.
+async fn ask_again<S: Stage>(replica: &Replica<S>, answered: watch::Sender<bool>) {
     let refresh = Duration::from_millis(replica.config.refresh_ms);
     let first_retry = Duration::from_millis(replica.config.retry_ms).min(refresh);
     let mut retry = first_retry;

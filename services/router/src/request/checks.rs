@@ -39,12 +39,12 @@ impl Checks {
 
     /// Only what can be told without opening it. A URL in its place is worth a word of its own: other APIs fetch
     /// them.
-    pub(super) fn picture(&mut self, field: &str, data: &[u8]) {
+    pub(super) fn image(&mut self, field: &str, data: &[u8]) {
         if data.is_empty() {
-            self.wrong(field, "must be an encoded picture, got 0 bytes");
+            self.wrong(field, "must be an encoded image, got 0 bytes");
         }
         if let Some(scheme) = url_scheme(data) {
-            let got = format!("must be the bytes of a picture, got a URL ({scheme}…): URLs are not accepted");
+            let got = format!("must be the bytes of an image, got a URL ({scheme}…): URLs are not accepted");
             self.wrong(field, got);
         }
     }
@@ -56,7 +56,7 @@ impl Checks {
     }
 }
 
-/// The scheme of what begins as a URL does. No format of pictures begins so.
+/// The scheme of what begins as a URL does. No format of images begins so.
 fn url_scheme(data: &[u8]) -> Option<&'static str> {
     const SCHEMES: [&str; 8] =
         ["http://", "https://", "data:", "file://", "ftp://", "s3://", "gs://", "az://"];

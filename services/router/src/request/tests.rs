@@ -168,8 +168,8 @@ fn a_seed_is_drawn_anew_for_each_request() {
 fn slots_follow_the_parts() {
     let parts = vec![text("a"), image(b"1"), video(&[b"2", b"3"]), region(0.1, 0.2, 0.3, 0.4), image(b"4")];
     let slots = |output| {
-        let pictures = right(prompt(parts.clone(), output)).pictures;
-        pictures.into_iter().map(|it| (it.field, it.n_query)).collect::<Vec<_>>()
+        let images = right(prompt(parts.clone(), output)).images;
+        images.into_iter().map(|it| (it.field, it.n_query)).collect::<Vec<_>>()
     };
     let mut expected: Vec<(String, u32)> = [
         ("prompt.parts[1].image", 64),
@@ -194,7 +194,7 @@ fn a_dialogue_keeps_its_turns() {
         (Role::User, vec![text("sure?")]),
     ];
     let generation = right(chat(turns, writes()));
-    assert_eq!(generation.pictures[0].field, "chat.turns[0].parts[0].image");
+    assert_eq!(generation.images[0].field, "chat.turns[0].parts[0].image");
     let Task::Write { input: llm_start::Input::Chat(chat), .. } = generation.task else { panic!() };
     assert_eq!(chat.turns.iter().map(|turn| turn.parts.len()).collect::<Vec<_>>(), [2, 1, 1]);
 }
@@ -285,12 +285,12 @@ fn bad_parts_are_refused() {
     let cases = [
         (vec![], "prompt.parts", "must hold at least 1 part, got 0"),
         (vec![none], "prompt.parts[0]", "must be one of text, image, video and box, got none"),
-        (vec![text("a"), image(b"")], "prompt.parts[1].image", "must be an encoded picture, got 0 bytes"),
+        (vec![text("a"), image(b"")], "prompt.parts[1].image", "must be an encoded image, got 0 bytes"),
         (vec![video(&[])], "prompt.parts[0].video.frames", "must hold at least 1 frame, got 0"),
         (
             vec![video(&[b"1", b""])],
             "prompt.parts[0].video.frames[1]",
-            "must be an encoded picture, got 0 bytes",
+            "must be an encoded image, got 0 bytes",
         ),
         (
             vec![text(&"a".repeat(996)), region(0.0, 0.0, 1.0, 1.0)],

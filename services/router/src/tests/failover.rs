@@ -167,7 +167,7 @@ async fn a_replica_whose_step_does_not_end_is_left() {
     let running = pair.run(ask(vec![text("a")]));
     let (busy, other) = at_work(pair.llms()).await;
     other.let_go();
-    busy.step_ms.store(1_001, Ordering::SeqCst);
+    busy.load.send_modify(|load| load.step_ms = 1_001);
     assert_eq!(words(&running.await.unwrap().unwrap()), TEXT);
     assert_eq!(other.calls(), 1);
 }

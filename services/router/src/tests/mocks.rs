@@ -6,26 +6,28 @@ mod llm;
 
 use std::{
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
 };
 
 use emu2_proto::{
     stage::{
-        DecodeStart, LlmStart, RegressedEmbeddings, encode_request::Source,
+        DecodeStart, LlmStart, Load, RegressedEmbeddings, encode_request::Source,
         language_model_server::LanguageModelServer, visual_decoder_server::VisualDecoderServer,
         visual_encoder_server::VisualEncoderServer,
     },
     v1::{Dtype, Tensor},
 };
+use futures::{Stream, StreamExt};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
     sync::{mpsc, watch},
 };
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{
     Response, Status,
     metadata::MetadataMap,
@@ -39,6 +41,8 @@ pub(super) const N_QUERY: u32 = 4;
 /// A picture that begins so waits for the encoder's gate.
 pub(super) const SLOW: &[u8] = b"slow";
 pub(super) const PNG: &[u8] = b"a painted png";
+
+type LoadStream = Pin<Box<dyn Stream<Item = Result<Load, Status>> + Send>>;
 
 /// What a test and its stage share.
 #[derive(Clone)]
@@ -55,8 +59,8 @@ pub(super) struct Shared {
     pub(super) fails: Mutex<Option<Status>>,
     /// Set, the stage neither says what it is nor moves.
     pub(super) hung: watch::Sender<bool>,
-    /// Said of the engine's current step.
-    pub(super) step_ms: AtomicU64,
+    /// What the stage tells of its load, at once to whoever watches it.
+    pub(super) load: watch::Sender<Load>,
     /// Times that it was asked what it is.
     pub(super) asked: AtomicUsize,
     pub(super) calls: AtomicUsize,
@@ -89,7 +93,7 @@ impl Script {
             gate: watch::channel(true).0,
             fails: Mutex::default(),
             hung: watch::channel(false).0,
-            step_ms: AtomicU64::new(0),
+            load: watch::Sender::default(),
             asked: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
@@ -131,8 +135,12 @@ impl Script {
         self.version.store(version, Ordering::SeqCst);
     }
 
-    fn step_ms(&self) -> u64 {
-        self.step_ms.load(Ordering::SeqCst)
+    fn load(&self) -> Option<Load> {
+        Some(*self.load.borrow())
+    }
+
+    fn watch_load(&self) -> Response<LoadStream> {
+        Response::new(Box::pin(WatchStream::new(self.load.subscribe()).map(Ok)))
     }
 
     fn version(&self) -> u32 {

@@ -3,8 +3,9 @@
 use http::Request;
 use tonic::body::Body;
 
-/// Health checks and reflection: answered before the service is ready, stopped as soon as shutdown begins (a health
-/// watch would never end), and neither traced nor counted, since probes would drown what people look for.
+/// Health checks and reflection, and with them every watch of the contracts: answered before the service is ready,
+/// stopped as soon as shutdown begins (a watch would never end), and neither traced nor counted, since probes would
+/// drown what people look for.
 pub(super) const INFRASTRUCTURE: &str = "/grpc.";
 /// The one of these that needs no token: probes have none, and learn only whether to come back.
 pub(super) const HEALTH: &str = "/grpc.health.";

@@ -1,6 +1,9 @@
 use std::time::{Duration, Instant};
 
-use emu2_proto::v1;
+use emu2_proto::{
+    stage::{EncoderWatchLoadRequest, visual_encoder_client::VisualEncoderClient},
+    v1,
+};
 use tokio::{net::TcpStream, sync::oneshot};
 use tonic::Code;
 use tonic_health::pb::{
@@ -59,6 +62,24 @@ async fn shutdown_lets_a_running_stream_finish() {
     assert!(events.message().await.unwrap().is_none());
     // A health watch has no end of its own; it must not hold the server up.
     while let Ok(Some(_)) = watch.message().await {}
+    server.ended().await;
+    assert!(begun.elapsed() < PATIENCE);
+}
+
+/// As a router watches a stage: for as long as both live.
+#[tokio::test]
+async fn a_watch_takes_no_permit_and_does_not_hold_the_shutdown_up() {
+    let server = Loopback::start(ServerConfig { max_requests: 1, ..ServerConfig::default() }).await;
+    let mut encoder = VisualEncoderClient::new(server.channel());
+    let mut watch = encoder.watch_load(EncoderWatchLoadRequest {}).await.unwrap().into_inner();
+    assert!(watch.message().await.unwrap().is_some());
+    let mut events = server.generate(1).await;
+    server.probe.steps.add_permits(1);
+    while events.message().await.unwrap().is_some() {}
+
+    let begun = Instant::now();
+    server.shutdown.begin();
+    assert_eq!(watch.message().await.unwrap_err().code(), Code::Unavailable);
     server.ended().await;
     assert!(begun.elapsed() < PATIENCE);
 }

@@ -6,8 +6,8 @@ use emu2_proto::{
     capable,
     stage::{
         DecodeEvent, DecodeFinished, DecodeRequest, DecodeStart, DecodedImage, DecoderInfo,
-        DecoderInfoRequest, DenoiseStep, RegressedEmbeddings, decode_event, decode_request,
-        visual_decoder_server::VisualDecoder,
+        DecoderInfoRequest, DecoderWatchLoadRequest, DenoiseStep, Load, RegressedEmbeddings, decode_event,
+        decode_request, visual_decoder_server::VisualDecoder,
     },
 };
 use emu2_serve::{deadline::Deadline, message, stream::Events};
@@ -25,12 +25,22 @@ pub(super) struct MockDecoder(pub(super) Arc<Replica>);
 impl VisualDecoder for MockDecoder {
     type DecodeStream = Events<DecodeEvent>;
 
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<DecoderWatchLoadRequest>,
+    ) -> Result<Response<Events<Load>>, Status> {
+        Ok(self.0.watch_load(Deadline::of(&request)))
+    }
+
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
         let options = &self.0.options;
         Ok(Response::new(DecoderInfo {
             weights_digest: options.digest.clone(),
             dtype: options.dtype().into(),
             width: options.width,
+            load: Some(self.0.load()),
             ..capable::decoder()
         }))
     }
@@ -49,7 +59,7 @@ impl VisualDecoder for MockDecoder {
                 return Err(refused("the first message must be the start"));
             };
             let [positive, negative] = read_conditions(&mut requests, &start).await?;
-            let mut running = replica.steps().await;
+            let mut running = replica.steps(start.steps).await;
             for step in 1..=start.steps {
                 running.step().await;
                 let step = DenoiseStep { step, steps: start.steps };

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use emu2_proto::{
     capable,
     stage::{
-        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, encode_request::Source,
-        visual_encoder_server::VisualEncoder,
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, EncoderWatchLoadRequest, Load,
+        encode_request::Source, visual_encoder_server::VisualEncoder,
     },
 };
 use emu2_serve::{deadline::Deadline, message, stream::Events};
@@ -25,6 +25,15 @@ pub(super) struct MockEncoder(pub(super) Arc<Replica>);
 impl VisualEncoder for MockEncoder {
     type EncodeStream = Events<EncodeResponse>;
 
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<EncoderWatchLoadRequest>,
+    ) -> Result<Response<Events<Load>>, Status> {
+        Ok(self.0.watch_load(Deadline::of(&request)))
+    }
+
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
         let options = &self.0.options;
         Ok(Response::new(EncoderInfo {
@@ -32,6 +41,7 @@ impl VisualEncoder for MockEncoder {
             dtype: options.dtype().into(),
             width: options.width,
             preprocessing_version: PREPROCESSING_VERSION,
+            load: Some(self.0.load()),
             ..capable::encoder()
         }))
     }

@@ -8,8 +8,8 @@ use emu2_proto::{
     capable,
     stage::{
         LlmAccepted, LlmEvent, LlmFinished, LlmInfo, LlmInfoRequest, LlmPrompt, LlmRequest, LlmResume,
-        LlmStart, LlmText, RegressedEmbeddings, TextParameters, language_model_server::LanguageModel,
-        llm_event, llm_part, llm_request, llm_start,
+        LlmStart, LlmText, LlmWatchLoadRequest, Load, RegressedEmbeddings, TextParameters,
+        language_model_server::LanguageModel, llm_event, llm_part, llm_request, llm_start,
     },
     v1::Tensor,
 };
@@ -41,6 +41,15 @@ pub(super) struct MockLlm(pub(super) Arc<Replica>);
 impl LanguageModel for MockLlm {
     type GenerateStream = Events<LlmEvent>;
 
+    type WatchLoadStream = Events<Load>;
+
+    async fn watch_load(
+        &self,
+        request: Request<LlmWatchLoadRequest>,
+    ) -> Result<Response<Events<Load>>, Status> {
+        Ok(self.0.watch_load(Deadline::of(&request)))
+    }
+
     async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
         let options = &self.0.options;
         Ok(Response::new(LlmInfo {
@@ -51,6 +60,7 @@ impl LanguageModel for MockLlm {
             embedding_width: options.width,
             n_query: options.queries,
             v_query: options.queries,
+            load: Some(self.0.load()),
             ..capable::llm()
         }))
     }
@@ -80,7 +90,11 @@ impl LanguageModel for MockLlm {
             send(&events, event(llm_event::Event::Accepted(accepted))).await;
             let pictures = read_slots(&mut requests, slots).await?;
             let prompt = prompt_hash(options, &start, &pictures);
-            let mut steps = replica.steps().await;
+            let count = match &start.output {
+                Some(llm_start::Output::Text(parameters)) => parameters.max_new_tokens,
+                _ => options.queries,
+            };
+            let mut steps = replica.steps(count).await;
             replica.work(options.prompt_ms + f64::from(slots) * options.slot_ms).await;
             let answer = Answer { prompt, options, resume, events: &events };
             let finished = match start.output {

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use emu2_proto::stage::Load;
 use emu2_serve::{
     deadline::Deadline,
     status,
@@ -17,8 +18,8 @@ use prometheus_client::{
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio::{
-    sync::{Mutex as Queue, Semaphore, SemaphorePermit},
-    time::{Instant, sleep_until},
+    sync::{Mutex as Queue, Semaphore, SemaphorePermit, watch},
+    time::{Instant, sleep, sleep_until},
 };
 use tonic::{Response, Status};
 
@@ -27,12 +28,17 @@ use super::options::{Options, milliseconds};
 /// Events of one call that wait for its caller.
 const WAITING_EVENTS: usize = 64;
 
+/// Between two reports of the load, as in real stages.
+const REPORT_INTERVAL: Duration = Duration::from_millis(50);
+
 pub(super) struct Replica {
     pub(super) options: Options,
     counts: Counts,
     /// When the work ahead of a new piece is done. The lock is fair: it is the queue.
     free_at: Queue<Instant>,
     rows: Semaphore,
+    /// As a real stage tells it.
+    load: watch::Sender<Load>,
     jitter: Mutex<StdRng>,
 }
 
@@ -47,9 +53,16 @@ struct Counts {
 
 /// The drift-free clock of one call's steps.
 pub(super) struct Steps<'a> {
-    replica: &'a Replica,
+    held: Held<'a>,
     last: Instant,
     _row: SemaphorePermit<'a>,
+}
+
+/// Work that counts as load until it is done or given up.
+struct Held<'a> {
+    replica: &'a Replica,
+    has_begun: bool,
+    seconds: f64,
 }
 
 impl Replica {
@@ -67,6 +80,7 @@ impl Replica {
             counts,
             free_at: Queue::new(Instant::now()),
             rows: Semaphore::new(options.rows),
+            load: watch::Sender::default(),
             jitter: Mutex::new(StdRng::seed_from_u64(options.jitter_seed)),
             options,
         }
@@ -88,18 +102,60 @@ impl Replica {
         if cost_ms <= 0.0 {
             return;
         }
+        let mut held = self.hold(cost_ms / 1e3);
         let arrived = Instant::now();
         let mut free_at = self.free_at.lock().await;
+        held.begin();
         // Not from now: a timer that fired late must not slow the queue down.
         let done = arrived.max(*free_at) + self.jittered(cost_ms);
         sleep_until(done).await;
         *free_at = done;
     }
 
-    /// A place among the running calls.
-    pub(super) async fn steps(&self) -> Steps<'_> {
+    /// A place among the running calls, for so many steps at most.
+    pub(super) async fn steps(&self, count: u32) -> Steps<'_> {
+        let mut held = self.hold(f64::from(count) * self.step_share());
         let row = self.rows.acquire().await.expect("the semaphore is never closed");
-        Steps { replica: self, last: Instant::now(), _row: row }
+        held.begin();
+        Steps { held, last: Instant::now(), _row: row }
+    }
+
+    /// Seconds of the replica's time that one step of one call takes.
+    fn step_share(&self) -> f64 {
+        self.options.step_ms.max(0.0) / 1e3 / self.options.rows as f64
+    }
+
+    fn hold(&self, seconds: f64) -> Held<'_> {
+        self.load.send_modify(|load| {
+            load.waiting += 1;
+            load.backlog_seconds += seconds;
+        });
+        Held { replica: self, has_begun: false, seconds }
+    }
+
+    /// The load, as `Info` carries it.
+    pub(super) fn load(&self) -> Load {
+        *self.load.borrow()
+    }
+
+    /// The load and its changes.
+    pub(super) fn watch_load(&self, deadline: Deadline) -> Response<Events<Load>> {
+        let (sender, events) = stream::channel(1, deadline);
+        let mut changes = self.load.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let load = *changes.borrow_and_update();
+                if sender.send(Ok(load)).await.is_err() {
+                    return;
+                }
+                sleep(REPORT_INTERVAL).await;
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Response::new(events)
     }
 
     /// Answers with what `work` sends, until it ends or its caller leaves.
@@ -137,11 +193,39 @@ impl Replica {
 
 impl Steps<'_> {
     pub(super) async fn step(&mut self) {
-        let cost_ms = self.replica.options.step_ms;
+        let replica = self.held.replica;
+        let cost_ms = replica.options.step_ms;
         if cost_ms > 0.0 {
-            self.last += self.replica.jittered(cost_ms);
+            self.last += replica.jittered(cost_ms);
             sleep_until(self.last).await;
         }
+        self.held.did(replica.step_share());
+    }
+}
+
+impl Held<'_> {
+    fn begin(&mut self) {
+        self.has_begun = true;
+        self.replica.load.send_modify(|load| {
+            load.waiting -= 1;
+            load.running += 1;
+        });
+    }
+
+    fn did(&mut self, seconds: f64) {
+        let seconds = seconds.min(self.seconds);
+        self.seconds -= seconds;
+        self.replica.load.send_modify(|load| load.backlog_seconds -= seconds);
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.did(self.seconds);
+        self.replica.load.send_modify(|load| match self.has_begun {
+            true => load.running -= 1,
+            false => load.waiting -= 1,
+        });
     }
 }
 

@@ -1,27 +1,37 @@
 //! What tells other routers that this one is computing a value. It ends by itself where its router dies, and saves
 //! work only: two routers that both believe they hold it compute the same value twice.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, time::Duration};
 
 use tokio::time::sleep;
 
-use super::{BackgroundWrite, Redis, WRITE_TIMEOUT, ask, questions};
+use super::{
+    background::{BackgroundWrite, BackgroundWrites, WRITE_TIMEOUT},
+    client::Client,
+    questions::{self, Token},
+};
 use crate::cache::key::Key;
-
-/// Random, so that nobody ends another's lease.
-pub(super) type Token = [u8; 16];
 
 /// Given back when dropped: then one of those who wait takes it over.
 pub(crate) struct Lease {
-    redis: Arc<Redis>,
+    client: Client,
+    background_writes: BackgroundWrites,
     key: Key,
     token: Token,
+    /// How long it lasts unless it is renewed.
+    duration: Duration,
     is_handed_over: bool,
 }
 
 impl Lease {
-    pub(super) fn new(redis: Arc<Redis>, key: Key, token: Token) -> Self {
-        Self { redis, key, token, is_handed_over: false }
+    /// A lease that Redis has granted to the holder of `token`.
+    pub(super) fn new(
+        (client, background_writes): (Client, BackgroundWrites),
+        key: Key,
+        token: Token,
+        duration: Duration,
+    ) -> Self {
+        Self { client, background_writes, key, token, duration, is_handed_over: false }
     }
 
     pub(super) fn key(&self) -> &Key {
@@ -45,12 +55,11 @@ impl Lease {
 
     /// Thrice in its life, so that one renewal may fail.
     async fn renew(&self) -> Infallible {
-        let third = self.redis.lease / 3;
+        let third = self.duration / 3;
         loop {
             sleep(third).await;
-            let renewal = questions::renew(&self.key, &self.token, self.redis.lease);
-            let renewed =
-                ask::<bool>(&self.redis.link, &self.redis.breaker, &renewal, third.min(WRITE_TIMEOUT)).await;
+            let renewal = questions::renew(&self.key, &self.token, self.duration);
+            let renewed = self.client.ask::<bool>(&renewal, third.min(WRITE_TIMEOUT)).await;
             if renewed == Some(false) {
                 tracing::debug!(key = %self.key, "another router took this value over");
             }
@@ -61,7 +70,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.is_handed_over {
-            self.redis.queue(BackgroundWrite::Release { key: self.key, token: self.token });
+            self.background_writes.queue(BackgroundWrite::Release { key: self.key, token: self.token });
         }
     }
 }

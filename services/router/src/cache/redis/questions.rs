@@ -8,6 +8,9 @@ use redis::{Cmd, FromRedisValue, ParsingError, Value};
 
 use crate::cache::key::Key;
 
+/// Names the holder of a lease: random, so that nobody ends another's.
+pub(super) type Token = [u8; 16];
+
 /// KEYS: value, lease. ARGV: token (empty: take no lease), milliseconds of a lease, most bytes of a value, whether the
 /// value is to be dropped first. A Redis that is full gives no lease, but still its values.
 const CLAIM: &str = "

@@ -6,19 +6,26 @@ use emu2_proto::{
     capable,
     stage::{
         DecodeEvent, DecodeFinished, DecodeRequest, DecodedImage, DecoderInfo, DecoderInfoRequest,
-        DenoiseStep, decode_event, decode_request, visual_decoder_server::VisualDecoder,
+        DecoderWatchLoadRequest, DenoiseStep, decode_event, decode_request,
+        visual_decoder_server::VisualDecoder,
     },
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::{PNG, Script, WIDTH};
+use super::{LoadStream, PNG, Script, WIDTH};
 
 pub(super) struct MockDecoder(pub(super) Script);
 
 #[async_trait]
 impl VisualDecoder for MockDecoder {
     type DecodeStream = ReceiverStream<Result<DecodeEvent, Status>>;
+
+    type WatchLoadStream = LoadStream;
+
+    async fn watch_load(&self, _: Request<DecoderWatchLoadRequest>) -> Result<Response<LoadStream>, Status> {
+        Ok(self.0.watch_load())
+    }
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
         self.0.asked.fetch_add(1, Ordering::SeqCst);
@@ -32,7 +39,7 @@ impl VisualDecoder for MockDecoder {
             max_image_side: 128,
             max_steps: 100,
             max_queries: 16,
-            step_ms: self.0.step_ms(),
+            load: self.0.load(),
             ..capable::decoder()
         }))
     }

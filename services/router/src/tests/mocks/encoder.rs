@@ -6,20 +6,26 @@ use bytes::Bytes;
 use emu2_proto::{
     capable,
     stage::{
-        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, encode_request::Source,
-        visual_encoder_server::VisualEncoder,
+        EncodeRequest, EncodeResponse, EncoderInfo, EncoderInfoRequest, EncoderWatchLoadRequest,
+        encode_request::Source, visual_encoder_server::VisualEncoder,
     },
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::{SLOW, Script, WIDTH, tensor};
+use super::{LoadStream, SLOW, Script, WIDTH, tensor};
 
 pub(super) struct MockEncoder(pub(super) Script);
 
 #[async_trait]
 impl VisualEncoder for MockEncoder {
     type EncodeStream = ReceiverStream<Result<EncodeResponse, Status>>;
+
+    type WatchLoadStream = LoadStream;
+
+    async fn watch_load(&self, _: Request<EncoderWatchLoadRequest>) -> Result<Response<LoadStream>, Status> {
+        Ok(self.0.watch_load())
+    }
 
     async fn info(&self, _: Request<EncoderInfoRequest>) -> Result<Response<EncoderInfo>, Status> {
         self.0.asked.fetch_add(1, Ordering::SeqCst);
@@ -31,7 +37,7 @@ impl VisualEncoder for MockEncoder {
             grid_side: 4,
             preprocessing_version: self.0.version(),
             max_image_pixels: 1 << 20,
-            step_ms: self.0.step_ms(),
+            load: self.0.load(),
             ..capable::encoder()
         }))
     }

@@ -6,20 +6,26 @@ use emu2_proto::{
     capable,
     stage::{
         LlmAccepted, LlmEvent, LlmFinished, LlmInfo, LlmInfoRequest, LlmPrompt, LlmRequest, LlmStart,
-        LlmText, RegressedEmbeddings, language_model_server::LanguageModel, llm_event, llm_part, llm_request,
-        llm_start,
+        LlmText, LlmWatchLoadRequest, RegressedEmbeddings, language_model_server::LanguageModel, llm_event,
+        llm_part, llm_request, llm_start,
     },
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::{N_QUERY, Script, WIDTH, tensor};
+use super::{LoadStream, N_QUERY, Script, WIDTH, tensor};
 
 pub(super) struct MockLlm(pub(super) Script, pub(super) bool);
 
 #[async_trait]
 impl LanguageModel for MockLlm {
     type GenerateStream = ReceiverStream<Result<LlmEvent, Status>>;
+
+    type WatchLoadStream = LoadStream;
+
+    async fn watch_load(&self, _: Request<LlmWatchLoadRequest>) -> Result<Response<LoadStream>, Status> {
+        Ok(self.0.watch_load())
+    }
 
     async fn info(&self, _: Request<LlmInfoRequest>) -> Result<Response<LlmInfo>, Status> {
         self.0.asked.fetch_add(1, Ordering::SeqCst);
@@ -35,7 +41,7 @@ impl LanguageModel for MockLlm {
             max_new_tokens: 100,
             max_beams: 5,
             max_text_bytes: 10_000,
-            step_ms: self.0.step_ms(),
+            load: self.0.load(),
             ..capable::llm()
         }))
     }

@@ -1,78 +1,22 @@
-//! What the llm regressed for a whole prompt. It is deterministic there: the same prompt gives the same embeddings
-//! whatever the seed, so that another picture of it needs the decoder alone. Guidance's negative is that of the empty
-//! prompt.
-//!
-//! A prompt is looked up only if the cache holds all its pictures. One that has to be encoded makes the prompt new in
-//! any case, and the llm had better begin on what comes before it.
+//! A prompt as the llm gets it, and what of it the embeddings that the llm regresses depend on.
 
 use emu2_proto::{
-    stage::{LlmAccepted, LlmInfo, LlmPart, LlmPrompt, llm_part, llm_start::Input},
+    stage::{LlmPart, LlmPrompt, llm_part, llm_start::Input},
     v1,
 };
 
-use crate::{
-    cache::{Found, Key, Kind, Recipe},
-    embeddings::Embeddings,
-    field_hasher::FieldHasher,
-};
+use crate::field_hasher::FieldHasher;
 
 /// A prompt as the llm gets it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SentPrompt<'a> {
     pub(crate) input: &'a Input,
-    /// Of all its slots, in order, as they are sent.
+    /// Embeddings of all its slots, in order, as they are sent.
     pub(crate) embeddings: &'a [v1::Tensor],
 }
 
-impl Embeddings {
-    /// What the llm regressed for this prompt before.
-    pub(crate) async fn regressed(&self, prompt: SentPrompt<'_>) -> Option<Found> {
-        let llm = &self.profile.llm;
-        let found = self.cache.peek(self.prompt_key(llm, llm.dtype(), prompt)).await;
-        self.cache
-            .count(Kind::Regressed, found.as_ref().map_or_else(|outcome| *outcome, |found| found.outcome));
-        found.ok()
-    }
-
-    /// Keeps what the llm has now regressed, all of it, under the names that came with it.
-    pub(crate) fn keep_regressed(
-        &self,
-        accepted: &LlmAccepted,
-        prompt: SentPrompt<'_>,
-        regressed: v1::Tensor,
-    ) {
-        self.cache.put(self.key_of_regressed(accepted, prompt, regressed.dtype()), regressed);
-    }
-
-    /// By what the llm that regressed it called itself.
-    pub(crate) fn key_of_regressed(
-        &self,
-        accepted: &LlmAccepted,
-        prompt: SentPrompt<'_>,
-        dtype: v1::Dtype,
-    ) -> Key {
-        let LlmAccepted { weights_digest, tokenizer_digest, template_version, .. } = accepted.clone();
-        let llm =
-            LlmInfo { weights_digest, tokenizer_digest, template_version, ..(*self.profile.llm).clone() };
-        self.prompt_key(&llm, dtype, prompt)
-    }
-
-    pub(crate) fn prompt_key(&self, llm: &LlmInfo, dtype: v1::Dtype, prompt: SentPrompt<'_>) -> Key {
-        let recipe = Recipe {
-            kind: Kind::Regressed,
-            weights_digest: &llm.weights_digest,
-            preprocessing_version: llm.template_version,
-            n_query: llm.n_query,
-            dtype,
-            tenant: self.tenant.name(),
-            content: &content(&llm.tokenizer_digest, prompt),
-        };
-        recipe.key()
-    }
-}
-
 /// Everything of a prompt that its embeddings depend on, in order: text, values of boxes, digests of slots.
-fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> [u8; blake3::OUT_LEN] {
+pub(super) fn content(tokenizer_digest: &str, prompt: SentPrompt<'_>) -> [u8; blake3::OUT_LEN] {
     let mut fields = FieldHasher::default();
     fields.push(tokenizer_digest.as_bytes());
     let mut slots = prompt.embeddings.iter();
