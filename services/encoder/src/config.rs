@@ -1,4 +1,4 @@
-//! Configuration of the service.
+//! The encoder's configuration: every limit by name.
 
 use std::path::PathBuf;
 
@@ -7,32 +7,37 @@ use serde::{Deserialize, Serialize};
 
 use crate::preprocess::decode::ImageLimits;
 
-/// Port when none is configured; the admin port is 1000 above.
+/// The port when none is configured; the admin port is 1000 above.
 const PORT: u16 = 50_052;
 
+/// The configuration of the encoder.
+///
 /// An accepted image waits for at most `max_images / max_batch_images` batches before its own, and for
 /// `max_images / preprocess_threads` decodes before its own: a caller's deadline is at least that.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Folder with config.json and *.safetensors; only the visual encoder's weights are read.
+    /// The folder of a model in any layout; only the visual encoder's weights are read.
     pub model_dir: PathBuf,
-    /// One of `cpu`, `cuda:N`: 4.4 billion parameters fit one device (8.7 GB in bfloat16).
+    /// The one device that computes, `cpu` or `cuda:N`: 4.4 billion parameters fit one device (8.7 GB in bfloat16).
     pub devices: Vec<String>,
-    /// Threads of one torch operation on the CPU; 0 is all cores.
+    /// How many threads one torch operation takes on the CPU; 0 is as many as the process may use.
     pub cores: usize,
-    /// Images in one forward: at 448² a batch of 8 keeps a GPU busy, and more would only add latency.
+    /// How many images one forward takes at most: at 448² a batch of 8 keeps a GPU busy, and more would only add
+    /// latency.
     pub max_batch_images: usize,
-    /// Images accepted and not answered at a time, over all streams; one more is refused. Each waits as 2.4 MB of
-    /// pixels.
+    /// How many images may be accepted and not yet answered at a time, over all streams; one more is refused. Each
+    /// waits as 2.4 MB of pixels.
     pub max_images: usize,
-    /// Of these, images of one stream; the stream is not read on while that many are under way.
+    /// How many of these may be of one stream; the stream is not read on while that many are under way.
     pub max_images_per_stream: usize,
-    /// Images decoded at a time, each with the memory that `image` allows.
+    /// How many images are decoded at a time, each with the memory that `image` allows.
     pub preprocess_threads: usize,
-    /// What an image may measure.
+    /// How large an image may be.
     pub image: ImageLimits,
+    /// How the service listens, sheds load and stops.
     pub server: ServerConfig,
+    /// Where logs and traces go.
     pub telemetry: TelemetryConfig,
 }
 

@@ -30,63 +30,64 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
-/// The engine of the encoder.
+/// The step engine of the encoder.
 pub type Engine = engine::Engine<Encoder<EvaVit>>;
 
-/// An encoder engine that is loading.
+/// The step engine of the encoder while it is loading.
 pub type Started = engine::Started<Encoder<EvaVit>, ModelInfo, LoadError>;
 
 /// An image that has been prepared for the model.
 #[derive(Debug)]
 pub struct PreparedImage {
-    /// What the model sees.
+    /// The pixels that the model sees.
     pub pixels: Pixels,
-    /// Embeddings wanted; a number that pooling can leave.
+    /// How many embeddings are wanted: a number that pooling can leave.
     pub n_query: u32,
 }
 
 /// The pixels of a prepared image.
 #[derive(Debug)]
 pub enum Pixels {
-    /// Normalised values, [3, image_size, image_size].
+    /// Normalised values in row-major order, [3, image_size, image_size].
     Values(Vec<f32>),
-    /// Zeros: the mean colour.
+    /// The mean colour, which normalises to zeros.
     Mean,
 }
 
-/// What one image is answered.
+/// The embeddings of one image, and how long they took.
 #[derive(Debug, PartialEq)]
 pub struct Encoded {
-    /// [queries, width]
+    /// The embeddings, [queries, width].
     pub embeddings: Array,
-    /// Time from submission to the image's batch.
+    /// The time from submission to the image's batch.
     pub queued: Duration,
-    /// Time of its batch's forward.
+    /// The time of the forward of the image's batch.
     pub took: Duration,
 }
 
-/// What everyone else needs to know of the model.
+/// What the service and its clients have to know of the loaded model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
-    /// Digest of the weights as they are computed with.
+    /// The digest of the weights as they are computed with, 64 hexadecimal digits.
     pub weights_digest: String,
     /// The dtype of embeddings.
     pub dtype: Dtype,
-    /// Width of one embedding.
+    /// The width of one embedding.
     pub width: usize,
-    /// Side of the square that images are resized to, in pixels.
+    /// The side of the square that images are resized to, in pixels.
     pub image_size: usize,
-    /// Side of the grid of patches.
+    /// How many patches lie along a side of that square.
     pub grid_side: usize,
 }
 
-/// A model as its stage sees it.
+/// A model as the encoder's stage sees it.
 pub trait BatchEncoder: 'static {
-    /// [queries, width] for each image, in order.
+    /// Encodes a batch of images to embeddings, [queries, width] for each image, in order. An error is the end of its
+    /// image alone.
     fn encode(&self, batch: &[PreparedImage]) -> Vec<Result<Array, ArrayError>>;
 }
 
-/// The encoder's stage: a model, and the images that wait for it.
+/// The stage of the encoder: a model, and the images that wait for it.
 #[derive(Debug)]
 pub struct Encoder<M> {
     model: M,
@@ -100,11 +101,11 @@ pub struct Encoder<M> {
 pub struct Waiting {
     ticket: Ticket,
     image: PreparedImage,
-    /// The caller's.
+    /// The caller's span.
     span: Span,
 }
 
-/// Starts the engine's thread, which loads and warms the model; `progress` is told how far it is.
+/// Starts the engine's thread, which loads and warms the model, and keeps `progress` at how far the loading is.
 pub fn start(config: &Config, progress: Progress, load_metrics: LoadMetrics, metrics: Metrics) -> Started {
     let (dir, devices, cores) = (config.model_dir.clone(), config.devices.clone(), config.cores);
     let max_batch = config.max_batch_images;
@@ -145,7 +146,7 @@ impl<M: BatchEncoder> Stage for Encoder<M> {
         Ok(())
     }
 
-    /// The first of the line, up to a full batch.
+    /// Takes the first images of the line, up to a full batch.
     fn plan(&mut self) -> Option<Batch<Vec<Waiting>>> {
         let work: Vec<Waiting> = std::iter::from_fn(|| self.line.pop_front()).take(self.max_batch).collect();
         let tickets: Vec<Ticket> = work.iter().map(|waiting| waiting.ticket).collect();
@@ -153,7 +154,7 @@ impl<M: BatchEncoder> Stage for Encoder<M> {
         (!work.is_empty()).then_some(Batch { tickets, kind: 0, units, work })
     }
 
-    /// One forward.
+    /// Encodes a batch in one forward.
     fn step(&mut self, work: Vec<Waiting>, outbox: &mut Outbox<'_, Self>) {
         let images = work.len();
         self.metrics.batch_images.observe(images as f64);

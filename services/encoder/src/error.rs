@@ -8,7 +8,7 @@ use tonic::Status;
 
 use crate::preprocess::decode::ImageError;
 
-/// Why the model cannot be served.
+/// Why the model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A device cannot be opened.
@@ -22,7 +22,7 @@ pub enum LoadError {
     WarmUp(#[from] EngineFault),
 }
 
-/// What the model computed is no sound array: its values are not finite.
+/// The error of embeddings that are no sound array: a value that the model computed is not finite.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("the embeddings are not sound: {0}")]
 pub struct UnsoundEmbeddings(#[from] pub ArrayError);
@@ -36,10 +36,10 @@ pub enum EncodeError {
     /// The request names neither an image nor the mean colour.
     #[error("source must be image or mean_colour, got nothing")]
     NoSource,
-    /// Pooling cannot leave that many embeddings.
+    /// Pooling cannot leave that many embeddings; it holds the reason.
     #[error("n_query {0}")]
     Queries(String),
-    /// As many images are in the service as may be.
+    /// As many images are in the service as `max_images` allows.
     #[error("all {max} places for images are taken (max_images)")]
     Full {
         /// The value of `max_images`.

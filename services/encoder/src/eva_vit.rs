@@ -1,4 +1,4 @@
-//! EVA-02-CLIP-E-plus: the ViT that reads pictures for Emu2 (arXiv 2303.15389; upstream Emu2/emu/eva_vit.py and
+//! EVA-02-CLIP-E-plus: the ViT that reads images for Emu2 (arXiv 2303.15389; upstream Emu2/emu/eva_vit.py and
 //! `encode_image` of emu/emu.py, github.com/baaivision/Emu at 13c395e).
 //!
 //! As published, and unlike most ViTs: blocks are post-norm (the norm sits on the branch, after attention or mlp),
@@ -21,21 +21,28 @@ use tch::{Device, Kind, Tensor};
 #[cfg(test)]
 mod tests;
 
-/// Section `vision` of config.json; the defaults are those of the published models.
+/// Section `vision` of a model's configuration; the defaults are those of the published models.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {
-    /// Side of the square input, in pixels.
+    /// The side of the square input, in pixels, 1 to 4096.
     pub image_size: i64,
+    /// The side of a patch, in pixels, 1 to `image_size`.
     pub patch_size: i64,
+    /// The width of the features of a token, 1 to 65,536.
     pub width: i64,
+    /// How many blocks the model has, 1 to 1024.
     pub layers: i64,
+    /// The width of one head of attention; it divides `width`.
     pub head_width: i64,
-    /// Times `width`, truncated: 15,360.
+    /// How many times `width` the hidden layer of an mlp is, at most 64; the product is truncated, as published to
+    /// 15,360.
     pub mlp_ratio: f64,
+    /// What layer normalisation adds to the variance, above 0.
     pub layer_norm_eps: f64,
-    /// Embeddings of an image, and of a video frame, unless a request says otherwise.
+    /// How many embeddings an image becomes unless a request says otherwise.
     pub n_query: u32,
+    /// How many embeddings a video frame becomes unless a request says otherwise.
     pub v_query: u32,
     // Switches of upstream's file with the one setting that is built here.
     qkv_bias: bool,
@@ -69,7 +76,7 @@ impl Default for VisionConfig {
 }
 
 impl VisionConfig {
-    /// Patches along a side.
+    /// Returns how many patches lie along a side of the input.
     pub fn grid_side(&self) -> i64 {
         self.image_size / self.patch_size
     }
@@ -78,7 +85,7 @@ impl VisionConfig {
         self.width / self.head_width
     }
 
-    /// Patches and the class token.
+    /// Returns how many tokens the blocks see: the patches and the class token.
     fn tokens(&self) -> i64 {
         self.grid_side() * self.grid_side() + 1
     }
@@ -87,7 +94,7 @@ impl VisionConfig {
         (self.width as f64 * self.mlp_ratio) as i64
     }
 
-    /// What contradicts itself, or is not built; all at once.
+    /// Lists what contradicts itself or is not built, all at once.
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut check = |holds: bool, problem: String| {
@@ -135,8 +142,10 @@ impl VisionConfig {
     }
 }
 
+/// The visual encoder: a ViT over patches of an image, loaded to one device.
 #[derive(Debug)]
 pub struct EvaVit {
+    /// The model's sizes.
     pub config: VisionConfig,
     patch_embed: PatchEmbed,
     /// [1, 1, width]
@@ -147,12 +156,20 @@ pub struct EvaVit {
 }
 
 impl EvaVit {
-    /// The model and its weights digest.
+    /// Loads the model to a device, computing in `kind`; also returns its weights digest.
+    ///
+    /// # Errors
+    ///
+    /// The configuration contradicts itself or asks for what is not built, or the weights do not fit it.
     pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, String), CheckpointError> {
         Self::build(dir, dir.weights(Part::Visual, device, kind))
     }
 
-    /// As [`Self::load`], of weights that may be trainable.
+    /// Builds the model as [`Self::load`] does, out of a ledger whose weights may be trainable.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::load`].
     pub fn build(dir: &ModelDir, w: Weights) -> Result<(Self, String), CheckpointError> {
         let config: VisionConfig = dir.section("vision")?;
         let problems = config.problems();
@@ -169,16 +186,17 @@ impl EvaVit {
         Ok((model, w.finish()?))
     }
 
-    /// Normalised pixels [batch, 3, height, width_px] -> [batch, queries, width]; see [`pool`].
+    /// Encodes normalised pixels to embeddings: [batch, 3, height, width_px] -> [batch, queries, width]; see [`pool`].
     ///
     /// # Panics
-    /// When n_query has no pooling stride.
+    ///
+    /// `n_query` has no pooling stride.
     pub fn encode_image(&self, pixels: &Tensor, n_query: u32) -> Tensor {
         pool(&self.forward(pixels), self.config.grid_side(), n_query)
     }
 
-    /// Normalised pixels [batch, 3, height, width_px] -> [batch, tokens, width], the class token first. The last
-    /// block's output as it is: no final norm.
+    /// Computes the features of normalised pixels: [batch, 3, height, width_px] -> [batch, tokens, width], the class
+    /// token first. They are the last block's output as it is, without a final norm.
     pub fn forward(&self, pixels: &Tensor) -> Tensor {
         self.blocks.iter().fold(self.embed(pixels), |x, block| block.forward(&x))
     }
@@ -191,10 +209,12 @@ impl EvaVit {
         Tensor::cat(&[cls, patches], 1) + &self.pos_embed
     }
 
+    /// Returns the device that the model is loaded to.
     pub fn device(&self) -> Device {
         self.pos_embed.device()
     }
 
+    /// Returns the kind that the model computes in.
     pub fn kind(&self) -> Kind {
         self.pos_embed.kind()
     }
@@ -306,13 +326,15 @@ impl Mlp {
     }
 }
 
-/// Means over squares of patches: [batch, tokens, width] -> [batch, queries, width], the class token dropped.
+/// Pools the features of patches to embeddings, as means over squares of patches: [batch, tokens, width]
+/// -> [batch, queries, width]. The class token is dropped.
 ///
-/// There are ⌊side / stride⌋² queries, which is n_query only where [`pooling::problem`] finds none; patches beyond the
-/// last whole square are left out, as upstream does.
+/// There are ⌊grid_side / stride⌋² queries, which is `n_query` only where [`pooling::problem`] finds none; patches
+/// beyond the last whole square are left out, as upstream does.
 ///
 /// # Panics
-/// When n_query has no pooling stride.
+///
+/// `n_query` has no pooling stride.
 pub fn pool(features: &Tensor, grid_side: i64, n_query: u32) -> Tensor {
     // A grid's side is at most 4096.
     let stride = pooling::stride(grid_side as u32, n_query).expect("n_query has been checked").into();

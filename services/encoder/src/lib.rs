@@ -11,6 +11,8 @@
 //! An image's way: `service` (a permit) → `preprocess` (a thread of its own) → `engine` (a batch) → `service`.
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
+#![warn(missing_docs)]
+
 use anyhow::Context;
 use emu2_engine::load::LoadMetrics;
 use emu2_nn::checkpoint::Progress;
@@ -35,11 +37,14 @@ use engine::Started;
 use metrics::Metrics;
 use service::Service;
 
-/// Name in logs, spans and health.
+/// The service's name in logs, spans and health checks.
 pub const NAME: &str = "emu2-encoder";
 
-/// Serves until shutdown begins. Ready once the model is loaded and warm; ends with an error when it cannot be
-/// loaded, or when its device fails later.
+/// Serves until shutdown begins. The service is ready once the model is loaded and warm.
+///
+/// # Errors
+///
+/// The model cannot be loaded, its device fails later, or a listener fails.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);

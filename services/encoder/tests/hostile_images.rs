@@ -45,9 +45,9 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const MAX_PIXELS: u64 = 1 << 16;
-/// What `decode` says that a picture needs at most.
+/// What `decode` says that an image needs at most.
 const BYTES_PER_PIXEL: isize = 16;
-/// Tables and buffers of the decoders, whatever the picture. A lossy WebP states the length of a partition in 24 bits,
+/// Tables and buffers of the decoders, whatever the image. A lossy WebP states the length of a partition in 24 bits,
 /// and its decoder allocates that before it finds the file shorter.
 const FIXED_BYTES: isize = (4 << 20) + (16 << 20);
 /// Copies of the file's own bytes.
@@ -65,8 +65,8 @@ fn decode_within_bounds(name: &str, bytes: &[u8]) -> bool {
     let peak = PEAK.get() - before;
     let bound = MAX_PIXELS as isize * BYTES_PER_PIXEL + FIXED_BYTES + bytes.len() as isize * COPIES;
     assert!(peak <= bound, "{name}: held {peak} bytes, bound {bound}");
-    if let Ok(picture) = &decoded {
-        assert_eq!(picture.data.len(), picture.width * picture.height * 3, "{name}");
+    if let Ok(image) = &decoded {
+        assert_eq!(image.data.len(), image.width * image.height * 3, "{name}");
     }
     decoded.is_ok()
 }
@@ -75,18 +75,18 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/images")
 }
 
-/// Every encoded picture of the fixtures, by name.
-fn pictures() -> Vec<(String, Vec<u8>)> {
+/// Every encoded image of the fixtures, by name.
+fn images() -> Vec<(String, Vec<u8>)> {
     let formats = ["png", "jpg", "webp", "bmp", "gif"];
-    let mut pictures: Vec<_> = std::fs::read_dir(folder())
+    let mut images: Vec<_> = std::fs::read_dir(folder())
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|format| formats.iter().any(|&known| format == known)))
         .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap()))
         .collect();
-    pictures.sort();
-    assert!(pictures.len() > 80, "only {} pictures", pictures.len());
-    pictures
+    images.sort();
+    assert!(images.len() > 80, "only {} images", images.len());
+    images
 }
 
 #[test]
@@ -99,8 +99,8 @@ fn the_allocator_counts() {
 }
 
 #[test]
-fn every_beginning_of_every_picture_is_safe() {
-    for (name, bytes) in pictures() {
+fn every_beginning_of_every_image_is_safe() {
+    for (name, bytes) in images() {
         for length in (0..bytes.len()).step_by(3) {
             decode_within_bounds(&format!("{name} cut at {length}"), &bytes[..length]);
         }
@@ -150,8 +150,8 @@ proptest! {
     }
 
     #[test]
-    fn damaged_pictures_are_safe(
-        (name, mut bytes) in proptest::sample::select(pictures()),
+    fn damaged_images_are_safe(
+        (name, mut bytes) in proptest::sample::select(images()),
         damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..12),
         in_header in any::<bool>(),
     ) {

@@ -1,8 +1,8 @@
 //! Encoded bytes -> RGB, as Pillow's `Image.open(…).convert("RGB")`: alpha is dropped, not blended; transparency of a
 //! palette or colour key is ignored; inks are inverted; 16-bit colour keeps its high byte, but 16-bit grey is clipped.
 //!
-//! The format is told by its first bytes, and the header is read and judged before anything the size of the picture
-//! is allocated. What a refused picture costs is then bounded by its bytes; an accepted one needs at most about 16
+//! The format is told by its first bytes, and the header is read and judged before anything the size of the image
+//! is allocated. What a refused image costs is then bounded by its bytes; an accepted one needs at most about 16
 //! bytes a pixel at once (a progressive CMYK's coefficients, planes and inks).
 
 use std::io::Cursor;
@@ -14,6 +14,10 @@ use super::{
 };
 
 /// Decodes an image of any of the formats that are told apart here, to [height, width, 3] bytes.
+///
+/// # Errors
+///
+/// The bytes are none of the formats, or a broken, truncated or animated file of one, or the image is beyond a limit.
 pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
     match encoded {
         [] => Err(ImageError::Empty),
@@ -41,7 +45,7 @@ fn decode_png(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
     let (width, height) = limits.check("PNG", header.width.into(), header.height.into())?;
     let mut reader = decoder.read_info().map_err(error)?;
     if let Some(animation) = reader.info().animation_control {
-        // Without a frame control before it, the first picture is one more than the animation's frames.
+        // Without a frame control before it, the first image is one more than the animation's frames.
         let frames = u64::from(animation.num_frames) + u64::from(reader.info().frame_control.is_none());
         if frames > 1 {
             return Err(ImageError::Animated("PNG"));
@@ -228,7 +232,7 @@ fn decode_gif(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
     let palette = decoder.palette().map_err(error)?.to_vec();
     let mut indices = vec![0; frame.width * frame.height];
     decoder.read_into_buffer(&mut indices).map_err(error)?;
-    // A file that ends or breaks after its first frame still is one picture.
+    // A file that ends or breaks after its first frame still is one image.
     if let Ok(Some(_)) = decoder.next_frame_info() {
         return Err(ImageError::Animated("GIF"));
     }

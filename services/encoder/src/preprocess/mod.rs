@@ -1,19 +1,19 @@
-//! An encoded picture -> the pixels that the ViT reads, equal to upstream's pipeline to the byte:
+//! An encoded image -> the pixels that the ViT reads, equal to upstream's pipeline to the byte:
 //! Pillow's `convert("RGB")`, Pillow's bicubic resize to a square (aspect ratio not kept, no crop), CLIP's mean and
 //! standard deviation. EXIF orientation is not applied, as upstream.
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
-//! | [`bmp`] | the one format that is decoded here rather than by a crate |
-//! | [`pixels`] | what the formats share: pixels, limits, errors |
-//! | [`pool`] | the threads that do it |
+//! | `bmp` | the one format that is decoded here rather than by a crate |
+//! | `pixels` | what the formats share: pixels, limits, errors |
+//! | `pool` | the threads that do it |
 //! | [`resize`] | Pillow's antialiased bicubic in 8-bit fixed point |
 
-pub mod bmp;
+mod bmp;
 pub mod decode;
-pub mod pixels;
-pub mod pool;
+mod pixels;
+pub(crate) mod pool;
 pub mod resize;
 
 #[cfg(test)]
@@ -21,28 +21,36 @@ mod tests;
 
 use pixels::{ImageError, ImageLimits, Rgb};
 
-/// Names everything in this module that changes values; part of every cache key, so it grows with any change.
+/// The version of everything in this module that changes values. It is part of every cache key, so it grows with any
+/// change.
 pub const PREPROCESSING_VERSION: u32 = 1;
 
-/// CLIP's per-channel statistics, in red, green, blue (upstream: emu/constants.py).
+/// The mean of each channel, red, green, blue, that CLIP was trained with, of values in 0..=1 (upstream:
+/// emu/constants.py).
 pub const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
+/// The standard deviation of each channel, red, green, blue, that CLIP was trained with (upstream: emu/constants.py).
 #[expect(clippy::excessive_precision, reason = "written as upstream writes them")]
 pub const STANDARD_DEVIATION: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
 
-/// An encoded picture -> [3, side, side], row-major.
+/// Decodes an image, resizes it to a square of `side` pixels and normalises it: values in row-major order,
+/// [3, side, side].
+///
+/// # Errors
+///
+/// The bytes are no image that can be decoded, or the image is beyond a limit.
 pub fn preprocess(encoded: &[u8], side: usize, limits: &ImageLimits) -> Result<Vec<f32>, ImageError> {
-    let picture = decode::decode(encoded, limits)?;
-    Ok(normalise(&resize::resize(picture, side)))
+    let image = decode::decode(encoded, limits)?;
+    Ok(normalise(&resize::resize(image, side)))
 }
 
-/// [height, width, 3] bytes -> [3, height, width], (value / 255 - mean) / standard deviation.
-fn normalise(picture: &Rgb) -> Vec<f32> {
-    let mut pixels = Vec::with_capacity(picture.data.len());
+/// Normalises bytes to (value / 255 - mean) / standard deviation: [height, width, 3] -> [3, height, width].
+fn normalise(image: &Rgb) -> Vec<f32> {
+    let mut pixels = Vec::with_capacity(image.data.len());
     for channel in 0..3 {
         // A byte has 256 values: two divisions for each of those, not for each pixel.
         let table: [f32; 256] =
             std::array::from_fn(|value| (value as f32 / 255.0 - MEAN[channel]) / STANDARD_DEVIATION[channel]);
-        pixels.extend(picture.data.iter().skip(channel).step_by(3).map(|&value| table[usize::from(value)]));
+        pixels.extend(image.data.iter().skip(channel).step_by(3).map(|&value| table[usize::from(value)]));
     }
     pixels
 }

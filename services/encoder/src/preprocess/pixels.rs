@@ -9,18 +9,18 @@ pub struct Rgb {
     pub width: usize,
     /// The height in pixels.
     pub height: usize,
-    /// The bytes, row by row.
+    /// The bytes in row-major order, three for each pixel.
     pub data: Vec<u8>,
 }
 
-/// How large a picture may be.
+/// How large an image may be.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageLimits {
-    /// Width times height. 2^26 admits the photographs of phones (50 megapixels) and holds one decode to about 1 GB,
-    /// and an ordinary JPEG to 400 MB.
+    /// The largest width times height. 2^26 admits the photographs of phones (50 megapixels) and holds one decode to
+    /// about 1 GB, and an ordinary JPEG to 400 MB.
     pub max_pixels: u64,
-    /// Longer of width and height, in pixels: bounds the resize's tables and rows.
+    /// The largest width and the largest height, in pixels: bounds the resize's tables and rows.
     pub max_side: u32,
 }
 
@@ -30,30 +30,58 @@ impl Default for ImageLimits {
     }
 }
 
-/// Why bytes are not a picture that this service encodes.
+/// Why bytes are not an image that this service encodes. The messages read on from the name of a field.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ImageError {
-    #[error("must be an encoded picture ({ACCEPTED}), got 0 bytes")]
+    /// There are no bytes.
+    #[error("must be an encoded image ({ACCEPTED}), got 0 bytes")]
     Empty,
-    #[error("must be an encoded picture ({ACCEPTED}), got {0} bytes of something else")]
+    /// The first bytes are those of no format that is decoded; it holds the number of bytes.
+    #[error("must be an encoded image ({ACCEPTED}), got {0} bytes of something else")]
     UnknownFormat(usize),
+    /// The image has more pixels than [`ImageLimits::max_pixels`].
     #[error("must have at most {max} pixels, got {width} x {height} = {pixels}")]
-    TooManyPixels { width: u64, height: u64, pixels: u64, max: u64 },
+    TooManyPixels {
+        /// The width in pixels.
+        width: u64,
+        /// The height in pixels.
+        height: u64,
+        /// Width times height.
+        pixels: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// A side of the image is longer than [`ImageLimits::max_side`].
     #[error("must have sides of at most {max} pixels, got {width} x {height}")]
-    TooLong { width: u64, height: u64, max: u32 },
-    #[error("must be a single picture, got an animated {0}: send frames as video")]
+    TooLong {
+        /// The width in pixels.
+        width: u64,
+        /// The height in pixels.
+        height: u64,
+        /// The limit in pixels.
+        max: u32,
+    },
+    /// The file, whose format it holds, has more than one frame.
+    #[error("must be a single image, got an animated {0}: send frames as video")]
     Animated(&'static str),
+    /// The file, whose format it holds, ends too early.
     #[error("must be a whole {0} file, got a truncated one")]
     Truncated(&'static str),
+    /// The file breaks its format, or is of a variant that is not decoded.
     #[error("must be a well-formed {format} file: {reason}")]
-    Undecodable { format: &'static str, reason: String },
+    Undecodable {
+        /// The file's format.
+        format: &'static str,
+        /// What is wrong with the file.
+        reason: String,
+    },
 }
 
 /// The formats by name, for messages.
-pub const ACCEPTED: &str = "PNG, JPEG, WebP, BMP or single-frame GIF";
+const ACCEPTED: &str = "PNG, JPEG, WebP, BMP or single-frame GIF";
 
 impl ImageLimits {
-    /// Sides as the header states them; zero sides are malformed.
+    /// Checks the sides that a header states, in pixels; a side of zero is malformed.
     pub(super) fn check(
         &self,
         format: &'static str,
@@ -78,7 +106,7 @@ pub(super) fn undecodable(format: &'static str, reason: impl ToString) -> ImageE
     ImageError::Undecodable { format, reason: reason.to_string() }
 }
 
-/// Samples of 1, 2, 4 or 8 bits, the first in the highest bits of its byte.
+/// Reads samples of 1, 2, 4 or 8 bits, the first in the highest bits of its byte.
 pub(super) fn samples(row: &[u8], bits: usize, width: usize) -> impl Iterator<Item = u8> + '_ {
     let mask = (0xFF_u16 >> (8 - bits)) as u8;
     (0..width).map(move |x| {
@@ -87,7 +115,7 @@ pub(super) fn samples(row: &[u8], bits: usize, width: usize) -> impl Iterator<It
     })
 }
 
-/// Pillow fills what a short palette leaves open with black.
+/// Returns the colour of an index; Pillow fills what a short palette leaves open with black.
 pub(super) fn colour_of(palette: &[u8], index: u8) -> [u8; 3] {
     let at = usize::from(index) * 3;
     palette.get(at..at + 3).map_or([0; 3], |colour| [colour[0], colour[1], colour[2]])

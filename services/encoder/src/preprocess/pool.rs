@@ -14,34 +14,43 @@ use super::{
     preprocess,
 };
 
-/// Cloning shares the threads.
+/// The threads that preprocess images. Clones share them.
 #[derive(Clone, Debug)]
-pub struct Preprocessor {
+pub(crate) struct Preprocessor {
     threads: Arc<Semaphore>,
     limits: ImageLimits,
 }
 
-/// Pixels [3, side, side], and how long they took.
+/// A preprocessed image, and how long that took.
 #[derive(Debug)]
-pub struct Preprocessed {
-    pub pixels: Vec<f32>,
-    /// For a thread.
-    pub waited: Duration,
-    pub took: Duration,
+pub(crate) struct Preprocessed {
+    /// The normalised values in row-major order, [3, side, side].
+    pub(crate) pixels: Vec<f32>,
+    /// The time that the image waited for a thread.
+    pub(crate) waited: Duration,
+    /// The time from the start of its decoding to its values.
+    pub(crate) took: Duration,
 }
 
 impl Preprocessor {
-    /// At most `threads` pictures at a time, since each may hold the memory that the limits allow.
-    pub fn new(threads: usize, limits: ImageLimits) -> Self {
+    /// Makes a pool that preprocesses at most `threads` images at a time, since each may hold the memory that the
+    /// limits allow.
+    pub(crate) fn new(threads: usize, limits: ImageLimits) -> Self {
         Self { threads: Arc::new(Semaphore::new(threads)), limits }
     }
 
-    pub fn limits(&self) -> &ImageLimits {
+    /// Returns how large an image may be.
+    pub(crate) fn limits(&self) -> &ImageLimits {
         &self.limits
     }
 
-    /// A caller that leaves while it waits is not worked for; a decode that has begun runs to its end.
-    pub async fn run(&self, encoded: Bytes, side: usize) -> Result<Preprocessed, ImageError> {
+    /// Preprocesses an image to a square of `side` pixels. A caller that leaves while it waits is not worked for; a
+    /// decode that has begun runs to its end.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`preprocess`]; a decoder that panicked counts as an image that cannot be decoded.
+    pub(crate) async fn run(&self, encoded: Bytes, side: usize) -> Result<Preprocessed, ImageError> {
         let arrived = Instant::now();
         let thread = Arc::clone(&self.threads).acquire_owned().await.expect("the semaphore is never closed");
         let waited = arrived.elapsed();
@@ -54,8 +63,8 @@ impl Preprocessor {
             Ok(Preprocessed { pixels, waited, took: begun.elapsed() })
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-            // The decoders are others' code and the bytes are anybody's: a decoder's defect is that picture's end only.
-            tracing::error!(%error, "a picture's decoder panicked");
+            // The decoders are others' code and the bytes are anybody's: a decoder's defect is that image's end only.
+            tracing::error!(%error, "an image's decoder panicked");
             Err(ImageError::Undecodable { format: "image", reason: "its decoder failed".to_owned() })
         })
     }

@@ -2,7 +2,7 @@
 //!
 //! What makes it Pillow's: the kernel (a = -0.5) is stretched by the scale when shrinking, which antialiases; weights
 //! are rounded to 22 fractional bits; the result of the first pass is rounded and clipped to bytes before the second;
-//! a pass that would not change a side is skipped. The horizontal pass comes first, except for tall pictures: see
+//! a pass that would not change a side is skipped. The horizontal pass comes first, except for tall images: see
 //! [`vertical_goes_first`].
 
 use super::decode::Rgb;
@@ -19,27 +19,27 @@ struct Window {
     weights: Vec<i32>,
 }
 
-/// [height, width, 3] -> [side, side, 3]
-pub fn resize(picture: Rgb, side: usize) -> Rgb {
-    let across = |picture: Rgb| if picture.width == side { picture } else { horizontal(&picture, side) };
-    let down = |picture: Rgb| if picture.height == side { picture } else { vertical(&picture, side) };
-    if vertical_goes_first(&picture, side) { across(down(picture)) } else { down(across(picture)) }
+/// Resizes an image to a square of `side` pixels: [height, width, 3] -> [side, side, 3].
+pub fn resize(image: Rgb, side: usize) -> Rgb {
+    let across = |image: Rgb| if image.width == side { image } else { horizontal(&image, side) };
+    let down = |image: Rgb| if image.height == side { image } else { vertical(&image, side) };
+    if vertical_goes_first(&image, side) { across(down(image)) } else { down(across(image)) }
 }
 
 /// The order of the passes shows in the last bit, and in more than that where the kernel overshoots. Pillow 13, which
 /// the golden numbers were made with, shrinks rows first when it removes more than twice as many of them as of
 /// columns (read off its results: 700 random sizes and the fixtures agree). Before 13 columns always came first;
-/// both orders agree on all but tall pictures.
-fn vertical_goes_first(picture: &Rgb, side: usize) -> bool {
+/// both orders agree on all but tall images.
+fn vertical_goes_first(image: &Rgb, side: usize) -> bool {
     let removed = |length: usize| length as i64 - side as i64;
-    removed(picture.height) > 0 && removed(picture.height) > 2 * removed(picture.width)
+    removed(image.height) > 0 && removed(image.height) > 2 * removed(image.width)
 }
 
-fn horizontal(picture: &Rgb, width: usize) -> Rgb {
-    let windows = windows(picture.width, width);
-    let mut data = Vec::with_capacity(picture.height * width * 3);
+fn horizontal(image: &Rgb, width: usize) -> Rgb {
+    let windows = windows(image.width, width);
+    let mut data = Vec::with_capacity(image.height * width * 3);
     let mut above = None;
-    for row in picture.data.chunks_exact(picture.width * 3) {
+    for row in image.data.chunks_exact(image.width * 3) {
         let repeated = above == Some(row);
         above = Some(row);
         // Drawings such as the outline of a box consist of few different rows.
@@ -58,16 +58,16 @@ fn horizontal(picture: &Rgb, width: usize) -> Rgb {
             data.extend(sums.map(clipped));
         }
     }
-    Rgb { width, height: picture.height, data }
+    Rgb { width, height: image.height, data }
 }
 
-fn vertical(picture: &Rgb, height: usize) -> Rgb {
-    let stride = picture.width * 3;
+fn vertical(image: &Rgb, height: usize) -> Rgb {
+    let stride = image.width * 3;
     let mut data = Vec::with_capacity(height * stride);
     let mut sums = vec![0; stride];
-    for window in windows(picture.height, height) {
+    for window in windows(image.height, height) {
         sums.fill(1 << (PRECISION_BITS - 1));
-        let rows = picture.data[window.first * stride..].chunks_exact(stride);
+        let rows = image.data[window.first * stride..].chunks_exact(stride);
         for (row, &weight) in rows.zip(&window.weights) {
             for (sum, &value) in sums.iter_mut().zip(row) {
                 *sum += i32::from(value) * weight;
@@ -75,7 +75,7 @@ fn vertical(picture: &Rgb, height: usize) -> Rgb {
         }
         data.extend(sums.iter().map(|&sum| clipped(sum)));
     }
-    Rgb { width: picture.width, height, data }
+    Rgb { width: image.width, height, data }
 }
 
 fn clipped(sum: i32) -> u8 {
@@ -128,10 +128,9 @@ mod tests {
     fn rows_like_the_one_above_are_as_any_row() {
         let (light, dark) = ([250, 3, 90].repeat(7), [0, 1, 2, 60, 61, 62, 7].repeat(3));
         let rows = [&light, &light, &dark, &light, &dark, &dark, &dark];
-        let picture =
-            Rgb { width: 7, height: rows.len(), data: rows.into_iter().flatten().copied().collect() };
+        let image = Rgb { width: 7, height: rows.len(), data: rows.into_iter().flatten().copied().collect() };
         let alone = |row: &Vec<u8>| horizontal(&Rgb { width: 7, height: 1, data: row.clone() }, 4).data;
         let want: Vec<u8> = rows.into_iter().flat_map(alone).collect();
-        assert_eq!(horizontal(&picture, 4).data, want);
+        assert_eq!(horizontal(&image, 4).data, want);
     }
 }

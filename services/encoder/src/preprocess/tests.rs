@@ -43,7 +43,7 @@ struct RefuseCase {
 }
 
 fn manifest() -> Manifest {
-    serde_json::from_slice(&fixtures::picture("manifest.json")).unwrap()
+    serde_json::from_slice(&fixtures::file("manifest.json")).unwrap()
 }
 
 /// Largest and mean absolute difference.
@@ -54,12 +54,12 @@ fn difference(got: &[u8], want: &[u8]) -> (u8, f64) {
 }
 
 #[test]
-fn every_picture_decodes_as_pillow_does() {
+fn every_image_decodes_as_pillow_does() {
     let cases = manifest().decode;
     assert!(cases.len() > 70, "only {} cases", cases.len());
     let mut wrong = Vec::new();
     for case in cases {
-        let got = match decode(&fixtures::picture(&case.file), &ImageLimits::default()) {
+        let got = match decode(&fixtures::file(&case.file), &ImageLimits::default()) {
             Ok(got) => got,
             Err(error) => {
                 wrong.push(format!("{}: {error}", case.file));
@@ -70,7 +70,7 @@ fn every_picture_decodes_as_pillow_does() {
             wrong.push(format!("{}: {} x {}", case.file, got.width, got.height));
             continue;
         }
-        let (worst, mean) = difference(&got.data, &fixtures::picture(&case.expected));
+        let (worst, mean) = difference(&got.data, &fixtures::file(&case.expected));
         let (worst_allowed, mean_allowed) = match case.tolerance.as_str() {
             "exact" => (0, 0.0),
             "close" => (3, 0.5),
@@ -85,11 +85,11 @@ fn every_picture_decodes_as_pillow_does() {
 }
 
 #[test]
-fn every_bad_picture_is_refused_for_its_reason() {
+fn every_bad_image_is_refused_for_its_reason() {
     let cases = manifest().refuse;
     assert!(cases.len() > 15, "only {} cases", cases.len());
     for case in cases {
-        let error = decode(&fixtures::picture(&case.file), &ImageLimits::default()).unwrap_err();
+        let error = decode(&fixtures::file(&case.file), &ImageLimits::default()).unwrap_err();
         let reason = match &error {
             ImageError::Empty => "empty",
             ImageError::UnknownFormat(_) => "unknown",
@@ -104,8 +104,7 @@ fn every_bad_picture_is_refused_for_its_reason() {
 
 #[test]
 fn refusals_say_limit_and_value() {
-    let error =
-        |file, limits: ImageLimits| decode(&fixtures::picture(file), &limits).unwrap_err().to_string();
+    let error = |file, limits: ImageLimits| decode(&fixtures::file(file), &limits).unwrap_err().to_string();
     let huge = error("huge_header.png", ImageLimits::default());
     assert!(huge.contains("67108864") && huge.contains("60000 x 60000"), "{huge}");
     let long = error("one_row.png", ImageLimits { max_side: 39, ..ImageLimits::default() });
@@ -117,15 +116,15 @@ fn refusals_say_limit_and_value() {
 #[test]
 fn the_resize_is_pillows_to_the_byte() {
     for case in manifest().resize {
-        let source = Rgb { width: case.width, height: case.height, data: fixtures::picture(&case.source) };
+        let source = Rgb { width: case.width, height: case.height, data: fixtures::file(&case.source) };
         let got = resize(source, case.side);
-        let (worst, _) = difference(&got.data, &fixtures::picture(&case.expected));
+        let (worst, _) = difference(&got.data, &fixtures::file(&case.expected));
         assert_eq!(got.data.len(), case.side * case.side * 3, "{}", case.expected);
         assert_eq!(worst, 0, "{}", case.expected);
     }
 }
 
-fn golden_picture(golden: &golden::Golden, name: &str) -> Rgb {
+fn golden_image(golden: &golden::Golden, name: &str) -> Rgb {
     let tensor = golden.tensor(name);
     let (height, width, _) = tensor.size3().unwrap();
     Rgb { width: width as usize, height: height as usize, data: bytes(&tensor) }
@@ -139,7 +138,7 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
 fn the_official_transform_is_met() {
     let golden = golden::file("preprocess.safetensors");
     for (name, side) in [("img0", 56), ("img0", 448), ("img1", 56)] {
-        let resized = resize(golden_picture(&golden, &format!("{name}.rgb_u8")), side);
+        let resized = resize(golden_image(&golden, &format!("{name}.rgb_u8")), side);
         assert_eq!(
             resized.data,
             bytes(&golden.tensor(&format!("{name}.resized{side}_u8"))),
@@ -158,7 +157,7 @@ fn the_official_transform_is_met() {
 #[test]
 fn a_whole_file_becomes_pixels() {
     let golden = golden::file("preprocess.safetensors");
-    let png = fixtures::png(&golden_picture(&golden, "img1.rgb_u8"));
+    let png = fixtures::png(&golden_image(&golden, "img1.rgb_u8"));
     let pixels = preprocess(&png, 56, &ImageLimits::default()).unwrap();
     let pixels = Tensor::from_slice(&pixels).view([3, 56, 56]).to_kind(Kind::Float);
     golden::assert_close("img1", &pixels, &golden.tensor("img1.pixels56"), 1e-6);

@@ -85,7 +85,7 @@ fn mean_colour(id: u32, n_query: u32) -> EncodeRequest {
     EncodeRequest { id, source: Some(Source::MeanColour(MeanColour {})), n_query }
 }
 
-/// The golden pictures as PNG.
+/// The golden images as PNG.
 fn golden_png(name: &str) -> Vec<u8> {
     let rgb = golden::file("preprocess.safetensors").tensor(&format!("{name}.rgb_u8"));
     let (height, width, _) = rgb.size3().unwrap();
@@ -98,7 +98,7 @@ fn embeddings(answer: &EncodeResponse) -> Tensor {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pictures_become_upstreams_embeddings() {
+async fn images_become_upstreams_embeddings() {
     let running = Running::start(Config::default()).await;
     let info = running.client.clone().info(EncoderInfoRequest {}).await.unwrap().into_inner();
     assert_eq!((info.width, info.image_size, info.grid_side), (64, 56, 4));
@@ -109,8 +109,8 @@ async fn pictures_become_upstreams_embeddings() {
     let answers = running.encode(requests).await.unwrap();
     assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
     let golden = golden::file("vision.safetensors");
-    for (answer, name, picture) in [(0, "nq4", 0), (1, "nq16", 1), (2, "nq1", 0)] {
-        let want = golden.tensor(&format!("encode_image.{name}")).get(picture);
+    for (answer, name, index) in [(0, "nq4", 0), (1, "nq16", 1), (2, "nq1", 0)] {
+        let want = golden.tensor(&format!("encode_image.{name}")).get(index);
         assert_close(name, &embeddings(&answers[answer]), &want, forward_tolerance(&want));
     }
     assert_eq!(embeddings(&answers[3]).size(), [1, 64]);
@@ -136,7 +136,7 @@ async fn bad_input_is_the_callers_fault_and_the_service_goes_on() {
         ("huge_header.png", "at most 67108864 pixels, got 60000 x 60000"),
     ];
     for (file, words) in files {
-        let status = running.encode(vec![image(1, fixtures::picture(file), 4)]).await.unwrap_err();
+        let status = running.encode(vec![image(1, fixtures::file(file), 4)]).await.unwrap_err();
         assert_refused(&status, "image", words);
         running.assert_healthy().await;
     }
@@ -163,7 +163,7 @@ fn assert_refused(status: &Status, field: &str, words: &str) {
 async fn every_accepted_format_is_encoded() {
     let running = Running::start(Config::default()).await;
     let files = ["rgb8.png", "rgb420.jpg", "lossy.webp", "bgr24.bmp", "plain.gif", "cmyk.jpg", "grey16.png"];
-    let requests = files.iter().zip(1..).map(|(file, id)| image(id, fixtures::picture(file), 4)).collect();
+    let requests = files.iter().zip(1..).map(|(file, id)| image(id, fixtures::file(file), 4)).collect();
     assert_eq!(running.encode(requests).await.unwrap().len(), files.len());
     running.stop().await;
 }
