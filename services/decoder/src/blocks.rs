@@ -8,28 +8,28 @@ use emu2_nn::{
 };
 use tch::Tensor;
 
-/// Channels in and out of a residual block, and what normalises them.
+/// The channels into and out of a residual block, and what normalises them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ResnetShape {
     pub(crate) in_: i64,
     pub(crate) out: i64,
     pub(crate) groups: i64,
     pub(crate) eps: f64,
-    /// Width of the time embedding, where the block has one.
+    /// The width of the time embedding, where the block has one.
     pub(crate) time_width: Option<i64>,
 }
 
-/// Two convolutions around which the input goes on by itself.
+/// A residual block: two convolutions around which the input goes on by itself.
 #[derive(Debug)]
-pub struct ResnetBlock {
-    pub norm1: GroupNorm,
-    pub conv1: Conv2d,
-    /// In the UNet only: the VAE knows no time.
-    pub time_emb_proj: Option<Linear>,
-    pub norm2: GroupNorm,
-    pub conv2: Conv2d,
-    /// Where the number of channels changes.
-    pub conv_shortcut: Option<Conv2d>,
+pub(crate) struct ResnetBlock {
+    pub(crate) norm1: GroupNorm,
+    pub(crate) conv1: Conv2d,
+    /// The projection of the time embedding, in the UNet only: the VAE knows no time.
+    pub(crate) time_emb_proj: Option<Linear>,
+    pub(crate) norm2: GroupNorm,
+    pub(crate) conv2: Conv2d,
+    /// The convolution that the input goes through where the number of channels changes.
+    pub(crate) conv_shortcut: Option<Conv2d>,
 }
 
 impl ResnetBlock {
@@ -45,10 +45,10 @@ impl ResnetBlock {
         }
     }
 
-    /// `x`: [batch, in, height, width_px] -> [batch, out, height, width_px]
+    /// Applies the block to `x`: [batch, in, height, width_px] -> [batch, out, height, width_px].
     ///
     /// `time`: [batch, width], already through its activation, which is the same for all blocks.
-    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
+    pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
         let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
         if let (Some(project), Some(time)) = (&self.time_emb_proj, time) {
             // [batch, channels] -> [batch, channels, 1, 1]
@@ -62,28 +62,28 @@ impl ResnetBlock {
     }
 }
 
-/// Halves height and width, rounding up.
+/// A convolution that halves height and width, rounding up.
 #[derive(Debug)]
-pub struct Downsampler {
-    pub conv: Conv2d,
+pub(crate) struct Downsampler {
+    pub(crate) conv: Conv2d,
 }
 
 impl Downsampler {
-    /// Padded on all sides, as in the UNet.
+    /// Loads a convolution that is padded on all sides, as in the UNet.
     pub(crate) fn load(w: &Weights, channels: i64) -> Self {
         Self { conv: Conv2d::load(&w.at("conv"), channels, channels, 3, 2, 1) }
     }
 
-    /// [batch, channels, height, width_px] -> [batch, channels, ⌈height / 2⌉, ⌈width_px / 2⌉]
-    pub fn forward(&self, x: &Tensor) -> Tensor {
+    /// Shrinks feature maps: [batch, channels, height, width_px] -> [batch, channels, ⌈height / 2⌉, ⌈width_px / 2⌉].
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         self.conv.forward(x)
     }
 }
 
-/// Repeats pixels up to a size, then smooths them.
+/// A layer that repeats pixels up to a size, then smooths them.
 #[derive(Debug)]
-pub struct Upsampler {
-    pub conv: Conv2d,
+pub(crate) struct Upsampler {
+    pub(crate) conv: Conv2d,
 }
 
 impl Upsampler {
@@ -91,13 +91,14 @@ impl Upsampler {
         Self { conv: Conv2d::load(&w.at("conv"), channels, channels, 3, 1, 1) }
     }
 
-    /// [batch, channels, height, width_px] -> [batch, channels, size…]
-    pub fn forward(&self, x: &Tensor, size: [i64; 2]) -> Tensor {
+    /// Enlarges feature maps to `size` = [height', width_px']: [batch, channels, height, width_px]
+    /// -> [batch, channels, height', width_px'].
+    pub(crate) fn forward(&self, x: &Tensor, size: [i64; 2]) -> Tensor {
         self.conv.forward(&x.upsample_nearest2d(size, None, None))
     }
 }
 
-/// Height and width of [batch, channels, height, width_px].
+/// Returns height and width of feature maps [batch, channels, height, width_px].
 pub(crate) fn spatial_size(x: &Tensor) -> [i64; 2] {
     let (_, _, height, width_px) = x.size4().expect("feature maps have four dimensions");
     [height, width_px]

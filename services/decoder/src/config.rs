@@ -5,35 +5,41 @@ use std::path::PathBuf;
 use emu2_serve::{config::Validate, server::ServerConfig, telemetry::TelemetryConfig};
 use serde::{Deserialize, Serialize};
 
+/// The port when none is configured; the admin port is 1000 above.
 const PORT: u16 = 50_054;
 
+/// The configuration of the decoder.
+///
 /// How long an image may take is the caller's `grpc-timeout`: steps × step plus the VAE, times the batches that take
 /// turns. A guided step at 1024² is about 24 Tflop, so 50 of them are hours on two CPU cores (0.13 Tflop/s).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// A model folder with a UNet and a VAE.
+    /// The folder of a model with a UNet and a VAE, in any layout.
     pub model_dir: PathBuf,
-    /// One of `cpu`, `cuda:N`: the whole decoder fits on one device (5 GB in bfloat16).
+    /// The one device that computes, `cpu` or `cuda:N`: the whole decoder fits on one (5 GB in bfloat16).
     pub devices: Vec<String>,
-    /// Threads of one torch operation; 0 means all.
+    /// How many threads one torch operation takes on the CPU; 0 is as many as the process may use.
     pub cores: usize,
-    /// Pixels. The VAE's memory grows with the area: at 2048² its widest feature map has 2 GB in bfloat16, and a
-    /// few live at once.
+    /// The largest height and width of an image, in pixels. The VAE's memory grows with the area: at 2048² its widest
+    /// feature map has 2 GB in bfloat16, and a few live at once.
     pub max_image_side: usize,
-    /// Five times upstream's 50: a bound on what one request costs.
+    /// The most denoising steps of an image: five times upstream's 50, a bound on what one request costs.
     pub max_steps: usize,
-    /// Far above useful values (3 by default), far below where float32 would overflow.
+    /// The largest guidance scale: far above useful values (3 by default), far below where float32 would overflow.
     pub max_guidance_scale: f32,
-    /// Embeddings of one image: 64 in published models, 1024 before pooling.
+    /// The most embeddings of one image: 64 in published models, 1024 before pooling.
     pub max_queries: usize,
-    /// Pixels of the images that share a denoising step, twice for those under guidance; a bound on memory, and on
-    /// how long the others wait for their turn. The default is eight guided images at 1024². One that alone exceeds
-    /// it goes alone.
+    /// The most pixels of the images that share a denoising step, twice for those under guidance: a bound on memory,
+    /// and on how long the others wait for their turn. The default is eight guided images at 1024². An image that alone
+    /// exceeds it goes alone.
     pub max_batch_pixels: u64,
-    /// Longest wait for the next embeddings of a request: they are sent as the language model makes them.
+    /// The longest wait for the next embeddings of a request, in milliseconds: they are sent as the language model
+    /// makes them.
     pub input_wait_ms_max: u64,
+    /// How the service listens, sheds load and stops.
     pub server: ServerConfig,
+    /// Where logs and traces go.
     pub telemetry: TelemetryConfig,
 }
 

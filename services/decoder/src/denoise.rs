@@ -28,71 +28,90 @@ pub(crate) mod tests;
 /// Side of the latents of the warm-up's image: small enough for a CPU.
 const WARM_UP_LATENTS: usize = 8;
 
-/// An image to paint: everything that decides its pixels.
+/// An image to generate: everything that decides its pixels.
 #[derive(Clone, Debug)]
 pub struct DenoiseRequest {
-    /// Pixels; multiples of [`ModelInfo::scale_factor`].
+    /// The height in pixels, a multiple of [`ModelInfo::scale_factor`].
     pub height: usize,
+    /// The width in pixels, a multiple of [`ModelInfo::scale_factor`].
     pub width: usize,
-    /// 1 to [`ModelInfo::train_steps`].
+    /// How many denoising steps to take, 1 to [`ModelInfo::train_steps`].
     pub steps: usize,
-    /// Above 1 exactly when there is a negative.
+    /// The scale of classifier-free guidance; above 1 exactly when there is a negative.
     pub guidance_scale: f32,
+    /// The sizes that the UNet is conditioned on.
     pub conditions: SizeConditions,
+    /// The seed of the initial noise.
     pub seed: u64,
-    /// [queries, width]
+    /// The embeddings of the image, [queries, width].
     pub positive: Array,
-    /// [queries, width]
+    /// The embeddings that guidance leads away from, [queries, width]; none without guidance.
     pub negative: Option<Array>,
-    /// [channels, height / scale_factor, width / scale_factor], standard normal, in place of the seed's noise.
+    /// Standard normal values in place of the seed's noise, [channels, height / scale_factor, width / scale_factor].
     pub initial_latents: Option<Array>,
 }
 
-/// What SDXL tells its UNet of the picture that it should pretend to have been trained on; pixels.
+/// What SDXL tells its UNet of the training image that it should imitate, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SizeConditions {
+    /// The height of the training image before it was cropped.
     pub original_height: u32,
+    /// The width of the training image before it was cropped.
     pub original_width: u32,
+    /// How much of the training image was cropped at the top.
     pub crop_top: u32,
+    /// How much of the training image was cropped on the left.
     pub crop_left: u32,
 }
 
-/// What the edge has to know of the model.
+/// What the service and its clients have to know of the loaded model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelInfo {
+    /// The digest of the weights as they are computed with, UNet and VAE combined, 64 hexadecimal digits.
     pub weights_digest: String,
+    /// The dtype of embeddings.
     pub dtype: Dtype,
-    /// Of one embedding.
+    /// The width of one embedding.
     pub width: usize,
+    /// The height and width of an image when none is asked for, in pixels.
     pub default_side: usize,
-    /// Pixels per latent.
+    /// How many pixels, in height and in width, one position of the latents becomes.
     pub scale_factor: usize,
+    /// The channels of latents.
     pub latent_channels: usize,
-    /// Most steps that a schedule can have.
+    /// The most steps that a schedule can have.
     pub train_steps: usize,
 }
 
-/// A finished image: [height, width, 3], row-major.
+/// A finished image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RgbImage {
+    /// Red, green and blue bytes in row-major order, [height, width, 3].
     pub rgb: Vec<u8>,
+    /// The height in pixels.
     pub height: usize,
+    /// The width in pixels.
     pub width: usize,
 }
 
-/// What samples of one batch have in common: height and width of the latents, and embeddings of each.
+/// What the samples of one batch have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BatchShape {
+    /// The height of the latents.
     pub height: usize,
+    /// The width of the latents.
     pub width: usize,
+    /// How many embeddings each sample has.
     pub queries: usize,
 }
 
-/// One image on its way.
+/// An image while it is generated.
 #[derive(Debug)]
 pub struct Sample {
+    /// What the sample must have in common with others of its batch.
     pub shape: BatchShape,
-    /// Of its image, once for each row that it takes in the UNet's batch: the negative is a second one.
+    /// The pixels of the image, once for each row that the sample takes in the UNet's batch: under guidance it takes
+    /// two.
     pub pixels: u64,
     /// [1, channels, height, width_px], float32
     latents: Tensor,
@@ -102,25 +121,27 @@ pub struct Sample {
     time_ids: [f32; TIME_IDS as usize],
     guidance_scale: f32,
     schedule: Schedule,
-    /// Steps done.
+    /// How many steps are done.
     step: usize,
 }
 
 impl Sample {
-    /// Rows that the sample takes in the UNet's batch.
+    /// Returns how many rows the sample takes in the UNet's batch: two under guidance, else one.
     pub fn rows(&self) -> usize {
         1 + usize::from(self.negative.is_some())
     }
 
-    /// Pixels of the image, counted once.
+    /// Returns the pixels of the image, counted once.
     pub fn image_pixels(&self) -> u64 {
         self.pixels / self.rows() as u64
     }
 
+    /// Returns how many denoising steps are done.
     pub fn steps_done(&self) -> usize {
         self.step
     }
 
+    /// Returns how many denoising steps are left.
     pub fn steps_left(&self) -> usize {
         self.schedule.steps() - self.step
     }
@@ -130,11 +151,11 @@ impl Sample {
     }
 }
 
-/// The image decoder of Emu2 on its device.
+/// The image decoder of Emu2 on its device: UNet, VAE and noise schedule.
 #[derive(Debug)]
 pub struct DiffusionPipeline {
-    pub unet: Unet,
-    pub vae: vae::Decoder,
+    pub(crate) unet: Unet,
+    pub(crate) vae: vae::Decoder,
     scheduler: EulerDiscrete,
     scale_factor: usize,
     device: Device,
@@ -142,9 +163,15 @@ pub struct DiffusionPipeline {
 }
 
 impl DiffusionPipeline {
+    /// Loads UNet and VAE to a device, computing in `kind`.
+    ///
+    /// # Errors
+    ///
+    /// The model has neither, its configuration contradicts itself or asks for what is not built, or the weights do not
+    /// fit it.
     pub fn load(dir: &Rc<ModelDir>, device: Device, kind: Kind) -> Result<(Self, ModelInfo), LoadError> {
         if !(dir.has(Part::Unet) && dir.has(Part::Vae)) {
-            return Err(dir.unsupported("the model has no `unet` and `vae`: it paints no images").into());
+            return Err(dir.unsupported("the model has no `unet` and `vae`: it generates no images").into());
         }
         let scheduler_config: SchedulerConfig = dir.section("scheduler")?;
         let unet_config: UnetConfig = dir.section("unet")?;
@@ -174,7 +201,7 @@ impl DiffusionPipeline {
         Ok((Self { unet, vae, scheduler, scale_factor, device, kind }, info))
     }
 
-    /// Paints one small image, so that the first request does not pay for what libraries set up on first use.
+    /// Generates one small image, so that the first request does not pay for what libraries set up on first use.
     pub fn warm_up(&self) {
         let width = self.unet.config.cross_attention_dim as usize;
         let nothing =
@@ -196,7 +223,12 @@ impl DiffusionPipeline {
         self.image(&sample);
     }
 
-    /// Puts what a request brings on the device; nothing is computed yet. The request has been checked.
+    /// Puts the embeddings and the initial noise of a request on the device; nothing is computed yet. The request must
+    /// have been checked.
+    ///
+    /// # Panics
+    ///
+    /// The arrays do not have the shapes that [`DenoiseRequest`] states.
     pub fn start(&self, request: &DenoiseRequest) -> Sample {
         let schedule = self.scheduler.schedule(request.steps);
         let (height, width) = (request.height / self.scale_factor, request.width / self.scale_factor);
@@ -230,7 +262,7 @@ impl DiffusionPipeline {
         }
     }
 
-    /// One denoising step of every sample; all are of one shape, and none is done.
+    /// Takes one denoising step of every sample. All must be of one shape, and none may be done.
     pub fn step(&self, batch: &mut [&mut Sample]) {
         let samples: Vec<&Sample> = batch.iter().map(|sample| &**sample).collect();
         let latents = Tensor::cat(&samples.iter().map(|sample| &sample.latents).collect::<Vec<_>>(), 0);
@@ -243,8 +275,8 @@ impl DiffusionPipeline {
         self.synchronize();
     }
 
-    /// The image of a sample's latents; `None` when they are not finite, which only a defect of the weights or of
-    /// the device can cause.
+    /// Decodes the latents of a sample to its image; none when they are not finite, which only a defect of the weights
+    /// or of the device can cause.
     pub fn image(&self, sample: &Sample) -> Option<RgbImage> {
         if !bool::try_from(sample.latents.isfinite().all()).expect("one truth value") {
             return None;
@@ -255,9 +287,9 @@ impl DiffusionPipeline {
         Some(RgbImage { rgb, height: height as usize, width: width as usize })
     }
 
-    /// The noise in the latents, after guidance: [batch, channels, height, width_px] -> the same
+    /// Predicts the noise in latents, after guidance: [batch, channels, height, width_px] -> the same shape.
     ///
-    /// Conditional rows first, then an unconditional one for each sample under guidance, all in one batch.
+    /// Conditional rows come first, then an unconditional one for each sample under guidance, all in one batch.
     fn predict(&self, batch: &[&Sample], latents: &Tensor) -> Tensor {
         let guided: Vec<usize> = (0..batch.len()).filter(|&i| batch[i].negative.is_some()).collect();
         let rows: Vec<usize> = (0..batch.len()).chain(guided.iter().copied()).collect();
@@ -280,7 +312,7 @@ impl DiffusionPipeline {
         &unconditional + guidance * (conditional - &unconditional)
     }
 
-    /// Euler's step along dx/dσ = (x − x₀) / σ: [batch, channels, height, width_px] -> the same
+    /// Takes Euler's step along dx/dσ = (x − x₀) / σ: [batch, channels, height, width_px] -> the same shape.
     fn advance(&self, batch: &[&Sample], latents: &Tensor, noise: &Tensor) -> Tensor {
         let sigma = self.column(batch, |sample| sample.next_step().sigma);
         let distance = self.column(batch, |sample| sample.next_step().sigma_next - sample.next_step().sigma);
@@ -290,7 +322,7 @@ impl DiffusionPipeline {
         latents + derivative * distance
     }
 
-    /// A number of each sample: [batch, 1, 1, 1]
+    /// Puts a number of each sample into a tensor, [batch, 1, 1, 1].
     fn column(&self, batch: &[&Sample], value: impl Fn(&Sample) -> f32) -> Tensor {
         self.tensor(&batch.iter().map(|sample| value(sample)).collect::<Vec<_>>()).view([-1, 1, 1, 1])
     }
@@ -304,8 +336,8 @@ impl DiffusionPipeline {
             .to_device(self.device)
     }
 
-    /// CUDA runs behind the thread that drives it. Waiting once a step costs one launch gap, and makes progress,
-    /// timings and "left within one step" mean what they say.
+    /// Waits for the device: CUDA runs behind the thread that drives it. Waiting once a step costs one launch gap, and
+    /// makes progress, timings and "left within one step" mean what they say.
     fn synchronize(&self) {
         if let Device::Cuda(index) = self.device {
             Cuda::synchronize(index as i64);
@@ -313,10 +345,10 @@ impl DiffusionPipeline {
     }
 }
 
-/// What the sections say of each other.
+/// Checks that the configurations of UNet and VAE fit each other.
 fn check_fit(unet: &UnetConfig, vae: &VaeConfig) -> Result<(), LoadError> {
     vae.check()?;
-    let (painted, read) = (unet.in_channels, vae.latent_channels);
-    let problem = format!("`latent_channels` must be the UNet's {painted} `in_channels`, got {read}");
-    LoadError::check("vae", if painted == read { Vec::new() } else { vec![problem] })
+    let (made, read) = (unet.in_channels, vae.latent_channels);
+    let problem = format!("`latent_channels` must be the UNet's {made} `in_channels`, got {read}");
+    LoadError::check("vae", if made == read { Vec::new() } else { vec![problem] })
 }

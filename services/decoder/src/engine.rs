@@ -33,10 +33,10 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
-/// The engine of the decoder.
+/// The step engine of the decoder.
 pub type Engine = engine::Engine<Decoder>;
 
-/// A decoder engine that is loading.
+/// The step engine of the decoder while it is loading.
 pub type Started = engine::Started<Decoder, ModelInfo, LoadError>;
 
 /// What a request is told: each of its steps, then its image.
@@ -48,7 +48,7 @@ pub enum Event {
     Finished(FinishedImage),
 }
 
-/// A finished image and where its time went.
+/// A finished image, and where its time went.
 #[derive(Debug, PartialEq)]
 pub struct FinishedImage {
     /// The image.
@@ -78,16 +78,16 @@ pub struct Decoder {
 struct Active {
     ticket: Ticket,
     sample: Sample,
-    /// The caller's.
+    /// The caller's span.
     span: Span,
-    /// Of the stage that the request is in; replacing it ends it.
+    /// The span of the stage that the request is in; replacing it ends it.
     stage: Span,
     queue: Duration,
     first_step: Option<Instant>,
     last_step: Option<Instant>,
 }
 
-/// What one step of the engine does.
+/// The work of one step of the engine.
 #[derive(Debug)]
 pub enum Work {
     /// A denoising step of these requests, all of one shape.
@@ -96,13 +96,13 @@ pub enum Work {
     Vae(Ticket),
 }
 
-/// Index of pixels times denoising steps in [`Decoder::UNITS`].
+/// The index in [`Decoder::UNITS`] of pixels times denoising steps.
 const DENOISE: usize = 0;
-/// Index of pixels to be decoded from latents.
+/// The index in [`Decoder::UNITS`] of pixels to be decoded from latents.
 const VAE: usize = 1;
 
-/// Starts the engine's thread, which loads the model and makes one small image with it; `progress` is told how far it
-/// is.
+/// Starts the engine's thread, which loads the model and generates one small image with it, and keeps `progress` at how
+/// far the loading is.
 pub fn start(config: &Config, progress: Progress, load_metrics: LoadMetrics, metrics: Metrics) -> Started {
     let (model_dir, devices, cores) = (config.model_dir.clone(), config.devices.clone(), config.cores);
     let max_batch_pixels = config.max_batch_pixels;
@@ -127,12 +127,12 @@ impl Decoder {
         Self { pipeline, active: Line::default(), scheduler, denoised: false, metrics }
     }
 
-    /// The request that has waited longest for its pixels.
+    /// Returns the request that has waited longest for its pixels.
     fn denoised_first(&self) -> Option<&Active> {
         self.active.iter().find(|active| active.sample.steps_left() == 0)
     }
 
-    /// A batch of those that take the next denoising step.
+    /// Plans a batch of those that take the next denoising step.
     fn plan_denoise(&mut self) -> Option<Batch<Work>> {
         let unfinished: Vec<&Active> =
             self.active.iter().filter(|active| active.sample.steps_left() > 0).collect();
@@ -238,7 +238,7 @@ impl Stage for Decoder {
 }
 
 impl Active {
-    /// The first step begins at `now`.
+    /// Records that the request's first step begins at `now`.
     fn begin(&mut self, now: Instant, waited: Duration) {
         self.first_step = Some(now);
         self.queue = waited;

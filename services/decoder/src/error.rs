@@ -8,25 +8,33 @@ use tonic::Status;
 /// Why the model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A device cannot be opened.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The checkpoint is incomplete or contradicts itself.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Every mistake of one section at once.
+    /// A section of the configuration contradicts itself or asks for what is not built.
     #[error("section `{section}` of the model's config.json: {}", .problems.join("; "))]
-    Config { section: &'static str, problems: Vec<String> },
+    Config {
+        /// The name of the section.
+        section: &'static str,
+        /// Every problem of the section.
+        problems: Vec<String>,
+    },
+    /// The first image failed.
     #[error("the warm-up failed: {0}")]
     WarmUp(#[from] EngineFault),
 }
 
 impl LoadError {
-    /// An error if there is any problem.
+    /// Makes an error of the problems of a section; none if there is no problem.
     pub(crate) fn check(section: &'static str, problems: Vec<String>) -> Result<(), Self> {
         if problems.is_empty() { Ok(()) } else { Err(Self::Config { section, problems }) }
     }
 }
 
-/// The model's latents are not finite, which only a defect of the weights or of the device can cause.
+/// The error of latents that are not finite, which only a defect of the weights or of the device can cause.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the model's latents are not finite")]
 pub struct LatentsNotFinite;

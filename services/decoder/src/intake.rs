@@ -45,12 +45,16 @@ pub(crate) struct Intake {
     start: DecodeStart,
     initial_latents: Option<Array>,
     positive: Rows,
-    /// Under guidance only.
+    /// The embeddings that guidance leads away from; under guidance only.
     negative: Option<Rows>,
 }
 
 impl Intake {
-    /// From the first message; every mistake in it at once.
+    /// Opens the intake with the first message of a stream.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in the message at once.
     pub(crate) fn open(message: Option<DecodeRequest>, limits: &Limits) -> Result<Self, Vec<Violation>> {
         let mut start = match message.and_then(|message| message.message) {
             Some(Message::Start(start)) => start,
@@ -96,7 +100,11 @@ impl Intake {
         self.all_rows().all(Rows::is_complete)
     }
 
-    /// The request, once the stream has ended or everything has come.
+    /// Returns the request, once the stream has ended or everything has come.
+    ///
+    /// # Errors
+    ///
+    /// What has not come.
     pub(crate) fn finish(self) -> Result<DenoiseRequest, Vec<Violation>> {
         let missing: Vec<_> = self.all_rows().filter_map(Rows::missing).collect();
         if !missing.is_empty() {
@@ -162,7 +170,7 @@ fn latents(tensor: Tensor, start: &DecodeStart, limits: &Limits) -> Result<Array
     checked.map_err(|error| violation("start.initial_latents", error))
 }
 
-/// An array's error reads on from its name; as a violation it reads on from the field's.
+/// Makes a violation of an array's error, which reads on from its name; a violation reads on from the field's.
 fn violation(field: &str, error: ArrayError) -> Violation {
     Violation::new(field, format!("must be a valid tensor: {error}"))
 }

@@ -1,4 +1,4 @@
-//! The image decoder of Emu2 as a service: embeddings in, images out.
+//! The visual decoder of Emu2 as a service: embeddings in, images out.
 //!
 //! | module | holds |
 //! |---|---|
@@ -8,13 +8,15 @@
 //! | [`engine`] | the stage that runs on the step engine, one denoising step at a time |
 //! | [`scheduler`] | which requests take the next step |
 //! | [`denoise`] | one step of a batch; what UNet, VAE and schedule do together |
-//! | [`unet`], [`vae`], [`blocks`] | the models |
+//! | [`unet`], [`vae`], `blocks` | the models |
 //! | [`schedule`] | timesteps and noise levels |
 //! | [`noise`] | a seed's initial noise |
 //! | `switches` | settings of published configurations that have one supported value |
 //! | [`error`], [`metrics`] | what goes wrong, and what is counted |
 //!
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
+
+#![warn(missing_docs)]
 
 use anyhow::Context;
 use emu2_engine::load::LoadMetrics;
@@ -25,7 +27,7 @@ use emu2_serve::{
 };
 use prometheus_client::registry::Registry;
 
-pub mod blocks;
+mod blocks;
 pub mod config;
 pub mod denoise;
 pub mod engine;
@@ -42,8 +44,11 @@ pub mod vae;
 
 pub use config::Config;
 
-/// Serves until shutdown begins. Ready once the model is loaded and warm; ends with an error when it cannot be
-/// loaded, or when its device fails later.
+/// Serves until shutdown begins. The service is ready once the model is loaded and warm.
+///
+/// # Errors
+///
+/// The model cannot be loaded, its device fails later, or a listener fails.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let server = Server::new("emu2-decoder", &config.server, listeners);

@@ -10,22 +10,23 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-/// Cloning shares the values.
+/// The decoder's metrics. Clones share the values.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// `emu2_decoder_denoise_step_seconds`: one step of one batch.
+    /// `emu2_decoder_denoise_step_seconds`: the time of one step of one batch.
     pub(crate) denoise_step: Histogram,
-    /// `emu2_decoder_batch_rows`: samples of the UNet in one step; guidance takes two a request.
+    /// `emu2_decoder_batch_rows`: rows of the UNet's batch in one step; a request under guidance takes two.
     pub(crate) batch_rows: Histogram,
-    /// `emu2_decoder_vae_seconds`: one image.
+    /// `emu2_decoder_vae_seconds`: the time of decoding one image from its latents.
     pub(crate) vae: Histogram,
-    /// `emu2_decoder_steps_total`: steps of requests; a batch counts each of its requests.
+    /// `emu2_decoder_steps_total`: denoising steps of requests; a batch counts each of its requests.
     pub(crate) steps: Counter,
-    /// `emu2_decoder_images_total`
+    /// `emu2_decoder_images_total`: images generated.
     pub(crate) images: Counter,
 }
 
 impl Metrics {
+    /// Registers the metrics under the prefix `emu2_decoder`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             denoise_step: duration_histogram(),
@@ -45,7 +46,7 @@ impl Metrics {
             metrics.vae.clone(),
         );
         registry.register("steps", "Denoising steps of requests", metrics.steps.clone());
-        registry.register("images", "Images painted", metrics.images.clone());
+        registry.register("images", "Images generated", metrics.images.clone());
         metrics
     }
 }

@@ -1,14 +1,15 @@
 //! Where an image starts: standard normal noise that depends on the seed alone.
 //!
 //! ChaCha is a counter-based generator on the CPU, so a seed gives the same latents on every replica and device, and
-//! a request can be painted again elsewhere. The test below pins the values: a change of them is a change of every
+//! an image can be generated again elsewhere. The test below pins the values: a change of them is a change of every
 //! image that a client keeps only the seed of.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// The first `count` values of the seed's noise.
+/// Draws the first `count` values of the seed's noise, of mean 0 and variance 1. Equal seeds have equal values on every
+/// machine.
 pub fn standard_normal(seed: u64, count: usize) -> Vec<f32> {
     let generator = ChaCha12Rng::seed_from_u64(seed);
     StandardNormal.sample_iter(generator).take(count).collect()

@@ -15,10 +15,13 @@ use crate::{
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct SchedulerConfig {
+    /// How many timesteps the training schedule has, at least 2.
     pub num_train_timesteps: usize,
+    /// The variance of the noise that training adds at the first timestep, above 0.
     pub beta_start: f64,
+    /// The variance of the noise that training adds at the last timestep, at least `beta_start` and below 1.
     pub beta_end: f64,
-    /// Added to every timestep, so that the last is not 0.
+    /// What is added to every timestep, so that the last is not 0.
     pub steps_offset: usize,
     #[serde(flatten)]
     settings: Settings,
@@ -69,17 +72,24 @@ pub struct EulerDiscrete {
 }
 
 impl EulerDiscrete {
+    /// Computes the training schedule of a configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Config`]: the configuration contradicts itself or asks for what is not built.
     pub fn new(config: &SchedulerConfig) -> Result<Self, LoadError> {
         LoadError::check("scheduler", config.problems())?;
         Ok(Self { alphas_cumprod: alphas_cumprod(config), steps_offset: config.steps_offset })
     }
 
-    /// Share of the image's variance that is left at each training timestep: x_t = √ᾱ x_0 + √(1 − ᾱ) noise.
+    /// Returns the share ᾱ of the image's variance that is left at each training timestep: x_t = √ᾱ x_0 + √(1 − ᾱ)
+    /// noise.
     pub fn alphas_cumprod(&self) -> &[f32] {
         &self.alphas_cumprod
     }
 
-    /// `steps` must be from 1 to the number of training timesteps, which is the most that can be told apart.
+    /// Returns the schedule of `steps` steps, from 1 to the number of training timesteps, which is the most that can be
+    /// told apart.
     pub fn schedule(&self, steps: usize) -> Schedule {
         debug_assert!((1..=self.alphas_cumprod.len()).contains(&steps));
         // "Leading": multiples of a whole ratio, counted from 0 and then shifted.
@@ -89,7 +99,8 @@ impl EulerDiscrete {
         Schedule { timesteps, sigmas }
     }
 
-    /// Linear between the training timesteps; beyond the last, the last.
+    /// Returns the standard deviation of the noise at a timestep, linear between the training timesteps; beyond the
+    /// last, that of the last.
     fn sigma(&self, timestep: f32) -> f32 {
         let last = self.alphas_cumprod.len() - 1;
         let at = |index: usize| {
@@ -103,7 +114,8 @@ impl EulerDiscrete {
     }
 }
 
-/// Betas are the squares of equal steps between the roots of their ends ("scaled linear").
+/// Computes the running products of 1 − β. The betas are the squares of equal steps between the roots of their ends
+/// ("scaled linear").
 ///
 /// The rounding is upstream's: float32 throughout, but for the running product, which torch keeps in float64. Early
 /// sigmas are roots of 1 − ᾱ with ᾱ near 1, so another rounding would move them by more than 1e-6.
@@ -122,30 +134,37 @@ fn alphas_cumprod(config: &SchedulerConfig) -> Vec<f32> {
     product.collect()
 }
 
-/// The steps of one request.
+/// The denoising steps of one request.
 #[derive(Clone, Debug)]
 pub struct Schedule {
-    /// Falling.
+    /// The timesteps, falling.
     timesteps: Vec<f32>,
-    /// One more than timesteps; the last is 0.
+    /// The standard deviation of the noise before each step; one more than timesteps, the last is 0.
     sigmas: Vec<f32>,
 }
 
-/// Where one step starts and ends.
+/// Where one denoising step starts and ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
+    /// The training timestep that the UNet is told.
     pub timestep: f32,
-    /// Standard deviation of the noise in the latents before the step, and after it.
+    /// The standard deviation of the noise in the latents before the step.
     pub sigma: f32,
+    /// The standard deviation of the noise in the latents after the step.
     pub sigma_next: f32,
 }
 
 impl Schedule {
-    /// How many.
+    /// Returns how many steps the schedule has.
     pub fn steps(&self) -> usize {
         self.timesteps.len()
     }
 
+    /// Returns the step of this index.
+    ///
+    /// # Panics
+    ///
+    /// The schedule has no such step.
     pub fn step(&self, index: usize) -> Step {
         Step {
             timestep: self.timesteps[index],
@@ -154,15 +173,15 @@ impl Schedule {
         }
     }
 
-    /// What standard normal noise is multiplied by to become the first latents. It belongs to this schedule, whose
-    /// first sigma is the largest; that of the training schedule is larger.
+    /// Returns what standard normal noise is multiplied by to become the first latents. It belongs to this schedule,
+    /// whose first sigma is the largest; that of the training schedule is larger.
     pub fn init_noise_sigma(&self) -> f32 {
         input_scale(self.sigmas[0])
     }
 }
 
 impl Step {
-    /// What latents are divided by before the UNet sees them: their standard deviation.
+    /// Returns what latents are divided by before the UNet sees them: their standard deviation.
     pub fn input_scale(&self) -> f32 {
         input_scale(self.sigma)
     }

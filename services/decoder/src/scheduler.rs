@@ -2,7 +2,7 @@
 //!
 //! Pure, so that fairness is tested without a model. Shapes go round robin, so a crowd at one size does not keep
 //! another size waiting for more than the shapes before it. Within a shape the oldest go first and stay until they
-//! are done: an image half painted is of no use to anybody, and every image ends after a bounded number of steps. Among
+//! are done: a half denoised image is of no use to anybody, and every image ends after a bounded number of steps. Among
 //! those that have not begun higher classes go first, and nobody is overtaken for ever (see [`emu2_serve::priority`]).
 
 use std::{collections::VecDeque, hash::Hash};
@@ -10,27 +10,28 @@ use std::{collections::VecDeque, hash::Hash};
 /// What a request asks of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Demand<S> {
-    /// Only equal shapes share a batch.
+    /// The shape of the request; only equal shapes share a batch.
     pub shape: S,
-    /// Of its image, once for each row that it takes in the batch.
+    /// The pixels of the image, once for each row that it takes in the batch.
     pub pixels: u64,
 }
 
-/// Round robin over the shapes.
+/// The choice of who steps next: round robin over the shapes.
 #[derive(Debug)]
 pub struct StepScheduler<S> {
-    /// The next one first; shapes that nobody asked for last time are forgotten.
+    /// The shapes, the next one first; those that nobody asked for last time are forgotten.
     order: VecDeque<S>,
     max_batch_pixels: u64,
 }
 
 impl<S: Copy + Eq + Hash> StepScheduler<S> {
+    /// Makes a scheduler whose batches have at most `max_batch_pixels` pixels.
     pub fn new(max_batch_pixels: u64) -> Self {
         Self { order: VecDeque::new(), max_batch_pixels }
     }
 
-    /// Positions in `demands` (oldest first) of those that step together now; empty when there are none. One that
-    /// alone exceeds the bound goes alone.
+    /// Returns the positions in `demands` (oldest first) of those that step together now; none when there are no
+    /// demands. One that alone exceeds the bound goes alone.
     pub fn next(&mut self, demands: &[Demand<S>]) -> Vec<usize> {
         self.order.retain(|shape| demands.iter().any(|demand| demand.shape == *shape));
         for demand in demands {

@@ -10,10 +10,13 @@ pub(crate) type Settings = BTreeMap<String, Value>;
 /// The one value that a setting may have. A setting that is absent has it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Supported {
-    /// null or false
+    /// The setting must be null or false.
     Off,
+    /// The setting must be true.
     On,
+    /// The setting must be this number.
     Number(f64),
+    /// The setting must be this text.
     Text(&'static str),
 }
 
@@ -37,7 +40,7 @@ impl Supported {
     }
 }
 
-/// One sentence for each setting that has another value than the supported one.
+/// Makes one sentence for each setting that has another value than the supported one.
 pub(crate) fn unsupported(settings: &Settings, table: &[(&str, Supported)]) -> Vec<String> {
     let wrong = table.iter().filter_map(|(key, supported)| {
         let value = settings.get(*key).filter(|value| !supported.accepts(value))?;

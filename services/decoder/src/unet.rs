@@ -23,51 +23,71 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
-/// Original height and width, crop top and left, target height and width: SDXL's size conditions.
+/// How many size conditions SDXL has: original height and width, crop top and left, target height and width.
 pub const TIME_IDS: i64 = 6;
 
 /// Section `unet` of a model's configuration; the defaults are Emu2's.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct UnetConfig {
-    /// Side of the latents that are painted when no size is asked for.
+    /// The side of the latents of an image when no size is asked for.
     pub sample_size: i64,
+    /// The channels of latents.
     pub in_channels: i64,
+    /// The channels of the predicted noise, as many as `in_channels`.
     pub out_channels: i64,
+    /// The channels of each level's feature maps, the largest maps first.
     pub block_out_channels: Vec<i64>,
+    /// The type of each level's block on the way down, the first level first.
     pub down_block_types: Vec<DownBlockType>,
+    /// The type of each level's block on the way up, the last level first.
     pub up_block_types: Vec<UpBlockType>,
+    /// How many residual blocks a level has on the way down; on the way up it has one more.
     pub layers_per_block: usize,
+    /// How many blocks each transformer of a level has, by level.
     pub transformer_layers_per_block: Vec<usize>,
-    /// The number of heads of each level, not their width: upstream's misnomer.
+    /// The number of attention heads by level. The checkpoint's name, `attention_head_dim`, is upstream's misnomer: it
+    /// is not their width.
     #[serde(rename = "attention_head_dim")]
     pub heads: Vec<i64>,
+    /// The width of one embedding, which cross attention reads.
     pub cross_attention_dim: i64,
+    /// How many sinusoids each size condition becomes; even.
     pub addition_time_embed_dim: i64,
+    /// The width of pooled embeddings and size conditions together: `cross_attention_dim` + 6 ×
+    /// `addition_time_embed_dim`.
     pub projection_class_embeddings_input_dim: i64,
+    /// How many groups each group norm has; it divides every level's channels.
     pub norm_num_groups: i64,
+    /// What the group norms add to the variance.
     pub norm_eps: f64,
     #[serde(flatten)]
     settings: Settings,
 }
 
+/// The type of a level's block on the way down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum DownBlockType {
+    /// Residual blocks alone.
     #[serde(rename = "DownBlock2D")]
     Convolution,
+    /// Residual blocks, each followed by a transformer that reads the embeddings.
     #[serde(rename = "CrossAttnDownBlock2D")]
     CrossAttention,
 }
 
+/// The type of a level's block on the way up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum UpBlockType {
+    /// Residual blocks alone.
     #[serde(rename = "UpBlock2D")]
     Convolution,
+    /// Residual blocks, each followed by a transformer that reads the embeddings.
     #[serde(rename = "CrossAttnUpBlock2D")]
     CrossAttention,
 }
 
-/// What published configurations may say of the rest.
+/// What published configurations may say of the settings that no field reads.
 const SUPPORTED: &[(&str, Supported)] = &[
     ("act_fn", Supported::Text("silu")),
     ("addition_embed_type", Supported::Text("text_time")),
@@ -102,8 +122,9 @@ const SUPPORTED: &[(&str, Supported)] = &[
     ("use_linear_projection", Supported::On),
 ];
 
-/// Of the norms inside a transformer, which no configuration names.
+/// What the group norm of a transformer adds to the variance, which no configuration names.
 const TRANSFORMER_GROUP_NORM_EPS: f64 = 1e-6;
+/// What the layer norms of a transformer add to the variance, which no configuration names.
 const LAYER_NORM_EPS: f64 = 1e-5;
 
 impl Default for UnetConfig {
@@ -141,7 +162,7 @@ impl UnetConfig {
         self.block_out_channels.len()
     }
 
-    /// Width of the time embedding; upstream fixes the factor.
+    /// Returns the width of the time embedding; upstream fixes the factor.
     fn time_width(&self) -> i64 {
         4 * self.block_out_channels[0]
     }
@@ -196,21 +217,28 @@ impl UnetConfig {
     }
 }
 
-/// Predicts the noise in latents.
+/// The denoiser, which predicts the noise in latents.
 #[derive(Debug)]
 pub struct Unet {
+    /// The model's sizes.
     pub config: UnetConfig,
-    pub time_embedding: TimestepEmbedding,
-    pub add_embedding: TimestepEmbedding,
-    pub conv_in: Conv2d,
-    pub down_blocks: Vec<DownBlock>,
-    pub mid_block: MidBlock,
-    pub up_blocks: Vec<UpBlock>,
-    pub conv_norm_out: GroupNorm,
-    pub conv_out: Conv2d,
+    pub(crate) time_embedding: TimestepEmbedding,
+    pub(crate) add_embedding: TimestepEmbedding,
+    pub(crate) conv_in: Conv2d,
+    pub(crate) down_blocks: Vec<DownBlock>,
+    pub(crate) mid_block: MidBlock,
+    pub(crate) up_blocks: Vec<UpBlock>,
+    pub(crate) conv_norm_out: GroupNorm,
+    pub(crate) conv_out: Conv2d,
 }
 
 impl Unet {
+    /// Builds the denoiser of these sizes out of the ledger of its part.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Config`]: the configuration contradicts itself or asks for what is not built. Weights that do not
+    /// fit are told by the ledger's `finish`.
     pub fn load(w: &Weights, config: UnetConfig) -> Result<Self, LoadError> {
         LoadError::check("unet", config.problems())?;
         let (first, width) = (config.block_out_channels[0], config.time_width());
@@ -242,10 +270,10 @@ impl Unet {
         })
     }
 
-    /// The noise in `latents`: [batch, channels, height, width_px] -> [batch, channels, height, width_px]
+    /// Predicts the noise in `latents`: [batch, channels, height, width_px] -> [batch, channels, height, width_px].
     ///
     /// `timesteps`: [batch]; `embeddings`: [batch, queries, width], in the kind of the weights as the latents;
-    /// `time_ids`: [batch, 6].
+    /// `time_ids`: [batch, 6], in pixels, in the order of [`TIME_IDS`].
     pub fn forward(
         &self,
         latents: &Tensor,
@@ -266,9 +294,9 @@ impl Unet {
         self.conv_out.forward(&self.conv_norm_out.forward(&x).silu())
     }
 
-    /// What every residual block is told: when, of which sizes, and of what on the whole.
+    /// Embeds what every residual block is told: when, of which sizes, and of what on the whole.
     ///
-    /// [batch], [batch, queries, width], [batch, 6] -> [batch, time_width]
+    /// timesteps [batch], embeddings [batch, queries, width], time_ids [batch, 6] -> [batch, time_width]
     fn embed(&self, timesteps: &Tensor, embeddings: &Tensor, time_ids: &Tensor) -> Tensor {
         let kind = embeddings.kind();
         let timesteps = sinusoids(timesteps, self.config.block_out_channels[0]).to_kind(kind);
@@ -283,10 +311,10 @@ impl Unet {
 /// One level of the way down: residual blocks, each with its transformer where the level has them, then half the
 /// size on all levels but the last.
 #[derive(Debug)]
-pub struct DownBlock {
-    pub resnets: Vec<ResnetBlock>,
-    pub attentions: Vec<Transformer2d>,
-    pub downsampler: Option<Downsampler>,
+pub(crate) struct DownBlock {
+    pub(crate) resnets: Vec<ResnetBlock>,
+    pub(crate) attentions: Vec<Transformer2d>,
+    pub(crate) downsampler: Option<Downsampler>,
 }
 
 impl DownBlock {
@@ -326,11 +354,11 @@ impl DownBlock {
     }
 }
 
-/// The bottom: residual block, transformer, residual block.
+/// The bottom of the UNet: residual block, transformer, residual block.
 #[derive(Debug)]
-pub struct MidBlock {
-    pub resnets: [ResnetBlock; 2],
-    pub attention: Transformer2d,
+pub(crate) struct MidBlock {
+    pub(crate) resnets: [ResnetBlock; 2],
+    pub(crate) attention: Transformer2d,
 }
 
 impl MidBlock {
@@ -354,14 +382,14 @@ impl MidBlock {
 
 /// One level of the way up: each residual block also reads what the way down left, one more than on the way down.
 #[derive(Debug)]
-pub struct UpBlock {
-    pub resnets: Vec<ResnetBlock>,
-    pub attentions: Vec<Transformer2d>,
-    pub upsampler: Option<Upsampler>,
+pub(crate) struct UpBlock {
+    pub(crate) resnets: Vec<ResnetBlock>,
+    pub(crate) attentions: Vec<Transformer2d>,
+    pub(crate) upsampler: Option<Upsampler>,
 }
 
 impl UpBlock {
-    /// `level` counts as on the way down; the names in the checkpoint count from the bottom.
+    /// Loads a level, which is counted as on the way down; the names in the checkpoint count from the bottom.
     fn load(w: &Weights, config: &UnetConfig, level: usize, skips: &mut Vec<i64>) -> Self {
         let from_bottom = config.levels() - 1 - level;
         let w = w.at("up_blocks").at(from_bottom);
@@ -399,11 +427,11 @@ impl UpBlock {
 
 /// Attention over the pixels of a feature map, as residual.
 #[derive(Debug)]
-pub struct Transformer2d {
-    pub norm: GroupNorm,
-    pub proj_in: Linear,
-    pub transformer_blocks: Vec<TransformerBlock>,
-    pub proj_out: Linear,
+pub(crate) struct Transformer2d {
+    pub(crate) norm: GroupNorm,
+    pub(crate) proj_in: Linear,
+    pub(crate) transformer_blocks: Vec<TransformerBlock>,
+    pub(crate) proj_out: Linear,
 }
 
 impl Transformer2d {
@@ -436,15 +464,15 @@ impl Transformer2d {
     }
 }
 
-/// Pre-norm: self attention, cross attention to the embeddings, feed-forward.
+/// A pre-norm block: self attention, cross attention to the embeddings, feed-forward.
 #[derive(Debug)]
-pub struct TransformerBlock {
-    pub norm1: LayerNorm,
-    pub attn1: Attention,
-    pub norm2: LayerNorm,
-    pub attn2: Attention,
-    pub norm3: LayerNorm,
-    pub ff: FeedForward,
+pub(crate) struct TransformerBlock {
+    pub(crate) norm1: LayerNorm,
+    pub(crate) attn1: Attention,
+    pub(crate) norm2: LayerNorm,
+    pub(crate) attn2: Attention,
+    pub(crate) norm3: LayerNorm,
+    pub(crate) ff: FeedForward,
 }
 
 impl TransformerBlock {
@@ -470,12 +498,13 @@ impl TransformerBlock {
     }
 }
 
+/// Attention of several heads from tokens to a context.
 #[derive(Debug)]
-pub struct Attention {
-    pub to_q: Linear,
-    pub to_k: Linear,
-    pub to_v: Linear,
-    pub to_out: Linear,
+pub(crate) struct Attention {
+    pub(crate) to_q: Linear,
+    pub(crate) to_k: Linear,
+    pub(crate) to_v: Linear,
+    pub(crate) to_out: Linear,
     heads: i64,
 }
 
@@ -506,11 +535,11 @@ impl Attention {
     }
 }
 
-/// GEGLU: half of a four times wider layer, gated by the exact GELU of its other half.
+/// A GEGLU feed-forward layer: half of a four times wider layer, gated by the exact GELU of its other half.
 #[derive(Debug)]
-pub struct FeedForward {
-    pub proj: Linear,
-    pub out: Linear,
+pub(crate) struct FeedForward {
+    pub(crate) proj: Linear,
+    pub(crate) out: Linear,
 }
 
 impl FeedForward {
@@ -533,9 +562,9 @@ impl FeedForward {
 
 /// Two layers that turn sinusoids into what residual blocks are told.
 #[derive(Debug)]
-pub struct TimestepEmbedding {
-    pub linear_1: Linear,
-    pub linear_2: Linear,
+pub(crate) struct TimestepEmbedding {
+    pub(crate) linear_1: Linear,
+    pub(crate) linear_2: Linear,
 }
 
 impl TimestepEmbedding {
@@ -552,9 +581,8 @@ impl TimestepEmbedding {
     }
 }
 
-/// Numbers as waves: cosines first, then sines, of frequencies that fall from 1 towards 1/10000.
-///
-/// [..] -> [.., width], float32
+/// Embeds numbers as waves, cosines first, then sines, of frequencies that fall from 1 towards 1/10000: [..]
+/// -> [.., width], float32.
 fn sinusoids(numbers: &Tensor, width: i64) -> Tensor {
     let half = width / 2;
     let exponents = Tensor::arange(half, (Kind::Float, numbers.device())) * -f64::ln(10_000.0) / half;

@@ -25,13 +25,19 @@ mod tests;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct VaeConfig {
+    /// The channels of the images that the encoder reads: 3.
     pub in_channels: i64,
+    /// The channels of the images that the decoder makes: 3.
     pub out_channels: i64,
+    /// The channels of latents.
     pub latent_channels: i64,
+    /// The channels of each level's feature maps, the largest maps first; 1 to 8 levels.
     pub block_out_channels: Vec<i64>,
+    /// How many residual blocks a level of the encoder has; one of the decoder has one more.
     pub layers_per_block: usize,
+    /// How many groups each group norm has; it divides every level's channels.
     pub norm_num_groups: i64,
-    /// The UNet's latents have about unit variance; the encoder's have this factor less.
+    /// What the encoder's latents are multiplied by to become those of the UNet, which have about unit variance.
     pub scaling_factor: f64,
     down_block_types: Option<Vec<DownBlockType>>,
     up_block_types: Option<Vec<UpBlockType>>,
@@ -60,7 +66,7 @@ const SUPPORTED: &[(&str, Supported)] = &[
     ("shift_factor", Supported::Off),
 ];
 
-/// Of every group norm here, which no configuration names.
+/// What every group norm adds to the variance, which no configuration names.
 const EPS: f64 = 1e-6;
 
 impl Default for VaeConfig {
@@ -81,7 +87,7 @@ impl Default for VaeConfig {
 }
 
 impl VaeConfig {
-    /// Pixels per latent, in height and in width: all levels but one halve.
+    /// Returns how many pixels, in height and in width, one position of the latents becomes: all levels but one halve.
     pub fn scale_factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
@@ -129,20 +135,27 @@ impl VaeConfig {
     }
 }
 
-/// Latents to pixels.
+/// The decoder of the VAE, from latents to pixels.
 #[derive(Debug)]
 pub struct Decoder {
+    /// What the encoder's latents are multiplied by to become those of the UNet.
     pub scaling_factor: f64,
-    pub post_quant_conv: Conv2d,
-    pub conv_in: Conv2d,
-    pub mid_block: MidBlock,
+    pub(crate) post_quant_conv: Conv2d,
+    pub(crate) conv_in: Conv2d,
+    pub(crate) mid_block: MidBlock,
+    /// The levels, from the smallest feature maps to the largest; all but the last double height and width.
     pub up_blocks: Vec<UpBlock>,
-    pub conv_norm_out: GroupNorm,
-    pub conv_out: Conv2d,
+    pub(crate) conv_norm_out: GroupNorm,
+    pub(crate) conv_out: Conv2d,
 }
 
 impl Decoder {
-    /// `w` is at the root of the VAE's names.
+    /// Builds the decoder of these sizes out of a ledger at the root of the VAE's names.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Config`]: the configuration contradicts itself or asks for what is not built. Weights that do not
+    /// fit are told by the ledger's `finish`.
     pub fn load(w: &Weights, config: &VaeConfig) -> Result<Self, LoadError> {
         config.check()?;
         let (first, last) = (config.block_out_channels[0], config.block_out_channels[config.levels() - 1]);
@@ -160,8 +173,8 @@ impl Decoder {
         })
     }
 
-    /// The UNet's latents as colours: [batch, channels, height, width_px] -> [batch, 3, height · scale, width_px ·
-    /// scale] in 0..=1, float32
+    /// Decodes the UNet's latents to colours: [batch, channels, height, width_px]
+    /// -> [batch, 3, height × scale, width_px × scale], in 0..=1, float32.
     pub fn image(&self, latents: &Tensor) -> Tensor {
         // Upstream multiplies by the reciprocal; dividing would flip a few of the image's levels.
         let latents = (latents * (1.0 / self.scaling_factor)).to_kind(self.conv_in.weight.kind());
@@ -169,7 +182,8 @@ impl Decoder {
         (decoded / 2 + 0.5).clamp(0.0, 1.0).to_kind(Kind::Float)
     }
 
-    /// [batch, channels, height, width_px] -> [batch, 3, height · scale, width_px · scale], about -1..=1
+    /// Decodes the encoder's latents to pixels of about -1..=1: [batch, channels, height, width_px]
+    /// -> [batch, 3, height × scale, width_px × scale], in the kind of the weights.
     pub fn forward(&self, latents: &Tensor) -> Tensor {
         let mut x = self.mid_block.forward(&self.conv_in.forward(&self.post_quant_conv.forward(latents)));
         for block in &self.up_blocks {
@@ -179,36 +193,42 @@ impl Decoder {
     }
 }
 
-/// Colours as a screen takes them, rounded half to even as upstream:
-/// [batch, 3, height, width_px] in 0..=1 -> [batch, height, width_px, 3], u8
+/// Converts colours in 0..=1 to bytes, rounded half to even as upstream: [batch, 3, height, width_px]
+/// -> [batch, height, width_px, 3], u8.
 pub fn levels(image: &Tensor) -> Tensor {
     (image * 255.0).round().to_kind(Kind::Uint8).permute([0, 2, 3, 1]).contiguous()
 }
 
-/// Pixels to the distribution of their latents, for training.
+/// The encoder of the VAE, from pixels to the distribution of their latents, for training.
 #[derive(Debug)]
 pub struct Encoder {
-    pub conv_in: Conv2d,
-    pub down_blocks: Vec<DownBlock>,
-    pub mid_block: MidBlock,
-    pub conv_norm_out: GroupNorm,
-    pub conv_out: Conv2d,
-    pub quant_conv: Conv2d,
+    pub(crate) conv_in: Conv2d,
+    pub(crate) down_blocks: Vec<DownBlock>,
+    pub(crate) mid_block: MidBlock,
+    pub(crate) conv_norm_out: GroupNorm,
+    pub(crate) conv_out: Conv2d,
+    pub(crate) quant_conv: Conv2d,
 }
 
-/// The encoder's normal distribution, each [batch, channels, height, width_px]; the UNet learns its samples times the
-/// scaling factor.
+/// A normal distribution of latents; the UNet learns its samples times the scaling factor.
 #[derive(Debug)]
 pub struct LatentDistribution {
+    /// The mean, [batch, channels, height, width_px].
     pub mean: Tensor,
+    /// The logarithm of the variance, [batch, channels, height, width_px].
     pub log_variance: Tensor,
 }
 
 impl Encoder {
-    /// The names that serving leaves out.
+    /// The names of the encoder's weights, at the root of the VAE's names, which serving leaves out.
     pub const NAMES: [&str; 2] = ["encoder", "quant_conv"];
 
-    /// `w` is at the root of the VAE's names.
+    /// Builds the encoder of these sizes out of a ledger at the root of the VAE's names.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Config`]: the configuration contradicts itself or asks for what is not built. Weights that do not
+    /// fit are told by the ledger's `finish`.
     pub fn load(w: &Weights, config: &VaeConfig) -> Result<Self, LoadError> {
         config.check()?;
         let (first, last) = (config.block_out_channels[0], config.block_out_channels[config.levels() - 1]);
@@ -226,7 +246,8 @@ impl Encoder {
         })
     }
 
-    /// [batch, 3, height, width_px] in -1..=1 -> [batch, channels, height / scale, width_px / scale]
+    /// Encodes pixels in -1..=1: [batch, 3, height, width_px] -> mean and log-variance, each
+    /// [batch, channels, height / scale, width_px / scale].
     pub fn forward(&self, pixels: &Tensor) -> LatentDistribution {
         let mut x = self.conv_in.forward(pixels);
         for block in &self.down_blocks {
@@ -244,12 +265,12 @@ impl Encoder {
 /// One level of the decoder: residual blocks, then twice the size on all levels but the last.
 #[derive(Debug)]
 pub struct UpBlock {
-    pub resnets: Vec<ResnetBlock>,
-    pub upsampler: Option<Upsampler>,
+    pub(crate) resnets: Vec<ResnetBlock>,
+    pub(crate) upsampler: Option<Upsampler>,
 }
 
 impl UpBlock {
-    /// `level` counts as on the way down; the names in the checkpoint count from the bottom.
+    /// Loads a level, which is counted as on the way down; the names in the checkpoint count from the bottom.
     fn load(w: &Weights, config: &VaeConfig, level: usize) -> Self {
         let from_bottom = config.levels() - 1 - level;
         let w = w.at("up_blocks").at(from_bottom);
@@ -280,9 +301,9 @@ impl UpBlock {
 
 /// One level of the encoder: residual blocks, then half the size on all levels but the last.
 #[derive(Debug)]
-pub struct DownBlock {
-    pub resnets: Vec<ResnetBlock>,
-    pub downsampler: Option<Conv2d>,
+pub(crate) struct DownBlock {
+    pub(crate) resnets: Vec<ResnetBlock>,
+    pub(crate) downsampler: Option<Conv2d>,
 }
 
 impl DownBlock {
@@ -315,11 +336,11 @@ impl DownBlock {
     }
 }
 
-/// The bottom: residual block, attention over all positions, residual block.
+/// The bottom of encoder and decoder: residual block, attention over all positions, residual block.
 #[derive(Debug)]
-pub struct MidBlock {
-    pub resnets: [ResnetBlock; 2],
-    pub attention: Attention,
+pub(crate) struct MidBlock {
+    pub(crate) resnets: [ResnetBlock; 2],
+    pub(crate) attention: Attention,
 }
 
 impl MidBlock {
@@ -339,14 +360,14 @@ impl MidBlock {
     }
 }
 
-/// One head over all positions, as residual.
+/// Attention of one head over all positions, as residual.
 #[derive(Debug)]
-pub struct Attention {
-    pub group_norm: GroupNorm,
-    pub to_q: Linear,
-    pub to_k: Linear,
-    pub to_v: Linear,
-    pub to_out: Linear,
+pub(crate) struct Attention {
+    pub(crate) group_norm: GroupNorm,
+    pub(crate) to_q: Linear,
+    pub(crate) to_k: Linear,
+    pub(crate) to_v: Linear,
+    pub(crate) to_out: Linear,
 }
 
 impl Attention {

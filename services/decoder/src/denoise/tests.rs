@@ -102,10 +102,10 @@ fn denoising_loops_are_the_official_ones() {
         // [1, 3, height, width_px] -> [1, height, width_px, 3]
         let image = pipeline.vae.image(&sample.latents).permute([0, 2, 3, 1]);
         assert_close(&format!("{run} image"), &image, &want("image_f32"), 1e-4);
-        let picture = pipeline.image(&sample).unwrap();
+        let image = pipeline.image(&sample).unwrap();
         let (height, width, _) = want("image_u8").size3().unwrap();
-        assert_eq!((picture.height as i64, picture.width as i64), (height, width));
-        assert_levels(run, &picture.rgb, &bytes(&want("image_u8")));
+        assert_eq!((image.height as i64, image.width as i64), (height, width));
+        assert_levels(run, &image.rgb, &bytes(&want("image_u8")));
     }
 }
 
@@ -206,13 +206,13 @@ fn the_seed_decides_unless_latents_are_given() {
     let paint =
         |request: &DenoiseRequest| pipeline.image(&finish(&pipeline, pipeline.start(request))).unwrap().rgb;
     let first = request(5, 2, 3.0);
-    let picture = paint(&first);
-    assert_eq!(paint(&first), picture);
-    assert_ne!(paint(&DenoiseRequest { seed: 6, ..first.clone() }), picture);
+    let image = paint(&first);
+    assert_eq!(paint(&first), image);
+    assert_ne!(paint(&DenoiseRequest { seed: 6, ..first.clone() }), image);
     let noise: Vec<u8> =
         standard_normal(5, info.latent_channels * 64).into_iter().flat_map(f32::to_le_bytes).collect();
     let noise = Array::new(Dtype::F32, vec![info.latent_channels, 8, 8], noise.into()).unwrap();
-    assert_eq!(paint(&DenoiseRequest { seed: 6, initial_latents: Some(noise), ..first }), picture);
+    assert_eq!(paint(&DenoiseRequest { seed: 6, initial_latents: Some(noise), ..first }), image);
 }
 
 #[test]
@@ -220,8 +220,8 @@ fn every_multiple_of_the_scale_factor_is_a_size() {
     let (pipeline, _) = pipeline();
     for (height, width) in [(8, 8), (72, 88), (8, 200)] {
         let request = DenoiseRequest { height, width, ..request(3, 1, 3.0) };
-        let picture = pipeline.image(&finish(&pipeline, pipeline.start(&request))).unwrap();
-        assert_eq!((picture.height, picture.width, picture.rgb.len()), (height, width, 3 * height * width));
+        let image = pipeline.image(&finish(&pipeline, pipeline.start(&request))).unwrap();
+        assert_eq!((image.height, image.width, image.rgb.len()), (height, width, 3 * height * width));
     }
 }
 
@@ -247,7 +247,7 @@ fn bfloat16_paints_about_the_same() {
 }
 
 #[test]
-fn latents_that_are_not_finite_are_no_picture() {
+fn latents_that_are_not_finite_are_no_image() {
     let (pipeline, _) = pipeline();
     let mut sample = pipeline.start(&request(1, 1, 1.0));
     assert!(pipeline.image(&sample).is_some());
