@@ -19,11 +19,11 @@ const PERCENT_OF_FREE: u64 = 90;
 struct Room {
     device: Device,
     entry_bytes: u64,
-    /// None where nobody tells; then the configured budget is believed.
+    /// The bytes that the device has left; none where nobody tells, and then the configured budget is believed.
     free_bytes: Option<u64>,
 }
 
-/// Entries within `budget_bytes` and the memory that the model's devices have left now.
+/// Returns how many entries fit `budget_bytes` and the memory that the model's devices have left now.
 pub(crate) fn entries(model: &Llama, budget_bytes: u64) -> Result<usize, LoadError> {
     let config = model.config();
     let entry_bytes = config.kv_bytes(model.kind()) as u64;
@@ -35,7 +35,7 @@ pub(crate) fn entries(model: &Llama, budget_bytes: u64) -> Result<usize, LoadErr
     fit(&rooms.collect::<Vec<_>>(), entry_bytes, config.max_position_embeddings as usize, budget_bytes)
 }
 
-/// `positions`: of one whole context.
+/// Returns how many entries fit; `positions` are those of one whole context.
 fn fit(rooms: &[Room], entry_bytes: u64, positions: usize, budget_bytes: u64) -> Result<usize, LoadError> {
     let configured = budget_bytes / entry_bytes;
     let needed = positions as u64 * entry_bytes;

@@ -1,4 +1,4 @@
-//! Configuration of the service.
+//! The llm's configuration: every limit by name.
 
 use std::path::PathBuf;
 
@@ -8,39 +8,45 @@ use serde::{Deserialize, Serialize};
 
 use crate::load::ModelConfig;
 
-/// Port when none is configured; the admin port is 1000 above.
+/// The port when none is configured; the admin port is 1000 above.
 const PORT: u16 = 50_053;
 
-/// Every duration follows from the counts here: a text takes at most (ceil(prompt / prefill_chunk) +
-/// max_new_tokens) steps once admitted, an image (… + n_query), and no step computes more than prefill_chunk rows
-/// plus one for each running sequence or beam.
+/// The configuration of the llm.
+///
+/// Every duration follows from the counts here: a text takes at most (⌈prompt / prefill_chunk⌉ + max_new_tokens) steps
+/// once admitted, an image (… + n_query), and no step computes more than prefill_chunk rows plus one for each running
+/// sequence or beam.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Folder with config.json, *.safetensors and tokenizer.model.
+    /// The folder of a model in any layout, with its tokenizer.model; only the language model's weights are read.
     pub model_dir: PathBuf,
-    /// `cpu` or `cuda:N`; layers are spread over several, the first also holds the embeddings and the head.
+    /// The devices that compute, `cpu` or `cuda:N`; layers are spread over several, the first also holds the embeddings
+    /// and the head.
     pub devices: Vec<String>,
-    /// Threads of one torch operation on the CPU; 0 is all cores.
+    /// How many threads one torch operation takes on the CPU; 0 is as many as the process may use.
     pub cores: usize,
-    /// Bytes of keys and values of all running sequences, over all devices. A position of the full model takes
-    /// 1.6 MB in bfloat16: five contexts of 2,048 fit 16 GiB. Where the devices have less left after loading, what
-    /// fits is used instead, and a warning says so (see `budget.rs`).
+    /// Bytes of keys and values of all running sequences, over all devices. A position of the full model takes 1.6 MB
+    /// in bfloat16: five contexts of 2,048 fit 16 GiB. Where the devices have less left after loading, what fits is
+    /// used instead, and a warning says so (see `budget.rs`).
     pub kv_budget_bytes: u64,
-    /// Positions of prompts in one step: more finishes prompts sooner, fewer lets running texts go on more evenly.
+    /// How many positions of prompts one step computes: more finishes prompts sooner, fewer lets running texts go on
+    /// more evenly.
     pub prefill_chunk: usize,
-    /// Sequences that may wait for the embeddings of their first chunk or for keys and values; one more is refused.
+    /// How many sequences may wait for the embeddings of their first chunk or for keys and values; one more is refused.
     pub max_waiting: usize,
-    /// Milliseconds that a request may go without the next thing it needs from its caller: its start, or another
-    /// picture's embeddings. Beyond, it is refused, so that a lost caller without a deadline holds no keys and values.
-    /// 330,000: a tenth more than the router's limits.shared_work_ms, the longest that a picture may take it, so that
-    /// it is the router that says what went wrong.
+    /// How many milliseconds a request may go without the next thing it needs from its caller: its start, or another
+    /// image's embeddings. Beyond, it is refused, so that a lost caller without a deadline holds no keys and values.
+    /// 330,000: a tenth more than the router's limits.shared_work_ms, the longest that an image may take it, so that it
+    /// is the router that says what went wrong.
     pub input_wait_ms: u64,
-    /// Most new tokens that a text may ask for.
+    /// The most new tokens that a text may ask for.
     pub max_new_tokens: u32,
-    /// Most beams; upstream's default is 5.
+    /// The most beams that a text may ask for; upstream's default is 5.
     pub max_beams: u32,
+    /// How the service listens, sheds load and stops.
     pub server: ServerConfig,
+    /// Where logs and traces go.
     pub telemetry: TelemetryConfig,
 }
 
@@ -63,7 +69,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What the engine needs.
+    /// Returns what the engine needs of this configuration, with a progress that nobody watches.
     pub fn model(&self) -> ModelConfig {
         ModelConfig {
             model_dir: self.model_dir.clone(),

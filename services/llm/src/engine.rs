@@ -28,13 +28,13 @@ use crate::{
     step::{self, StepInput},
 };
 
-/// The engine of the llm.
+/// The step engine of the llm.
 pub type Engine = engine::Engine<LanguageModel>;
 
-/// A request in the llm's engine.
+/// The handle of a request in the llm's engine.
 pub type Generation = engine::RequestHandle<LanguageModel>;
 
-/// An llm engine that is loading.
+/// The step engine of the llm while it is loading.
 pub type Started = engine::Started<LanguageModel, Loaded, LoadError>;
 
 /// What a stage asks of its device outside its forwards. A test puts what fails in their place.
@@ -49,7 +49,7 @@ const DEVICE: OnDevice = OnDevice {
     allocate: Llama::kv_cache,
 };
 
-/// The llm's stage: the model, and the sequences that it continues.
+/// The stage of the llm: the model, and the sequences that it continues.
 #[derive(Debug)]
 pub struct LanguageModel {
     model: Llama,
@@ -61,9 +61,9 @@ pub struct LanguageModel {
     on_device: OnDevice,
 }
 
-/// Index of positions of prompts in [`LanguageModel::UNITS`].
+/// The index in [`LanguageModel::UNITS`] of positions of prompts.
 const PREFILL: usize = 0;
-/// Index of tokens and embeddings of outputs.
+/// The index in [`LanguageModel::UNITS`] of tokens and embeddings of outputs.
 const DECODE: usize = 1;
 
 /// Starts the engine's thread, which loads and warms the model first.
@@ -101,7 +101,7 @@ impl LanguageModel {
         Self { model, text_ids: loaded.text_ids, scheduler, sequences, kv_entry_bytes, metrics, on_device }
     }
 
-    /// Gives a sequence its cache. On its own: what does not fit is no reason for anyone else to fail.
+    /// Gives a sequence its cache, on its own: what does not fit is no reason for anyone else to fail.
     fn admit(&mut self, ticket: Ticket) -> Result<(), EngineFault> {
         let sequence = self.sequences.get_mut(&ticket).expect("the scheduler admits only the living");
         let entries = sequence.kv_entries() as i64;
@@ -129,7 +129,7 @@ impl Stage for LanguageModel {
     type Error = SequenceError;
     type Work = Plan;
 
-    /// One for each token or embedding, and the end.
+    /// One event for each token or embedding, and the end.
     fn max_events(request: &Request) -> usize {
         request.output.max_len() + 1
     }

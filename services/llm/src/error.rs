@@ -10,24 +10,50 @@ use tonic::Status;
 
 use crate::{prompt::PromptError, scheduler::TooLarge, tokenizer::ModelError};
 
-/// Why the model cannot be served.
+/// Why the model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A device cannot be opened.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The checkpoint is incomplete or contradicts itself.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The tokenizer's file is not one of LLaMA's kind.
     #[error("tokenizer model {} cannot be used", path.display())]
-    Tokenizer { path: PathBuf, source: ModelError },
+    Tokenizer {
+        /// The tokenizer's file, or the model that has none.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ModelError,
+    },
+    /// The configured budget holds less than one whole context.
     #[error("kv_budget_bytes must hold one context of {positions} positions, {needed} bytes, is {budget}")]
-    KvBudget { positions: usize, needed: u64, budget: u64 },
+    KvBudget {
+        /// The positions of one whole context.
+        positions: usize,
+        /// The bytes that its keys and values take.
+        needed: u64,
+        /// The configured bytes.
+        budget: u64,
+    },
+    /// The devices have less memory left than one whole context takes.
     #[error(
         "the devices must have memory for one context of {positions} positions, {needed} bytes of keys and values; \
          what is left of them after loading holds {room}"
     )]
-    KvMemory { positions: usize, needed: u64, room: u64 },
+    KvMemory {
+        /// The positions of one whole context.
+        positions: usize,
+        /// The bytes that its keys and values take.
+        needed: u64,
+        /// The bytes of keys and values that fit.
+        room: u64,
+    },
+    /// The first forward failed.
     #[error("the warm-up failed")]
     WarmUp(#[source] EngineFault),
+    /// The engine's thread ended without a word.
     #[error("the engine thread ended while loading")]
     Ended,
 }
@@ -35,7 +61,7 @@ pub enum LoadError {
 /// Why the stage refused a sequence or failed it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SequenceError {
-    /// It would not fit an empty cache.
+    /// The sequence would not fit an empty cache.
     #[error("{0}")]
     TooLarge(#[from] TooLarge),
     /// The model computed a value that is not finite.
@@ -66,14 +92,14 @@ impl From<SequenceError> for Status {
     }
 }
 
-/// A caller that leaves its request waiting for `what`.
-pub fn input_late(what: &str, limit: Duration) -> Status {
+/// Makes the status of a caller that leaves its request waiting for `what`.
+pub(crate) fn input_late(what: &str, limit: Duration) -> Status {
     let limit = limit.as_millis();
     ErrorCode::DeadlineExceeded.status(format!("{what} must come within {limit} ms (input_wait_ms)"))
 }
 
-/// A prompt that breaks a rule, as INVALID_ARGUMENT.
-pub fn prompt_status(error: PromptError) -> Status {
+/// Makes the status of a prompt that breaks a rule, INVALID_ARGUMENT.
+pub(crate) fn prompt_status(error: PromptError) -> Status {
     let violation = match error {
         PromptError::Invalid { field, problem } => Violation::new(field, problem.to_string()),
         PromptError::TooManyBytes { field, bytes, limit } => Violation::new(

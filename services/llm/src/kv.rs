@@ -16,7 +16,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// What a sequence adds in a step.
+/// What a sequence adds to its cache in a step.
 #[derive(Clone, Copy, Debug)]
 pub enum Append<'a> {
     /// So many successive positions: a chunk of a prompt, or one more token.
@@ -26,7 +26,8 @@ pub enum Append<'a> {
 }
 
 impl Append<'_> {
-    pub fn rows(&self) -> i64 {
+    /// Returns how many rows are added.
+    pub(crate) fn rows(&self) -> i64 {
         match self {
             Self::Sequential(rows) => *rows,
             Self::Beams(parents) => parents.len() as i64,
@@ -36,17 +37,18 @@ impl Append<'_> {
 
 /// Which entries, up to and with its own, each new row sees.
 #[derive(Debug)]
-pub enum AttentionMask {
+pub(crate) enum AttentionMask {
     /// The new rows are the only entries: row i sees 0..=i.
     Causal,
-    /// One row, which sees every entry.
+    /// The one new row sees every entry.
     All,
-    /// [rows, entries]: 0 where a row sees an entry, -inf where not.
+    /// A mask that is added to scores, [rows, entries]: 0 where a row sees an entry, -inf where not.
     Mask(Tensor),
 }
 
 impl AttentionMask {
-    pub fn to_device(&self, device: Device) -> Self {
+    /// Copies the mask to a device.
+    pub(crate) fn to_device(&self, device: Device) -> Self {
         match self {
             Self::Causal => Self::Causal,
             Self::All => Self::All,
@@ -57,31 +59,34 @@ impl AttentionMask {
 
 /// The new rows of one sequence in a step.
 #[derive(Debug)]
-pub struct Appended {
-    /// Entries before these rows.
-    pub start: i64,
-    pub rows: i64,
-    /// Position in the text of each row, which decides its rotation.
-    pub positions: Vec<i64>,
-    pub mask: AttentionMask,
+pub(crate) struct Appended {
+    /// How many entries lie before these rows.
+    pub(crate) start: i64,
+    /// How many rows are new.
+    pub(crate) rows: i64,
+    /// The position in the text of each row, which decides its rotation.
+    pub(crate) positions: Vec<i64>,
+    /// What each row sees.
+    pub(crate) mask: AttentionMask,
 }
 
 /// Keys and values of one layer, each [heads, capacity, head_width].
 #[derive(Debug)]
-pub struct LayerKv {
+pub(crate) struct LayerKv {
     keys: Tensor,
     values: Tensor,
 }
 
 impl LayerKv {
-    pub fn new(heads: i64, capacity: i64, head_width: i64, kind: Kind, device: Device) -> Self {
+    /// Allocates the keys and values of `capacity` entries.
+    pub(crate) fn new(heads: i64, capacity: i64, head_width: i64, kind: Kind, device: Device) -> Self {
         let buffer = || Tensor::empty([heads, capacity, head_width], (kind, device));
         Self { keys: buffer(), values: buffer() }
     }
 
-    /// Writes k and v, [heads, rows, head_width], after `start` entries; all entries so far, each
-    /// [1, heads, entries, head_width].
-    pub fn append(&self, start: i64, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
+    /// Writes k and v, [heads, rows, head_width], after `start` entries; returns the keys and values of all entries so
+    /// far, each [1, heads, entries, head_width].
+    pub(crate) fn append(&self, start: i64, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
         let (_, rows, _) = k.size3().expect("k has three dimensions");
         let write = |buffer: &Tensor, new: &Tensor| {
             buffer.narrow(1, start, rows).copy_(new);
@@ -94,25 +99,28 @@ impl LayerKv {
 /// Keys and values of one sequence in all layers.
 #[derive(Debug)]
 pub struct KvCache {
-    pub layers: Vec<LayerKv>,
+    /// The keys and values of each layer.
+    pub(crate) layers: Vec<LayerKv>,
     capacity: i64,
     entries: i64,
-    /// Of the next row; less than `entries` once there are beams.
+    /// The position of the next row in the text; less than `entries` once there are beams.
     position: i64,
     /// What the rows of the last step saw, [rows, entries]; none while the entries are one line.
     seen: Option<Tensor>,
 }
 
 impl KvCache {
-    pub fn new(layers: Vec<LayerKv>, capacity: i64) -> Self {
+    /// Makes an empty cache of these layers, of which each has room for `capacity` entries.
+    pub(crate) fn new(layers: Vec<LayerKv>, capacity: i64) -> Self {
         Self { layers, capacity, entries: 0, position: 0, seen: None }
     }
 
     /// Makes room for a step's rows, which every layer then writes.
     ///
     /// # Panics
-    /// Beyond the capacity, which whoever made the cache computed from all it will ever hold.
-    pub fn append(&mut self, append: Append<'_>, kind: Kind, device: Device) -> Appended {
+    ///
+    /// The rows are beyond the capacity, which whoever made the cache computed from all it will ever hold.
+    pub(crate) fn append(&mut self, append: Append<'_>, kind: Kind, device: Device) -> Appended {
         let (start, rows) = (self.entries, append.rows());
         assert!(start + rows <= self.capacity, "{start} + {rows} entries do not fit {}", self.capacity);
         let (positions, mask) = match append {
@@ -131,7 +139,7 @@ impl KvCache {
         Appended { start, rows, positions, mask }
     }
 
-    /// What each new row sees: what its parent saw, and itself.
+    /// Returns what each new row sees: what its parent saw, and itself.
     fn branch(&self, parents: &[i64], kind: Kind, device: Device) -> Tensor {
         let parents = Tensor::from_slice(parents).to_device(device);
         let rows = parents.size1().expect("parents are one list");
@@ -145,7 +153,7 @@ impl KvCache {
     }
 }
 
-/// Successive rows: each sees everything before it.
+/// Returns the mask of successive rows, of which each sees everything before it.
 fn line(start: i64, rows: i64, kind: Kind, device: Device) -> AttentionMask {
     match (start, rows) {
         (_, 1) => AttentionMask::All,

@@ -9,7 +9,7 @@
 //! | [`engine`] | the stage that runs on the step engine: the model and its sequences |
 //! | [`scheduler`] | who runs and what a step computes; no torch |
 //! | `sequence` | one request in the engine: what it feeds and what it makes of the answer |
-//! | [`step`] | one forward over the rows of all sequences |
+//! | `step` | one forward over the rows of all sequences |
 //! | [`search`] | greedy, sampling, beam search; no torch |
 //! | [`llama`] | the model |
 //! | [`kv`] | keys and values of one sequence, a tree |
@@ -19,6 +19,8 @@
 //!
 //! A request's way: `service` → `prompt` → `engine` → (`scheduler` → `sequence` → `step` → `llama` → `search`)* →
 //! `service`.
+
+#![warn(missing_docs)]
 
 mod budget;
 pub mod config;
@@ -34,7 +36,7 @@ pub mod scheduler;
 pub mod search;
 mod sequence;
 mod service;
-pub mod step;
+mod step;
 pub mod tokenizer;
 
 use std::sync::{Arc, OnceLock};
@@ -56,11 +58,15 @@ use load::ModelConfig;
 use metrics::Metrics;
 use service::Service;
 
-/// Name in logs, spans and health.
+/// The service's name in logs, spans and health checks.
 pub const NAME: &str = "emu2-llm";
 
-/// Serves until shutdown begins, or until the engine can no longer be trusted, which is an error: the process ends
-/// and Kubernetes starts it anew.
+/// Serves until shutdown begins. The service is ready once the model is loaded and warm.
+///
+/// # Errors
+///
+/// The model cannot be loaded, a listener fails, or the engine can no longer be trusted: the process ends and
+/// Kubernetes starts it anew.
 pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut registry = Registry::default();
     let server = Server::new(NAME, &config.server, listeners);

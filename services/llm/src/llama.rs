@@ -23,17 +23,23 @@ use tch::{Device, Kind, Tensor};
 
 use crate::kv::{Append, Appended, AttentionMask, KvCache, LayerKv};
 
-/// Section `llama` of config.json, with the full model's values as defaults.
+/// Section `llama` of a model's configuration; the defaults are the full model's values.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct LlamaConfig {
+    /// The width of the model's states; a multiple of twice `num_attention_heads`.
     pub hidden_size: i64,
+    /// The width of the feed-forward layers' inner rows.
     pub intermediate_size: i64,
+    /// How many layers the model has.
     pub num_hidden_layers: i64,
+    /// How many heads attention has.
     pub num_attention_heads: i64,
-    /// Rows of the vocabulary with all special tokens: 32,272, and two more in the chat model.
+    /// How many rows the vocabulary has with all special tokens: 32,272, and two more in the chat model.
     pub vocab_size: i64,
+    /// What the norms add to the mean square.
     pub rms_norm_eps: f64,
+    /// The most positions of prompt and output together.
     pub max_position_embeddings: i64,
 }
 
@@ -52,11 +58,12 @@ impl Default for LlamaConfig {
 }
 
 impl LlamaConfig {
+    /// Returns the width of one head of attention.
     pub fn head_width(&self) -> i64 {
         self.hidden_size / self.num_attention_heads
     }
 
-    /// Keys and values of one entry in all layers.
+    /// Returns the bytes that keys and values of one entry take in all layers.
     pub fn kv_bytes(&self, kind: Kind) -> usize {
         (2 * self.num_hidden_layers * self.hidden_size) as usize * kind.elt_size_in_bytes()
     }
@@ -71,7 +78,7 @@ impl LlamaConfig {
         2 * hidden * vocab + hidden + 2 * hidden * embedding_width
     }
 
-    /// Parameters on each of so many devices.
+    /// Returns how many parameters each of so many devices holds.
     pub(crate) fn spread_parameters(&self, embedding_width: i64, devices: usize) -> Vec<u64> {
         let outside_layers = self.outside_layers(embedding_width);
         let mut held = vec![0; devices];
@@ -101,14 +108,16 @@ impl LlamaConfig {
     }
 }
 
-/// Rows that a sequence adds to a step, and the cache that they go to.
+/// The rows that a sequence adds to a step, and the cache that they go to.
 #[derive(Debug)]
 pub struct Rows<'a> {
+    /// The sequence's cache.
     pub kv: &'a mut KvCache,
+    /// How many rows, and which rows they continue.
     pub append: Append<'a>,
 }
 
-/// The language model with both projections.
+/// The language model with both projections, loaded to one or several devices.
 #[derive(Debug)]
 pub struct Llama {
     config: LlamaConfig,
@@ -131,8 +140,12 @@ struct Place {
 }
 
 impl Llama {
-    /// The model and the digest of its weights. Embeddings, head and projections go to the first device, layers
-    /// to all. `embedding_width`: of the visual encoder.
+    /// Loads the model; also returns the digest of its weights. Embeddings, head and projections go to the first
+    /// device, layers to all. `embedding_width` is that of the visual encoder.
+    ///
+    /// # Errors
+    ///
+    /// The configuration contradicts itself, or the weights do not fit it.
     pub fn load(
         dir: &Rc<ModelDir>,
         config: LlamaConfig,
@@ -143,7 +156,11 @@ impl Llama {
         Self::build(dir, config, embedding_width, devices, dir.weights(Part::Llm, devices[0], kind))
     }
 
-    /// As [`Self::load`], of weights that may be trainable.
+    /// Builds the model as [`Self::load`] does, out of a ledger whose weights may be trainable.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::load`].
     pub fn build(
         dir: &ModelDir,
         config: LlamaConfig,
@@ -176,20 +193,22 @@ impl Llama {
         Ok((llama, root.finish()?))
     }
 
+    /// Returns the model's sizes.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
 
-    /// Where rows come in and go out.
+    /// Returns the device where rows come in and go out.
     pub fn device(&self) -> Device {
         self.places[0].device
     }
 
+    /// Returns the kind that the model computes in.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// The devices that hold layers, and how many each.
+    /// Returns the devices that hold layers, and how many each holds.
     pub fn layers_by_device(&self) -> Vec<(Device, usize)> {
         let mut held: Vec<(Device, usize)> = Vec::new();
         for layer in &self.layers {
@@ -202,7 +221,7 @@ impl Llama {
         held
     }
 
-    /// Room for `capacity` entries in every layer.
+    /// Allocates a cache with room for `capacity` entries in every layer.
     pub fn kv_cache(&self, capacity: i64) -> KvCache {
         let (heads, head_width) = (self.config.num_attention_heads, self.config.head_width());
         let layer = |layer: &Layer| {
@@ -211,28 +230,33 @@ impl Llama {
         KvCache::new(self.layers.iter().map(layer).collect(), capacity)
     }
 
-    /// ids [tokens] -> [tokens, width]
+    /// Embeds ids: [tokens] -> [tokens, width].
     pub fn embed(&self, ids: &Tensor) -> Tensor {
         self.embed_tokens.forward(&ids.to_device(self.device()))
     }
 
-    /// Embeddings of an image into the language model's space: [rows, embedding_width] -> [rows, width]
+    /// Projects embeddings of images into the language model's space: [rows, embedding_width] -> [rows, width].
     pub fn project_up(&self, embeddings: &Tensor) -> Tensor {
         self.project_up.forward(embeddings)
     }
 
-    /// Regresses: the state at [IMG] is the first embedding of an image, and so on.
-    /// [rows, width] -> [rows, embedding_width]
+    /// Regresses the next embedding from each state, the first embedding of an image from the state at `[IMG]`:
+    /// [rows, width] -> [rows, embedding_width].
     pub fn project_down(&self, hidden: &Tensor) -> Tensor {
         self.project_down.forward(hidden)
     }
 
-    /// [rows, width] -> [rows, vocabulary], float32
+    /// Computes the logits of the next token after each state: [rows, width] -> [rows, vocabulary], float32.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         self.lm_head.forward(hidden).to_kind(Kind::Float)
     }
 
-    /// `x`: rows of all sequences in `batch`'s order, [tokens, width] -> states after the last norm, [tokens, width]
+    /// Computes one step. `x`: the rows of all sequences in the order of `batch`, [tokens, width] -> states after the
+    /// last norm, [tokens, width].
+    ///
+    /// # Panics
+    ///
+    /// A sequence has more rows than its cache has room for.
     pub fn forward(&self, x: &Tensor, batch: &mut [Rows<'_>]) -> Tensor {
         let appended: Vec<Appended> =
             batch.iter_mut().map(|rows| rows.kv.append(rows.append, self.kind, self.device())).collect();
@@ -246,8 +270,8 @@ impl Llama {
         self.norm.forward(&x.to_device(self.device()))
     }
 
-    /// As [`Self::forward`] for whole sequences of one length and without caches, for training. Shorter ones are
-    /// padded at their ends, which no row before sees: [batch, tokens, width] -> [batch, tokens, width]
+    /// Computes whole sequences of one length and without caches, for training: [batch, tokens, width]
+    /// -> [batch, tokens, width]. Shorter ones are padded at their ends, which no row before sees.
     pub fn forward_whole(&self, x: &Tensor) -> Tensor {
         let (batch, tokens, _) = x.size3().expect("x has three dimensions");
         let line = Appended {
@@ -271,25 +295,25 @@ impl Llama {
 /// What all layers of a device need to know of a step.
 #[derive(Debug)]
 struct Step {
-    /// Rotation of each row, [tokens, 1, head_width].
+    /// The rotation of each row, [tokens, 1, head_width].
     cos: Tensor,
     sin: Tensor,
     spans: Vec<Span>,
 }
 
 impl Step {
-    /// Rotations for so many sequences alike, one after the other.
+    /// Repeats the rotations for so many sequences alike, one after the other.
     fn repeated(self, times: i64) -> Self {
         let repeat = |table: &Tensor| table.repeat([times, 1, 1]);
         Self { cos: repeat(&self.cos), sin: repeat(&self.sin), ..self }
     }
 }
 
-/// The rows of one sequence, in a row.
+/// The rows of one sequence, which lie next to each other.
 #[derive(Debug)]
 struct Span {
     rows: i64,
-    /// Entries before them.
+    /// How many entries lie before them.
     start: i64,
     mask: AttentionMask,
 }
@@ -317,7 +341,7 @@ impl Place {
 
 #[derive(Debug)]
 struct Layer {
-    /// Index of the device that holds it.
+    /// The index of the device that holds the layer.
     place: usize,
     input_layernorm: RmsNorm,
     self_attn: Attention,
@@ -383,7 +407,7 @@ impl Attention {
         self.o_proj.forward(&Tensor::cat(&outputs, 0).flatten(1, 2))
     }
 
-    /// Sequences of one length, one after the other: [(batch tokens), width] -> [(batch tokens), width]
+    /// Attends within sequences of one length, one after the other: [(batch tokens), width] -> [(batch tokens), width].
     fn forward_whole(&self, x: &Tensor, step: &Step, batch: i64) -> Tensor {
         // [(batch tokens), heads, head_width] -> [batch, heads, tokens, head_width]
         let [q, k, v] = self.project(x, step).map(|x| x.unflatten(0, [batch, -1]).transpose(1, 2));
@@ -391,7 +415,7 @@ impl Attention {
         self.o_proj.forward(&attend(&q, &k, &v, true).transpose(1, 2).flatten(2, 3).flatten(0, 1))
     }
 
-    /// q and k, rotated, and v: [tokens, width] -> 3 × [tokens, heads, head_width]
+    /// Projects to q and k, rotated, and v: [tokens, width] -> 3 × [tokens, heads, head_width].
     fn project(&self, x: &Tensor, step: &Step) -> [Tensor; 3] {
         // [tokens, (heads head_width)] -> [tokens, heads, head_width]
         let split = |x: Tensor| x.view([-1, self.heads, self.head_width]);
@@ -403,8 +427,8 @@ impl Attention {
     }
 }
 
-/// New rows of one sequence against its whole cache, themselves included.
-/// q, k and v: [heads, rows, head_width] -> [rows, heads, head_width]
+/// Attends with the new rows of one sequence to its whole cache, themselves included. q, k and v:
+/// [heads, rows, head_width] -> [rows, heads, head_width].
 fn attend_span(q: &Tensor, k: &Tensor, v: &Tensor, span: &Span, cache: &LayerKv) -> Tensor {
     let (keys, values) = cache.append(span.start, k, v);
     let q = q.unsqueeze(0);
@@ -439,15 +463,15 @@ impl Mlp {
     }
 }
 
-/// Rotary position embedding (arXiv 2104.09864): dimension i turns with dimension i + head_width / 2.
-/// [tokens, heads, head_width] -> [tokens, heads, head_width]
+/// Rotates positions (rotary position embedding, arXiv 2104.09864): dimension i turns with dimension i + head_width /
+/// 2. [tokens, heads, head_width] -> [tokens, heads, head_width]
 fn rotate(x: &Tensor, step: &Step) -> Tensor {
     let halves = x.chunk(2, -1);
     let turned = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
     x * &step.cos + turned * &step.sin
 }
 
-/// position × 10000^(-2i / head_width), both halves alike: [positions, head_width]
+/// Returns the angles position × 10000^(-2i / head_width), both halves alike: [positions, head_width].
 fn rotary_angles(positions: i64, head_width: i64) -> Tensor {
     let options = (Kind::Float, Device::Cpu);
     let exponents = Tensor::arange_start_step(0, head_width, 2, options) / head_width as f64;
@@ -456,7 +480,7 @@ fn rotary_angles(positions: i64, head_width: i64) -> Tensor {
     Tensor::cat(&[&angles, &angles], -1)
 }
 
-/// The device of each layer, as upstream's `multicuda`: every device gets an equal share of all parameters, the
+/// Returns the device of each layer, as upstream's `multicuda`: every device gets an equal share of all parameters, the
 /// first one's share reduced by what it holds besides layers.
 fn spread_layers(config: &LlamaConfig, outside_layers: i64, devices: usize) -> Vec<usize> {
     let per_layer = config.layer_parameters() as f64;

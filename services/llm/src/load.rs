@@ -27,31 +27,42 @@ mod tests;
 /// What the engine needs of the service's configuration; see [`crate::config::Config`].
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
+    /// The folder of the model, or the name of random weights.
     pub model_dir: PathBuf,
+    /// The devices by name; layers are spread over several.
     pub devices: Vec<String>,
+    /// How many threads one torch operation takes; 0 is as many as the process may use.
     pub cores: usize,
+    /// The bytes of keys and values of all running sequences, over all devices.
     pub kv_budget_bytes: u64,
+    /// How many positions of prompts one step computes.
     pub prefill_chunk: usize,
+    /// How many sequences may wait; one more is refused.
     pub max_waiting: usize,
-    /// Told how far loading is.
+    /// The count of how far loading is.
     pub progress: Progress,
 }
 
-/// What everyone else needs to know of the model.
+/// What the service and its clients have to know of the loaded model.
 #[derive(Clone, Debug)]
 pub struct Loaded {
+    /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// The ids that begin and end a text.
     pub text_ids: TextIds,
+    /// The digest of the weights as they are computed with, 64 hexadecimal digits.
     pub weights_digest: String,
+    /// The dtype of embeddings.
     pub dtype: Dtype,
-    /// Width of one embedding outside the projections.
+    /// The width of one embedding outside the projections.
     pub embedding_width: usize,
-    /// Embeddings of an image, and of a video frame.
+    /// How many embeddings an image has.
     pub n_query: usize,
+    /// How many embeddings a video frame has.
     pub v_query: usize,
-    /// Positions of prompt and output together.
+    /// The most positions that prompt and output take together.
     pub max_positions: usize,
-    /// Entries that the budget for keys and values holds.
+    /// How many entries the budget for keys and values holds.
     pub kv_entries: usize,
 }
 
@@ -73,6 +84,11 @@ impl Default for Vision {
 }
 
 /// Loads and warms the model; runs on the engine's thread.
+///
+/// # Errors
+///
+/// A device cannot be opened, the folder does not fit the model, the weights have no room, one forward fails, or keys
+/// and values of one whole context do not fit.
 pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     let devices = device::open(&config.devices)?;
     let kind = device::compute_kind(devices[0]);
@@ -98,7 +114,11 @@ pub fn load(config: &ModelConfig) -> Result<(Llama, Loaded), LoadError> {
     Ok((model, loaded))
 }
 
-/// Bytes of weights that each device takes.
+/// Returns the bytes of weights that each device takes when layers are spread over `devices`.
+///
+/// # Errors
+///
+/// A section of the configuration is not of its form.
 pub fn room(dir: &ModelDir, devices: &[Device], kind: Kind) -> Result<Vec<(Device, u64)>, LoadError> {
     Ok(shares(&dir.section("llama")?, &dir.section("vision")?, devices, kind))
 }
@@ -109,15 +129,19 @@ fn shares(llama: &LlamaConfig, vision: &Vision, devices: &[Device], kind: Kind) 
     devices.iter().copied().zip(bytes).collect()
 }
 
-/// Whether a folder could be loaded, and the digest that it would have: what of its weights is read, the folder was
-/// opened for.
+/// Builds the model on the CPU out of what of its weights is read, which the folder was opened for; returns the weights
+/// digest that it has or would have.
+///
+/// # Errors
+///
+/// The folder does not fit the model.
 pub fn verify(dir: &Rc<ModelDir>, kind: Kind) -> Result<String, LoadError> {
     let (llama, vision, _) = described(dir)?;
     let (_, weights_digest) = Llama::load(dir, llama, vision.width, &[Device::Cpu], kind)?;
     Ok(weights_digest)
 }
 
-/// What is said beside the weights, which must agree.
+/// Reads what is said beside the weights, which must agree.
 fn described(dir: &ModelDir) -> Result<(LlamaConfig, Vision, Tokenizer), LoadError> {
     let llama: LlamaConfig = dir.section("llama")?;
     let vision: Vision = dir.section("vision")?;
@@ -126,7 +150,7 @@ fn described(dir: &ModelDir) -> Result<(LlamaConfig, Vision, Tokenizer), LoadErr
     Ok((llama, vision, tokenizer))
 }
 
-/// The folder's tokenizer; an added_tokens.json beside it must give its tokens the ids that are appended here.
+/// Reads the folder's tokenizer; an added_tokens.json beside it must give its tokens the ids that are appended here.
 fn tokenizer(dir: &ModelDir) -> Result<Tokenizer, LoadError> {
     let tokenizer = Tokenizer::parse(&dir.tokenizer_bytes()?, dir.instruct()).map_err(|source| {
         let path = dir.tokenizer_path().unwrap_or(dir.path()).to_owned();
@@ -143,7 +167,7 @@ fn tokenizer(dir: &ModelDir) -> Result<Tokenizer, LoadError> {
     Ok(tokenizer)
 }
 
-/// What config.json's sections and the tokenizer say must agree.
+/// Checks that config.json's sections and the tokenizer agree.
 fn check(
     dir: &ModelDir,
     llama: &LlamaConfig,
@@ -177,7 +201,7 @@ fn check(
     Ok(())
 }
 
-/// A prompt and one more token: what is allocated or compiled at first use is, before anyone waits for it.
+/// Computes a prompt and one more token: what is allocated or compiled at first use is, before anyone waits for it.
 fn warm_up(model: &Llama, ids: TextIds) {
     let prompt = Tensor::from_slice(&[i64::from(ids.begin); 8]);
     let mut kv = model.kv_cache(9);

@@ -14,17 +14,25 @@ use crate::{scheduler::Work, step::StepOutput};
 /// Rows of a step: from one token to a chunk of a prompt beside many beams.
 const ROWS_MAX_LOG2: u16 = 13;
 
+/// The llm's metrics. Clones share the values.
 #[derive(Clone, Debug)]
 pub struct Metrics {
+    /// `emu2_llm_kv_reserved_bytes`: keys and values promised to running sequences.
     pub kv_reserved: Gauge,
+    /// `emu2_llm_kv_budget_bytes`: keys and values that may be promised.
     pub kv_budget: Gauge,
+    /// `emu2_llm_step_rows`: rows of one forward, over all sequences.
     pub step_rows: Histogram,
+    /// `emu2_llm_prefilled_positions_total`: positions of prompts computed.
     pub prefilled: Counter,
+    /// `emu2_llm_text_steps_total`: steps in which a text sequence chose tokens; beams count once.
     pub text_steps: Counter,
+    /// `emu2_llm_regressed_embeddings_total`: embeddings of images computed.
     pub embeddings: Counter,
 }
 
 impl Metrics {
+    /// Registers the metrics under the prefix `emu2_llm`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             kv_reserved: Gauge::default(),
@@ -48,7 +56,7 @@ impl Metrics {
         metrics
     }
 
-    /// What one sequence did in a step.
+    /// Counts what one sequence did in a step.
     pub(crate) fn count(&self, work: &Work, answer: &StepOutput) {
         self.prefilled.inc_by(work.prefilled() as u64);
         match answer {

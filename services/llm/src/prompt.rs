@@ -15,115 +15,181 @@ use crate::tokenizer::{
     Tokenizer, USER, VIDEO, is_space, patch_index,
 };
 
-/// Names the rules of this file in cache keys: to be raised whenever equal parts give other positions.
+/// The version of the rules of this file in cache keys: to be raised whenever equal parts give other positions.
 pub const TEMPLATE_VERSION: u32 = 1;
 
-/// Of a chat that does not bring its own.
+/// The system message of a chat that does not bring its own.
 pub const SYSTEM_MESSAGE: &str =
     "You are a helpful assistant, dedicated to delivering comprehensive and meticulous responses.";
-/// The same, of a chat that asks for boxes.
+/// The system message of a chat that asks for boxes and does not bring its own.
 pub const GROUNDING_SYSTEM_MESSAGE: &str =
     "You are a helpful assistant, dedicated to provide concise and efficient answers.";
 
-/// Of a box in text: four coordinates between two marks.
+/// How many positions a box in text takes: four coordinates between two marks.
 const REGION_POSITIONS: usize = 6;
 
 /// Coordinates in text reach from 0 to this (upstream's README), though there are 257 patch index tokens.
 const COORDINATE_MAX: f64 = 224.0;
 
+/// A part of an interleaved prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
+    /// A text, as it stands.
     Text(String),
-    /// One slot of n_query embeddings.
+    /// An image: one slot of `n_query` embeddings.
     Image,
-    /// One slot of v_query embeddings for each frame.
+    /// A video: one slot of `v_query` embeddings for each frame.
     Video {
+        /// How many frames, at least 1.
         frames: u32,
     },
-    /// A named region in fractions of the picture. Under regression it takes one slot of n_query embeddings, of the
+    /// A named region in fractions of the image. Under regression it takes one slot of `n_query` embeddings, of the
     /// region drawn as an image; under text output it is written as coordinates.
     Box {
+        /// The left edge, 0 to below `right`.
         left: f32,
+        /// The top edge, 0 to below `bottom`.
         top: f32,
+        /// The right edge, at most 1.
         right: f32,
+        /// The bottom edge, at most 1.
         bottom: f32,
+        /// What is in the region; empty for an unnamed one.
         phrase: String,
     },
 }
 
+/// What a prompt is laid out from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// Parts in order, no template.
+    /// Parts in order, without a template.
     Prompt(Vec<Part>),
-    /// User and assistant in turn, first and last the user.
-    Chat { turns: Vec<Vec<Part>>, system_message: Option<String> },
+    /// Turns of user and assistant, the first and the last of the user.
+    Chat {
+        /// The parts of each turn, an odd number of turns.
+        turns: Vec<Vec<Part>>,
+        /// The system message in place of upstream's.
+        system_message: Option<String>,
+    },
 }
 
+/// What is to follow the prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
-    /// `grounding` (read with a chat only, as upstream): ask for boxes.
-    Text { grounding: bool, max_new_tokens: usize },
+    /// A text.
+    Text {
+        /// Whether to ask for boxes; read with a chat only, as upstream.
+        grounding: bool,
+        /// The most tokens of the text.
+        max_new_tokens: usize,
+    },
     /// The embeddings of one image: the prompt ends in `[IMG]`.
     Regression,
 }
 
-/// What the model takes per picture, and at most in all.
+/// What the model takes for each image, and at most in all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PromptConfig {
-    /// Embeddings of an image, and of a video frame; at least 1.
+    /// How many embeddings an image has, at least 1.
     pub n_query: usize,
+    /// How many embeddings a video frame has, at least 1.
     pub v_query: usize,
-    /// Positions of prompt and output together.
+    /// The most positions that prompt and output take together.
     pub max_positions: usize,
 }
 
+/// A prompt as the positions that the language model reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// One a position; inside slots the id of `<image>` or `[gIMG]`.
+    /// One id for each position; inside slots that of `<image>` or `[gIMG]`.
     pub ids: Vec<u32>,
-    /// In order of appearance.
+    /// The places of embeddings, in order of appearance.
     pub slots: Vec<Slot>,
 }
 
-/// The positions [start, start + len) that hold one picture's embeddings in place of token embeddings.
+/// The positions [start, start + len) that hold one image's embeddings in place of token embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
+    /// The first of these positions.
     pub start: usize,
+    /// How many embeddings the slot takes.
     pub len: usize,
 }
 
+/// Why a prompt cannot be laid out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum PromptError {
-    /// `field` is a path from the request, e.g. `chat.turns[1].parts[0].text`.
+    /// A part breaks a rule.
     #[error("{field}: {problem}")]
-    Invalid { field: String, problem: Problem },
+    Invalid {
+        /// The path of the field from the request, such as `chat.turns[1].parts[0].text`.
+        field: String,
+        /// The rule.
+        problem: Problem,
+    },
+    /// The text is longer than any that could fit the positions.
     #[error("{field} holds {bytes} bytes of text, more than {limit}")]
-    TooManyBytes { field: &'static str, bytes: usize, limit: usize },
-    /// `prompt` is exact, but of so many frames or boxes that they are not even laid out a lower bound.
+    TooManyBytes {
+        /// The field that holds the texts, `prompt` or `chat`.
+        field: &'static str,
+        /// The bytes of all texts.
+        bytes: usize,
+        /// The most bytes that could fit.
+        limit: usize,
+    },
+    /// Prompt and output together take more positions than the model has.
     #[error("the prompt takes {prompt} positions and the output {requested}, together more than {limit}")]
-    TooLong { prompt: usize, requested: usize, limit: usize },
+    TooLong {
+        /// The positions of the prompt: exact, but a lower bound of so many frames or boxes that they are not even
+        /// laid out.
+        prompt: usize,
+        /// The positions of the output.
+        requested: usize,
+        /// The positions that the model has.
+        limit: usize,
+    },
 }
 
+/// The rule that a part of a prompt breaks; the message reads on from the name of its field.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Problem {
+    /// There are no parts.
     #[error("has no parts, needs at least 1")]
     NoParts,
+    /// A chat has an even number of turns, which it holds.
     #[error("has {0} turns, needs an odd number: user and assistant in turn, first and last the user")]
     EvenTurns(usize),
+    /// The model was not tuned to chat.
     #[error("this model has no chat template, send a prompt")]
     NoChat,
-    #[error("an image is painted from a prompt, not from a chat")]
+    /// An image is asked for as the answer to a chat.
+    #[error("an image is generated from a prompt, not from a chat")]
     ChatRegression,
+    /// A text contains this placeholder of embeddings.
     #[error("contains {0}, which stands for embeddings and cannot be written")]
     Reserved(&'static str),
+    /// A video has no frames.
     #[error("has 0 frames, needs at least 1")]
     NoFrames,
+    /// Two opposite edges of a box do not lie within the image, one before the other.
     #[error("{low_edge} is {low} and {high_edge} is {high}, must be 0 <= {low_edge} < {high_edge} <= 1")]
-    Edges { low_edge: &'static str, low: f32, high_edge: &'static str, high: f32 },
+    Edges {
+        /// The name of the left or the top edge.
+        low_edge: &'static str,
+        /// Where it is, in fractions of the image.
+        low: f32,
+        /// The name of the opposite edge.
+        high_edge: &'static str,
+        /// Where that is, in fractions of the image.
+        high: f32,
+    },
 }
 
-/// Lays out a prompt, or says what is wrong with it. The work is bounded by `config.max_positions`: more text than
-/// could fit them is refused unread.
+/// Lays out a prompt. The work is bounded by `config.max_positions`: more text than could fit them is refused unread.
+///
+/// # Errors
+///
+/// The first rule that the input breaks, or that prompt and output do not fit the model's positions.
 pub fn build(
     tokenizer: &Tokenizer,
     config: &PromptConfig,
@@ -147,11 +213,11 @@ struct Layout<'a> {
     config: &'a PromptConfig,
     output: &'a Output,
     text: String,
-    /// Lengths.
+    /// The length of each slot.
     slots: Vec<usize>,
-    /// That the slots take beyond the ids of `text`.
+    /// How many positions the slots take beyond the ids of `text`.
     positions: usize,
-    /// Boxes written as coordinates.
+    /// How many boxes are written as coordinates.
     regions: usize,
 }
 
@@ -314,7 +380,7 @@ impl Layout<'_> {
     }
 }
 
-/// Texts, phrases and the system message, all together.
+/// Checks the length of texts, phrases and the system message, all together.
 fn check_bytes(input: &Input, limit: usize) -> Result<(), PromptError> {
     let part = |part: &Part| match part {
         Part::Text(text) => text.len(),

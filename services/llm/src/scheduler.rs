@@ -20,34 +20,35 @@ use std::{collections::BTreeMap, ops::Range};
 use emu2_engine::{line::Line, stage::Ticket};
 use emu2_serve::priority::Priority;
 
-/// What bounds a scheduler; every value at least 1.
+/// What bounds a scheduler; every value is at least 1.
 #[derive(Clone, Copy, Debug)]
 pub struct SchedulerLimits {
-    /// Entries of keys and values, over all running sequences.
+    /// How many entries of keys and values all running sequences may have together.
     pub kv_entries: usize,
-    /// Positions of prompts in one step.
+    /// How many positions of prompts one step computes.
     pub prefill_chunk: usize,
 }
 
 /// What a sequence needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand {
-    /// Positions of its prompt.
+    /// How many positions its prompt has.
     pub prompt: usize,
-    /// Leading positions of the prompt whose embeddings are here.
+    /// How many leading positions of the prompt have their embeddings.
     pub ready: usize,
-    /// Entries that it may ever put into its cache.
+    /// How many entries it may ever put into its cache.
     pub kv_entries: usize,
+    /// The priority class of its request.
     pub priority: Priority,
 }
 
-/// A sequence that would not fit an empty cache.
+/// The refusal of a sequence that would not fit an empty cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it needs {needed} cache entries of {budget}")]
 pub struct TooLarge {
-    /// Entries that it may ever need.
+    /// How many entries it may ever need.
     pub needed: usize,
-    /// Entries that there are.
+    /// How many entries there are.
     pub budget: usize,
 }
 
@@ -61,7 +62,7 @@ pub enum Work {
 }
 
 impl Work {
-    /// Positions of a prompt that it computes.
+    /// Returns how many positions of a prompt the work computes.
     pub fn prefilled(&self) -> usize {
         match self {
             Self::Prefill(positions) => positions.len(),
@@ -73,18 +74,20 @@ impl Work {
 /// The next step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Sequences that start to run with this step: they need a cache.
+    /// The sequences that start to run with this step: they need a cache.
     pub admitted: Vec<Ticket>,
+    /// What each working sequence adds.
     pub work: BTreeMap<Ticket, Work>,
 }
 
+/// The choice of who runs: the waiting and the running sequences, without their tensors.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: SchedulerLimits,
-    /// The next one first.
+    /// The waiting sequences, the next one first.
     waiting: Line<Sequence>,
     running: Vec<Sequence>,
-    /// Entries promised to the running sequences.
+    /// How many entries are promised to the running sequences.
     reserved: usize,
 }
 
@@ -96,10 +99,16 @@ struct Sequence {
 }
 
 impl Scheduler {
+    /// Makes a scheduler without sequences.
     pub fn new(limits: SchedulerLimits) -> Self {
         Self { limits, waiting: Line::default(), running: Vec::new(), reserved: 0 }
     }
 
+    /// Lets a sequence wait for its admission.
+    ///
+    /// # Errors
+    ///
+    /// The sequence would not fit an empty cache.
     pub fn submit(&mut self, ticket: Ticket, demand: Demand) -> Result<(), TooLarge> {
         let SchedulerLimits { kv_entries: budget, .. } = self.limits;
         if demand.kv_entries > budget {
@@ -109,7 +118,7 @@ impl Scheduler {
         Ok(())
     }
 
-    /// More of a prompt's embeddings are here: all before position `ready`.
+    /// Records that more of a prompt's embeddings are here: all before position `ready`.
     pub fn set_ready(&mut self, ticket: Ticket, ready: usize) {
         let mut all = self.waiting.iter_mut().chain(&mut self.running);
         if let Some(sequence) = all.find(|sequence| sequence.ticket == ticket) {
@@ -117,7 +126,7 @@ impl Scheduler {
         }
     }
 
-    /// It has finished or failed, or its caller left.
+    /// Removes a sequence that has finished or failed, or whose caller left.
     pub fn remove(&mut self, ticket: Ticket) {
         self.waiting.retain(|sequence| sequence.ticket != ticket);
         if let Some(index) = self.running.iter().position(|sequence| sequence.ticket == ticket) {
@@ -125,7 +134,7 @@ impl Scheduler {
         }
     }
 
-    /// The next step, taken as done: whatever fails in it has to be removed.
+    /// Plans the next step and takes it as done: whatever fails in it has to be removed.
     pub fn plan(&mut self) -> Plan {
         let mut plan = Plan { admitted: self.admit(), work: BTreeMap::new() };
         let mut chunk = self.limits.prefill_chunk;
@@ -145,25 +154,27 @@ impl Scheduler {
         plan
     }
 
+    /// Returns how many sequences wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
+    /// Returns how many sequences run.
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Entries promised to the running sequences; at most the budget.
+    /// Returns how many entries are promised to the running sequences; at most the budget.
     pub fn reserved(&self) -> usize {
         self.reserved
     }
 
-    /// Entries promised to nobody.
+    /// Returns how many entries are promised to nobody.
     pub fn free(&self) -> usize {
         self.limits.kv_entries - self.reserved
     }
 
-    /// Positions of prompts that are not in a cache yet.
+    /// Returns how many positions of prompts are not in a cache yet.
     pub fn prefill_left(&self) -> usize {
         self.waiting.iter().chain(&self.running).map(|it| it.demand.prompt - it.prefilled).sum()
     }
@@ -190,7 +201,7 @@ impl Scheduler {
 }
 
 impl Sequence {
-    /// Whether everything in its first chunk is here.
+    /// Whether everything in the sequence's first chunk is here.
     fn can_start(&self, prefill_chunk: usize) -> bool {
         self.demand.ready >= self.demand.prompt.min(prefill_chunk)
     }

@@ -18,28 +18,46 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
 use beam::BeamSearch;
-pub use processors::{Processors, Warpers};
-pub use step::{Next, Row, Step};
+use processors::Processors;
+pub use processors::Warpers;
+pub(crate) use step::{Next, Row, Step};
 
-/// How a text is generated; [`crate::service`] keeps every value within its limits.
+/// How a text is generated; the service keeps every value within its limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TextParameters {
+    /// The most tokens that are generated, at least 1.
     pub max_new_tokens: usize,
-    /// No end of text before this many ids, the unseen first one included.
+    /// How many ids there must be before the text may end, the unseen first one included.
     pub min_length: usize,
+    /// The factor by which ids that were already chosen become less likely; 1 is off.
     pub repetition_penalty: f32,
+    /// How the next token is chosen.
     pub strategy: Strategy,
 }
 
+/// How the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Strategy {
+    /// The likeliest token.
     Greedy,
-    Sample { warpers: Warpers, seed: u64 },
-    Beam { num_beams: usize, length_penalty: f64 },
+    /// A token drawn from the distribution.
+    Sample {
+        /// What narrows the distribution.
+        warpers: Warpers,
+        /// The seed that the draws follow from.
+        seed: u64,
+    },
+    /// The likeliest text that a beam search finds.
+    Beam {
+        /// How many beams the search keeps, at least 2.
+        num_beams: usize,
+        /// The power of its length that a text's log-probability is divided by; below 0, short texts are preferred.
+        length_penalty: f64,
+    },
 }
 
 impl TextParameters {
-    /// Rows of a decode step.
+    /// Returns how many rows a decode step has: the beams, or 1.
     pub fn rows(&self) -> usize {
         match self.strategy {
             Strategy::Beam { num_beams, .. } => num_beams,
@@ -51,19 +69,24 @@ impl TextParameters {
 /// The two ids that a search must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TextIds {
+    /// The id of the beginning of text.
     pub begin: u32,
+    /// The id of the end of text.
     pub end: u32,
 }
 
 /// The state of one text that is being generated.
 #[derive(Debug)]
-pub enum Search {
+pub(crate) enum Search {
+    /// One line of tokens.
     Line(Line),
+    /// Several beams.
     Beam(BeamSearch),
 }
 
 impl Search {
-    pub fn new(parameters: &TextParameters, ids: TextIds) -> Self {
+    /// Begins a text after a prompt.
+    pub(crate) fn new(parameters: &TextParameters, ids: TextIds) -> Self {
         let processors = Processors {
             repetition_penalty: parameters.repetition_penalty,
             min_length: parameters.min_length,
@@ -84,16 +107,16 @@ impl Search {
     }
 
     /// Takes ids as chosen that were chosen elsewhere. A beam search has none: it begins again.
-    pub fn resume(&mut self, chosen: &[u32]) {
+    pub(crate) fn resume(&mut self, chosen: &[u32]) {
         match self {
             Self::Line(line) => line.ids.extend(chosen),
             Self::Beam(_) => debug_assert!(chosen.is_empty(), "beams tell their ids at the end"),
         }
     }
 
-    /// `logits`: [rows, vocabulary], finite, of the rows asked for in the step before (one row after the prompt).
-    /// Worked on in place.
-    pub fn step(&mut self, logits: &mut [f32]) -> Step {
+    /// Chooses by the logits of the rows that the step before asked for (one row after the prompt): [rows, vocabulary],
+    /// finite. They are worked on in place.
+    pub(crate) fn step(&mut self, logits: &mut [f32]) -> Step {
         match self {
             Self::Line(line) => line.step(logits),
             Self::Beam(beam) => beam.step(logits),
@@ -101,9 +124,9 @@ impl Search {
     }
 }
 
-/// One line of tokens: greedy or sampled.
+/// A search along one line of tokens, greedy or sampled.
 #[derive(Debug)]
-pub struct Line {
+pub(crate) struct Line {
     ids: Vec<u32>,
     max_new_tokens: usize,
     processors: Processors,
@@ -132,7 +155,7 @@ impl Line {
     }
 }
 
-/// The first of the largest.
+/// Returns the index of the first of the largest scores.
 fn argmax(scores: &[f32]) -> u32 {
     let mut best = 0;
     for (index, score) in scores.iter().enumerate() {
@@ -143,8 +166,8 @@ fn argmax(scores: &[f32]) -> u32 {
     best as u32
 }
 
-/// The number in [0, 1) that decides the token at `position`. Counted, not drawn in sequence: a replica that takes
-/// a request over after n tokens continues with the same choices.
+/// Returns the number in [0, 1) that decides the token at `position`. It is counted, not drawn in sequence: a replica
+/// that takes a request over after n tokens continues with the same choices.
 fn uniform(seed: u64, position: u64) -> f64 {
     let mut generator = ChaCha12Rng::seed_from_u64(seed);
     // A double takes two 32-bit words.
@@ -152,7 +175,7 @@ fn uniform(seed: u64, position: u64) -> f64 {
     generator.random()
 }
 
-/// The token at which the cumulated softmax of `scores` passes `uniform`.
+/// Returns the token at which the cumulated softmax of `scores` passes `uniform`.
 fn draw(scores: &[f32], uniform: f64) -> u32 {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |score: f32| f64::from((score - max).exp());

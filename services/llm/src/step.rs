@@ -7,46 +7,48 @@ use crate::{
     llama::{Llama, Rows},
 };
 
-/// The rows of one sequence, what they are, and what is wanted of them.
+/// The rows of one sequence in a step, what they are, and what is wanted of them.
 #[derive(Debug)]
-pub struct StepInput<'a> {
-    pub kv: &'a mut KvCache,
-    pub append: Append<'a>,
-    /// One for each row; at a row that an embedding takes, any id.
-    pub ids: Vec<u32>,
-    pub embeddings: Vec<Placed>,
-    pub output: OutputKind,
+pub(crate) struct StepInput<'a> {
+    pub(crate) kv: &'a mut KvCache,
+    pub(crate) append: Append<'a>,
+    /// One id for each row; at a row that an embedding takes, any id.
+    pub(crate) ids: Vec<u32>,
+    pub(crate) embeddings: Vec<Placed>,
+    pub(crate) output: OutputKind,
 }
 
-/// Embeddings, [rows, embedding_width], in place of the ids from row `first` of a input on.
+/// Embeddings in place of the ids from row `first` of an input on.
 #[derive(Debug)]
-pub struct Placed {
-    pub first: usize,
-    pub embeddings: Tensor,
+pub(crate) struct Placed {
+    pub(crate) first: usize,
+    /// The embeddings, [rows, embedding_width].
+    pub(crate) embeddings: Tensor,
 }
 
+/// What is wanted of an input's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputKind {
+pub(crate) enum OutputKind {
     /// Only that the cache be filled.
     Nothing,
-    /// The next token's, after the last row of a line or after every row of a branch.
+    /// The next token's logits, after the last row of a line or after every row of a branch.
     Logits,
     /// The next embedding of an image, after the last row.
     Embedding,
 }
 
-/// What a input asked for.
+/// What an input asked for.
 #[derive(Debug)]
-pub enum StepOutput {
+pub(crate) enum StepOutput {
     Nothing,
-    /// [rows, vocabulary]
+    /// The logits, [rows, vocabulary].
     Logits(Vec<f32>),
-    /// [1, embedding_width], as it is to be fed back.
+    /// The embedding, [1, embedding_width], as it is to be fed back.
     Embedding(Tensor),
 }
 
-/// Computes one step; answers come in the order of the inputs.
-pub fn run(model: &Llama, mut inputs: Vec<StepInput<'_>>) -> Vec<StepOutput> {
+/// Computes one step; outputs come in the order of the inputs.
+pub(crate) fn run(model: &Llama, mut inputs: Vec<StepInput<'_>>) -> Vec<StepOutput> {
     let x = embedded(model, &inputs);
     let mut rows: Vec<Rows<'_>> =
         inputs.iter_mut().map(|input| Rows { kv: &mut *input.kv, append: input.append }).collect();
@@ -75,7 +77,7 @@ pub fn run(model: &Llama, mut inputs: Vec<StepInput<'_>>) -> Vec<StepOutput> {
 }
 
 impl StepInput<'_> {
-    /// How many of its last rows are wanted.
+    /// Returns how many of the input's last rows are wanted.
     fn wanted(&self) -> usize {
         match (self.output, self.append) {
             (OutputKind::Nothing, _) => 0,
@@ -85,7 +87,7 @@ impl StepInput<'_> {
     }
 }
 
-/// Rows of all inputs, [tokens, width]: one look-up for all ids, one projection for all embeddings.
+/// Embeds the rows of all inputs, [tokens, width]: one look-up for all ids, one projection for all embeddings.
 fn embedded(model: &Llama, inputs: &[StepInput<'_>]) -> Tensor {
     let ids: Vec<i64> = inputs.iter().flat_map(|input| input.ids.iter().map(|&id| i64::from(id))).collect();
     let mut x = model.embed(&Tensor::from_slice(&ids));
@@ -106,7 +108,7 @@ fn embedded(model: &Llama, inputs: &[StepInput<'_>]) -> Tensor {
     x.index_copy_(0, &rows, &model.project_up(&Tensor::cat(&embeddings, 0)))
 }
 
-/// Indices, over all inputs, of the rows that something is wanted of.
+/// Returns the indices, over all inputs, of the rows that something of this kind is wanted of.
 fn wanted_rows(inputs: &[StepInput<'_>], kind: OutputKind) -> Vec<i64> {
     let mut end = 0;
     let mut rows = Vec::new();

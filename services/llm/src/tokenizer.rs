@@ -33,8 +33,8 @@ const BOS: &str = "<s>";
 const UNK: &str = "<unk>";
 const PAD: &str = "[PAD]";
 
-/// In the order of their ids, right after the sentencepiece vocabulary. Then come the patch indices, then in
-/// instruction-tuned models the two of the chat template.
+/// The special tokens in the order of their ids, right after the sentencepiece vocabulary. Then come the patch indices,
+/// then in instruction-tuned models the two of the chat template.
 const APPENDED: [&str; 15] = [
     PAD,
     IMG,
@@ -53,13 +53,15 @@ const APPENDED: [&str; 15] = [
     "<REC>",
 ];
 
-/// Upstream appends this many, though coordinates only reach 224.
+/// How many patch indices upstream appends, though coordinates only reach 224.
 const PATCH_INDICES: usize = 257;
 
 /// The special tokens that code refers to by id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
+    /// `<s>`: a text begins.
     Bos,
+    /// `</s>`: a text ends.
     Eos,
     /// `[IMG]`: an image begins.
     Img,
@@ -71,9 +73,11 @@ pub enum Special {
     Gimg,
 }
 
+/// The tokenizer of a model: a sentencepiece vocabulary and Emu2's special tokens.
 pub struct Tokenizer {
     model: Model,
-    /// By name: those of the model file that count as special (`<unk>`, `<s>`, `</s>`) and the appended ones.
+    /// The ids of special tokens by name: those of the model file that count as special (`<unk>`, `<s>`, `</s>`) and
+    /// the appended ones.
     specials: HashMap<String, u32>,
     appended: Vec<String>,
     longest_special: usize,
@@ -94,7 +98,11 @@ enum Meaning<'a> {
 }
 
 impl Tokenizer {
-    /// `bytes`: of a `tokenizer.model`. `instruct`: whether the chat template's tokens exist.
+    /// Reads the bytes of a `tokenizer.model`. `instruct`: whether the chat template's tokens exist.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are no sentencepiece model, or one that LLaMA's tokenizer could not be.
     pub fn parse(bytes: &[u8], instruct: bool) -> Result<Self, ModelError> {
         let model = Model::parse(bytes)?;
         let builtin =
@@ -114,12 +122,12 @@ impl Tokenizer {
         Ok(Self { model, specials, appended, longest_special, bos, unk, instruct, digest })
     }
 
-    /// The id of a special token by its name, such as `[IMG]`.
+    /// Returns the id of a special token by its name, such as `[IMG]`; none if there is no such token.
     pub fn special_named(&self, name: &str) -> Option<u32> {
         self.specials.get(name).copied()
     }
 
-    /// Ids of a text, the beginning-of-text id first; no end-of-text id.
+    /// Encodes a text to ids, the beginning-of-text id first; no end-of-text id is added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let mut ids = vec![self.bos];
         for section in self.sections(text) {
@@ -131,17 +139,18 @@ impl Tokenizer {
         ids
     }
 
-    /// No more bytes of text than these fit `positions`: so many of the longest token. (White space beside special
+    /// Returns the most bytes of text that fit `positions`: so many of the longest token. (White space beside special
     /// tokens is dropped and takes none; a text of more bytes could fit by that alone, which nobody means.)
     pub fn max_text_bytes(&self, positions: usize) -> usize {
         positions.saturating_mul(self.model.longest_piece().max(self.longest_special))
     }
 
-    /// Rows of the embedding table: the model file's pieces and the appended special tokens.
+    /// Returns how many rows the embedding table has: the model file's pieces and the appended special tokens.
     pub fn vocab_size(&self) -> usize {
         self.model.len() + self.appended.len()
     }
 
+    /// Returns the id of a special token.
     pub fn special(&self, special: Special) -> u32 {
         let name = match special {
             Special::Bos => BOS,
@@ -159,7 +168,8 @@ impl Tokenizer {
         self.instruct
     }
 
-    /// blake3 hex over the model file and the appended special tokens: equal digests give equal ids.
+    /// Returns the blake3 digest of the model file and the appended special tokens, 64 hexadecimal digits: equal
+    /// digests give equal ids.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -178,7 +188,7 @@ impl Tokenizer {
         Sections { tokenizer: self, rest: text, found: None, trim_start: false }
     }
 
-    /// The first special token in `text`: where it begins, where it ends, its id. Every one opens with a bracket,
+    /// Finds the first special token in `text`: where it begins, where it ends, its id. Every one opens with a bracket,
     /// ends with the closing one and has neither inside, so candidates never overlap.
     fn find_special(&self, text: &str) -> Option<(usize, usize, u32)> {
         let bytes = text.as_bytes();
@@ -245,7 +255,8 @@ impl<'a> Iterator for Sections<'a> {
     }
 }
 
-/// Python's idea of white space, which `str.strip` takes away: Unicode's, and four separators besides.
+/// Whether Python takes a character for white space, which `str.strip` takes away: Unicode's, and four separators
+/// besides.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\x1c'..='\x1f')
 }
@@ -256,7 +267,7 @@ fn appended(instruct: bool) -> Vec<String> {
     APPENDED.into_iter().map(str::to_owned).chain(patches).chain(chat.map(str::to_owned)).collect()
 }
 
-/// The token of one coordinate.
+/// Returns the token of one coordinate.
 pub(crate) fn patch_index(index: usize) -> String {
     format!("<patch_index_{index:04}>")
 }

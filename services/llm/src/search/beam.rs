@@ -4,12 +4,12 @@ use super::{Next, Processors, Row, Step};
 
 /// The beams of one prompt and what they have finished.
 #[derive(Debug)]
-pub struct BeamSearch {
+pub(crate) struct BeamSearch {
     num_beams: usize,
-    /// Ids of the longest answer, the unseen beginning of text included.
+    /// The ids of the longest answer, the unseen beginning of text included.
     max_length: usize,
     processors: Processors,
-    /// One after the prompt, then `num_beams`.
+    /// The running beams: one after the prompt, then `num_beams`.
     beams: Vec<Beam>,
     finished: Hypotheses,
 }
@@ -17,7 +17,7 @@ pub struct BeamSearch {
 #[derive(Clone, Debug)]
 struct Beam {
     ids: Vec<u32>,
-    /// Sum of processed log-probabilities.
+    /// The sum of processed log-probabilities.
     score: f32,
 }
 
@@ -77,7 +77,7 @@ impl BeamSearch {
         Step { ids: Vec::new(), next: Next::Rows(rows) }
     }
 
-    /// The best 2 × num_beams continuations, best first. As each beam has one end, num_beams of them go on.
+    /// Returns the best 2 × num_beams continuations, best first. As each beam has one end, num_beams of them go on.
     fn candidates(&self, logits: &mut [f32]) -> Vec<Candidate> {
         let vocabulary = logits.len() / self.beams.len();
         let wanted = 2 * self.num_beams;
@@ -127,9 +127,9 @@ struct Hypotheses {
 
 #[derive(Debug)]
 struct Hypothesis {
-    /// Without the end of text.
+    /// The ids without the end of text.
     ids: Vec<u32>,
-    /// Log-probability / length^length_penalty.
+    /// The log-probability / length^length_penalty.
     score: f64,
     complete: bool,
 }
@@ -156,13 +156,13 @@ impl Hypotheses {
         f64::from(sum) / (length as f64).powf(self.length_penalty)
     }
 
-    /// Index and score; among equals the oldest.
+    /// Returns index and score of the worst kept answer; among equals the oldest.
     fn worst(&self) -> (usize, f64) {
         let scores = self.kept.iter().map(|hypothesis| hypothesis.score).enumerate();
         scores.min_by(|a, b| a.1.total_cmp(&b.1)).expect("num_beams is at least 1, so something is kept")
     }
 
-    /// Among equals the newest.
+    /// Returns the best kept answer; among equals the newest.
     fn best(&self) -> &Hypothesis {
         let best = self.kept.iter().max_by(|a, b| a.score.total_cmp(&b.score));
         best.expect("the running beams were added")

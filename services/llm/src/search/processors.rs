@@ -1,19 +1,20 @@
 //! What is done to scores before a token is chosen, in transformers' order: repetition penalty, minimal length, and
 //! for sampling temperature, top-k, top-p.
 
-/// On raw logits, or on a beam search's log-probabilities (which are not normalised again).
+/// What is done to raw logits, or to a beam search's log-probabilities (which are not normalised again).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Processors {
-    /// 1 is off.
-    pub repetition_penalty: f32,
-    /// No `end` while there are fewer ids.
-    pub min_length: usize,
-    pub end: u32,
+pub(crate) struct Processors {
+    /// The factor by which ids that were already chosen become less likely; 1 is off.
+    pub(crate) repetition_penalty: f32,
+    /// How many ids there must be before `end` may be chosen.
+    pub(crate) min_length: usize,
+    /// The id of the end of text.
+    pub(crate) end: u32,
 }
 
 impl Processors {
-    /// `ids`: everything chosen so far, after the unseen beginning of text.
-    pub fn apply(&self, ids: &[u32], scores: &mut [f32]) {
+    /// Changes the scores of the next token; `ids` is everything chosen so far, after the unseen beginning of text.
+    pub(crate) fn apply(&self, ids: &[u32], scores: &mut [f32]) {
         if self.repetition_penalty != 1.0 {
             self.penalise(ids, scores);
         }
@@ -22,7 +23,7 @@ impl Processors {
         }
     }
 
-    /// Once for each distinct id.
+    /// Penalises each distinct id once.
     fn penalise(&self, ids: &[u32], scores: &mut [f32]) {
         let mut seen = ids.to_vec();
         seen.sort_unstable();
@@ -43,16 +44,17 @@ impl Processors {
 /// What narrows a distribution before a token is drawn; what is cut off becomes -inf.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Warpers {
-    /// Above 0; 1 is off.
+    /// What logits are divided by, above 0; 1 is off.
     pub temperature: f32,
-    /// Keep the k best, and whatever equals the k-th.
+    /// How many of the best to keep, with whatever equals the last of them; none keeps all.
     pub top_k: Option<usize>,
-    /// Keep the best that together pass this probability, with the one that crosses it.
+    /// The probability that the kept ones together pass, with the one that crosses it; none keeps all.
     pub top_p: Option<f32>,
 }
 
 impl Warpers {
-    pub fn apply(&self, scores: &mut [f32]) {
+    /// Changes the scores of the next token, in transformers' order.
+    pub(crate) fn apply(&self, scores: &mut [f32]) {
         if self.temperature != 1.0 {
             self.apply_temperature(scores);
         }
@@ -87,7 +89,7 @@ fn keep_top_k(scores: &mut [f32], k: usize) {
     scores.iter_mut().filter(|score| **score < kth).for_each(|score| *score = f32::NEG_INFINITY);
 }
 
-/// Cut from the unlikely end while what is cut stays within 1 - p; the best always stays.
+/// Cuts from the unlikely end while what is cut stays within 1 - p; the best always stays.
 fn keep_top_p(scores: &mut [f32], p: f32) {
     let mut rising: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
     rising.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));

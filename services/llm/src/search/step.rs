@@ -2,25 +2,25 @@
 
 /// A row to compute next: `token` continues row `parent` of the step before (of the prompt, at first).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row {
+pub(crate) struct Row {
     /// The index of the row that is continued.
-    pub parent: usize,
+    pub(crate) parent: usize,
     /// The id that continues it.
-    pub token: u32,
+    pub(crate) token: u32,
 }
 
 /// What a step of a search came to.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Step {
+pub(crate) struct Step {
     /// Ids that are certain now, an end of text included: one each step, or a beam search's whole answer at its end.
-    pub ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     /// How the search goes on.
-    pub next: Next,
+    pub(crate) next: Next,
 }
 
 /// How a search goes on after a step.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Next {
+pub(crate) enum Next {
     /// The rows to compute next.
     Rows(Vec<Row>),
     /// The text is over.

@@ -22,30 +22,31 @@ impl Tokenizer {
     }
 }
 
-/// Turns ids into text as they come. What `push` and `finish` return, joined, is exactly what [`Tokenizer::decode`]
-/// gives for all the ids.
+/// A decoder that turns ids into text as they come. What `push` and `finish` return, joined, is exactly what
+/// [`Tokenizer::decode`] gives for all the ids.
 ///
-/// Held back until they are certain: the bytes of an incomplete character; and where special tokens are kept, the
-/// text since the last special token, because the official decode puts a space *before* that text if `<s>`, `</s>`
-/// or `<unk>` follows it, and none otherwise.
+/// Held back until they are certain: the bytes of an incomplete character; and where special tokens are kept, the text
+/// since the last special token, because the official decode puts a space *before* that text if `<s>`, `</s>` or
+/// `<unk>` follows it, and none otherwise.
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     state: State,
 }
 
 impl Detokenizer {
+    /// Begins a text; with `skip_special` it holds no special tokens.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
         Self { tokenizer, state: State::new(skip_special) }
     }
 
-    /// What this id adds to the text; often empty.
+    /// Returns what this id adds to the text; often nothing.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
         self.state.push(&self.tokenizer, id, &mut text);
         text
     }
 
-    /// What was held back.
+    /// Ends the text and returns what was held back of it.
     pub fn finish(self) -> String {
         let mut text = String::new();
         self.state.finish(&mut text);
@@ -53,14 +54,14 @@ impl Detokenizer {
     }
 }
 
-/// Between two ids of a text.
+/// The state between two ids of a text.
 struct State {
     skip_special: bool,
     segment: Segment,
-    /// Text of the segment, where special tokens are kept.
+    /// The text of the segment, where special tokens are kept.
     held: String,
-    /// Ids since the last appended special token: the official decode treats each such run on its own and joins
-    /// runs and appended tokens with spaces.
+    /// How many ids came since the last appended special token: the official decode treats each such run on its own and
+    /// joins runs and appended tokens with spaces.
     run: usize,
     after_builtin: bool,
     wrote: bool,
@@ -141,7 +142,7 @@ impl State {
 /// Pieces that sentencepiece decodes together: the leading space of the first is the dummy prefix and is dropped.
 #[derive(Default)]
 struct Segment {
-    /// Of a character that may still become complete: at most 3.
+    /// The bytes of a character that may still become complete: at most 3.
     bytes: Vec<u8>,
     wrote: bool,
     past_start: bool,
@@ -170,7 +171,7 @@ impl Segment {
         out.extend(text.chars().map(|c| if c == SPACE { ' ' } else { c }));
     }
 
-    /// What is still incomplete at the end of a run of bytes is invalid, byte by byte.
+    /// Writes what is still incomplete at the end of a run of bytes: it is invalid, byte by byte.
     fn flush(&mut self, out: &mut String) {
         out.extend(self.bytes.drain(..).map(|_| char::REPLACEMENT_CHARACTER));
     }

@@ -10,19 +10,30 @@ use std::{
 
 use prost::Message;
 
-/// Stands for a space inside pieces.
+/// What stands for a space inside pieces.
 pub(super) const SPACE: char = '\u{2581}';
 
+/// Why a file is not a tokenizer of LLaMA's kind.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// The bytes are not those of a sentencepiece model.
     #[error("not a sentencepiece model")]
     Decode(#[from] prost::DecodeError),
+    /// The model uses this, which LLaMA's does not.
     #[error("uses {0}, which LLaMA's tokenizer does not")]
     Unsupported(&'static str),
+    /// A piece of the vocabulary breaks a rule.
     #[error("piece {id} {problem}")]
-    Piece { id: usize, problem: &'static str },
+    Piece {
+        /// The id of the piece.
+        id: usize,
+        /// What is wrong with it; it reads on from the piece.
+        problem: &'static str,
+    },
+    /// A piece of this name, which Emu2 needs, is not in the vocabulary.
     #[error("has no piece {0}")]
     Missing(String),
+    /// The vocabulary holds a special token of this name that Emu2 appends.
     #[error("already holds the special token {0}")]
     Taken(String),
 }
@@ -100,7 +111,7 @@ impl Model {
         self.pieces.get(id as usize)
     }
 
-    /// The piece of this text and kind: the ones that text never becomes are found only so.
+    /// Returns the id of the piece of this text and kind: the ones that text never becomes are found only so.
     pub(super) fn find(&self, text: &str, kind: Kind) -> Option<u32> {
         (0..).zip(&self.pieces).find(|(_, piece)| piece.kind == kind && piece.text == text).map(|(id, _)| id)
     }
@@ -109,7 +120,8 @@ impl Model {
         self.index.contains_key(text)
     }
 
-    /// In bytes, with three for each space: an id never stands for more of a text.
+    /// Returns the length of the longest piece in bytes, with three for each space: an id never stands for more of a
+    /// text.
     pub(super) fn longest_piece(&self) -> usize {
         self.longest
     }
@@ -124,7 +136,7 @@ impl Model {
         merging.finish(ids);
     }
 
-    /// A piece that text can become.
+    /// Returns a piece that text can become.
     fn lookup(&self, text: &str) -> Option<(u32, &Piece)> {
         if text.len() > self.longest {
             return None;
