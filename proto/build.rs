@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(FILES, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("emu2.descriptors"), descriptors.encode_to_vec())?;
-    // `Bytes` for every bytes field: pictures and tensors are shared, not copied, on decode.
+    // `Bytes` for every bytes field: images and tensors are shared, not copied, on decode.
     tonic_prost_build::configure().bytes(".").codec_path("crate::codec::Codec").compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=emu2");
     Ok(())

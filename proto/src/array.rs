@@ -8,20 +8,22 @@ use bytes::Bytes;
 
 use crate::v1;
 
-/// Most dimensions that an array may have: latents are [channels, height, width], embeddings [queries, width].
+/// The most dimensions that an array may have: latents are [channels, height, width], embeddings [queries, width].
 pub const MAX_RANK: usize = 4;
-/// Largest dimension; the widest layer of Emu2 has 17,920 units.
+/// The largest dimension of an array; the widest layer of Emu2 has 17,920 units.
 pub const MAX_DIMENSION: usize = 65_536;
 
-/// Element types of the wire.
+/// The element types of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
+    /// IEEE 754 binary32.
     F32,
+    /// bfloat16, the upper half of a binary32.
     Bf16,
 }
 
 impl Dtype {
-    /// Bytes of one element.
+    /// Returns the bytes of one element.
     pub fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -29,6 +31,7 @@ impl Dtype {
         }
     }
 
+    /// Returns the name of the type as errors spell it.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "float32",
@@ -37,7 +40,7 @@ impl Dtype {
     }
 }
 
-/// A checked array; cloning shares its bytes.
+/// A checked array. Clones share its bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Array {
     dtype: Dtype,
@@ -45,27 +48,62 @@ pub struct Array {
     data: Bytes,
 }
 
-/// Why bytes are not an array.
+/// Why bytes are not an array, or not the one that is needed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ArrayError {
+    /// A message has no tensor.
     #[error("tensor is missing")]
     Missing,
+    /// The message's number is that of no element type.
     #[error("dtype must be DTYPE_F32 or DTYPE_BF16, got {0}")]
     Dtype(i32),
+    /// The shape, which it holds, has no dimensions or too many, or one that is zero or too large.
     #[error("shape must have 1 to {MAX_RANK} dimensions of 1 to {MAX_DIMENSION}, got {0:?}")]
     Shape(Vec<usize>),
+    /// The bytes are more or fewer than the shape needs.
     #[error("data must be {expected} bytes for shape {shape:?} of {dtype}, got {got}")]
-    Length { expected: usize, shape: Vec<usize>, dtype: &'static str, got: usize },
+    Length {
+        /// The bytes that the shape needs.
+        expected: usize,
+        /// The shape.
+        shape: Vec<usize>,
+        /// The element type by name.
+        dtype: &'static str,
+        /// The bytes that there are.
+        got: usize,
+    },
+    /// A value is infinite or not a number.
     #[error("values must be finite, got {value} at element {index}")]
-    NotFinite { value: f32, index: usize },
+    NotFinite {
+        /// The value.
+        value: f32,
+        /// Its index among all elements.
+        index: usize,
+    },
+    /// The array has another shape than the one that is needed.
     #[error("shape must be {expected:?}, got {got:?}")]
-    WrongShape { expected: Vec<usize>, got: Vec<usize> },
+    WrongShape {
+        /// The needed shape.
+        expected: Vec<usize>,
+        /// The array's shape.
+        got: Vec<usize>,
+    },
+    /// The array has another element type than the one that is needed.
     #[error("dtype must be {expected}, got {got}")]
-    WrongDtype { expected: &'static str, got: &'static str },
+    WrongDtype {
+        /// The needed element type by name.
+        expected: &'static str,
+        /// The array's element type by name.
+        got: &'static str,
+    },
 }
 
 impl Array {
-    /// Checks everything that makes bytes an array.
+    /// Makes an array of row-major, little-endian elements, and checks everything that makes bytes one.
+    ///
+    /// # Errors
+    ///
+    /// The shape is out of bounds, the bytes do not fit it, or a value is not finite.
     pub fn new(dtype: Dtype, shape: Vec<usize>, data: Bytes) -> Result<Self, ArrayError> {
         let in_bounds = |&side: &usize| (1..=MAX_DIMENSION).contains(&side);
         if !(1..=MAX_RANK).contains(&shape.len()) || !shape.iter().all(in_bounds) {
@@ -82,20 +120,22 @@ impl Array {
         stray.map_or(Ok(array), |(index, value)| Err(ArrayError::NotFinite { value, index }))
     }
 
+    /// Returns the element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
+    /// Returns the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    /// Row-major little-endian elements.
+    /// Returns the row-major, little-endian elements.
     pub fn data(&self) -> &Bytes {
         &self.data
     }
 
-    /// The elements, widened to float32.
+    /// Returns the elements, widened to float32.
     pub fn values(&self) -> impl Iterator<Item = f32> + '_ {
         let dtype = self.dtype;
         self.data.chunks_exact(dtype.size()).map(move |element| match dtype {
@@ -104,7 +144,11 @@ impl Array {
         })
     }
 
-    /// This array if it has the shape and dtype that its reader needs.
+    /// Returns this array if it has the element type and the shape that its reader needs.
+    ///
+    /// # Errors
+    ///
+    /// It has another one.
     pub fn expect(self, dtype: Dtype, shape: &[usize]) -> Result<Self, ArrayError> {
         if self.dtype != dtype {
             return Err(ArrayError::WrongDtype { expected: dtype.name(), got: self.dtype.name() });

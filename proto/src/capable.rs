@@ -6,6 +6,7 @@ use crate::{
     v1::Dtype,
 };
 
+/// Describes an encoder of the published size, in float32.
 pub fn encoder() -> EncoderInfo {
     EncoderInfo {
         weights_digest: "e1".into(),
@@ -19,6 +20,7 @@ pub fn encoder() -> EncoderInfo {
     }
 }
 
+/// Describes an llm of the published chat model's size, in float32.
 pub fn llm() -> LlmInfo {
     LlmInfo {
         weights_digest: "l1".into(),
@@ -43,6 +45,7 @@ pub fn llm() -> LlmInfo {
     }
 }
 
+/// Describes a decoder of the published size, in float32.
 pub fn decoder() -> DecoderInfo {
     DecoderInfo {
         weights_digest: "d1".into(),

@@ -39,7 +39,7 @@ where
     }
 }
 
-/// Takes the room of a whole message before it writes the first field.
+/// An encoder that takes the room of a whole message before it writes the first field.
 #[derive(Clone, Debug)]
 pub struct AtOnce<Out>(ProstEncoder<Out>);
 

@@ -6,10 +6,12 @@
 //! | [`stage`] | router to stage, package `emu2.stage.v1` |
 //! | [`array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
 //! | [`capable`] | stages of the published sizes, for whatever stands in for them |
-//! | [`pooling`] | how many embeddings a picture can become |
+//! | [`pooling`] | how many embeddings an image can become |
 //! | [`codec`] | how a message becomes the bytes of a stream |
 //!
 //! No tch here, so that the router builds without libtorch.
+
+#![warn(missing_docs)]
 
 pub mod array;
 pub mod capable;

@@ -1,4 +1,4 @@
-//! How many embeddings a picture can become: a rule that whoever asks for them and whoever makes them must share.
+//! How many embeddings an image can become: a rule that whoever asks for them and whoever makes them must share.
 //!
 //! The encoder pools its grid of patches by squares. As upstream, the stride for n_query is ⌊side / √n_query⌋, which
 //! leaves ⌊side / stride⌋² embeddings. Where that is another number than n_query, a prompt would hold slots that
@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-/// ⌊side / √n_query⌋: the largest stride whose square times n_query fits the grid. `None` when that is 0, or for no
-/// query at all.
+/// Returns the pooling stride ⌊grid_side / √n_query⌋, in patches: the largest stride whose square times `n_query` fits
+/// the grid. None when that is 0, or for no query at all.
 pub fn stride(grid_side: u32, n_query: u32) -> Option<u32> {
     if n_query == 0 {
         return None;
@@ -18,7 +18,7 @@ pub fn stride(grid_side: u32, n_query: u32) -> Option<u32> {
     Some(stride as u32)
 }
 
-/// What is wrong with asking for so many embeddings, if anything; reads on from the field's name.
+/// Describes what is wrong with asking for so many embeddings, if anything; the text reads on from the field's name.
 pub fn problem(grid_side: u32, n_query: u32) -> Option<String> {
     let possible: BTreeSet<u64> =
         (1..=grid_side).map(|stride| u64::from(grid_side / stride).pow(2)).collect();
