@@ -21,10 +21,10 @@ async fn lookups(cluster: &Cluster, outcome: &str) -> f64 {
 }
 
 /// Asks until an answer came from Redis: writes are off the path, and the breaker opens again after a while.
-async fn until_hit(cluster: &Cluster, picture: u64) {
+async fn until_hit(cluster: &Cluster, image: u64) {
     let before = lookups(cluster, "l2_hit").await;
     for _ in 0..1_000 {
-        send(cluster, load::embed(picture)).await.unwrap();
+        send(cluster, load::embed(image)).await.unwrap();
         if lookups(cluster, "l2_hit").await > before {
             return;
         }

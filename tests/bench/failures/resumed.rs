@@ -19,8 +19,8 @@ fn a_text() -> Ask {
     load::write(vec![text("Tell me a story.")], 60)
 }
 
-fn a_picture() -> Ask {
-    load::paint(vec![text("a cat on a roof")], 30, 7)
+fn an_image() -> Ask {
+    load::draw(vec![text("a cat on a roof")], 30, 7)
 }
 
 /// Asks undisturbed, then again while `strike` happens to the replica of `stage` that is at work; both answers must be
@@ -62,13 +62,13 @@ async fn a_replica_killed_in_the_middle_of_a_text_is_not_seen() {
 }
 
 #[tokio::test]
-async fn a_replica_killed_while_it_regresses_a_picture_is_not_seen() {
-    kill(LLM, a_picture()).await;
+async fn a_replica_killed_while_it_regresses_an_image_is_not_seen() {
+    kill(LLM, an_image()).await;
 }
 
 #[tokio::test]
 async fn a_replica_killed_while_it_denoises_is_not_seen() {
-    kill(DECODER, load::paint(vec![image(1)], 30, 7)).await;
+    kill(DECODER, load::draw(vec![image(1)], 30, 7)).await;
 }
 
 #[tokio::test]
@@ -84,5 +84,5 @@ async fn a_replica_that_hangs_in_a_text_and_wakes_is_not_seen() {
 
 #[tokio::test]
 async fn a_replica_that_hangs_while_it_denoises_and_wakes_is_not_seen() {
-    hang(DECODER, load::paint(vec![image(1)], 30, 7)).await;
+    hang(DECODER, load::draw(vec![image(1)], 30, 7)).await;
 }

@@ -46,13 +46,13 @@ async fn a_router_that_is_told_to_stop_finishes_its_streams() {
     assert!(cluster.routers[0].process.ended().await.unwrap().success());
 }
 
-/// Text with a picture keeps encoder and llm at it, a painting llm and decoder.
+/// Text with an image keeps encoder and llm at it, an image request llm and decoder.
 #[tokio::test]
 async fn a_client_that_leaves_frees_every_stage() {
     let mut cluster = cluster(plan()).await;
     for ask in [
         load::write(vec![image(1), text("What is this?")], 500),
-        load::paint(vec![image(2), text("the same at night")], 250, 1),
+        load::draw(vec![image(2), text("the same at night")], 250, 1),
     ] {
         let mut client = cluster.router().client();
         let leaving = tokio::time::timeout(Duration::from_millis(250), load::send(&mut client, ask)).await;
@@ -68,8 +68,8 @@ async fn a_client_that_leaves_frees_every_stage() {
 #[tokio::test]
 async fn a_deadline_that_passes_frees_every_stage() {
     let mut cluster = cluster(plan()).await;
-    let Ask::Generate(asked) = load::paint(vec![image(2), text("the same at night")], 250, 1) else {
-        unreachable!("a painting is a Generate")
+    let Ask::Generate(asked) = load::draw(vec![image(2), text("the same at night")], 250, 1) else {
+        unreachable!("an image request is a Generate")
     };
     let mut request = Request::new(asked);
     request.set_timeout(Duration::from_millis(400));

@@ -209,7 +209,7 @@ async fn answers_over_tls_are_whole_and_stages_talk_to_their_routers_alone() {
     let mut guarded_cluster = Cluster::without_router(secrets.plan()).await.unwrap();
     let mut guarded = Guarded::ready(&guarded_cluster, &secrets).await;
     let in_the_clear = cluster(plan()).await;
-    for ask in [a_text(), load::paint(vec![image(2), text("at night")], 6, 7)] {
+    for ask in [a_text(), load::draw(vec![image(2), text("at night")], 6, 7)] {
         let undisturbed = send(&in_the_clear, ask.clone()).await.unwrap();
         assert_same(&undisturbed, &guarded.send(ask).await);
     }

@@ -18,37 +18,47 @@ use tonic::transport::Channel;
 
 use crate::processes::{Process, binary, free_address, program};
 
-/// The one model of every cluster here.
+/// The name of the one model of every cluster here.
 pub const MODEL: &str = "emu2";
-/// Far above what starting anything here takes, on a busy machine too.
+/// How long anything here may take to start: far above what it takes, on a busy machine too.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a stage's replicas are, as `mock-stage` takes it: its role first.
+/// What the replicas of a stage are, as `mock-stage` takes it.
 #[derive(Clone, Debug)]
 pub struct Stage {
+    /// The role: `encoder`, `llm` or `decoder`.
     pub role: &'static str,
+    /// The further arguments, which set costs and the weights digest.
     pub arguments: Vec<String>,
 }
 
 impl Stage {
-    /// `costs` as on the command line: `--image-ms 5 --rows 8`.
+    /// Makes a stage of a role; `costs` are as on the command line: `--image-ms 5 --rows 8`.
     pub fn new(role: &'static str, costs: &str) -> Self {
         Self { role, arguments: costs.split_whitespace().map(str::to_owned).collect() }
     }
 }
 
-/// A process that serves replicas of one stage; it keeps its address over restarts when it serves one.
+/// A process that serves replicas of one stage. It keeps its address over restarts when it serves one.
 pub struct Replica {
+    /// What the process serves.
     pub stage: Stage,
     listen: SocketAddr,
     dir: PathBuf,
     core: Option<usize>,
+    /// The process.
     pub process: Process,
+    /// The endpoints of its replicas, as a router's configuration names them.
     pub endpoints: Vec<String>,
     admins: Vec<SocketAddr>,
 }
 
 impl Replica {
+    /// Starts the process and waits until it listens; its output goes to `dir`, and it stays on `core` if one is given.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be started or does not listen in time.
     pub async fn start(dir: &Path, stage: &Stage, core: Option<usize>) -> anyhow::Result<Self> {
         let listen = free_address();
         let process = Self::spawn(dir, stage, listen, core)?;
@@ -71,14 +81,22 @@ impl Replica {
         Process::start(dir, stage.role, &binary("mock-stage")?, &arguments, core)
     }
 
-    /// Starts it again on its address, after it ended.
+    /// Starts the process again on its address, after killing it if it still runs.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::start`].
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.process.kill();
         self.process = Self::spawn(&self.dir, &self.stage, self.listen, self.core)?;
         self.listening().await
     }
 
-    /// As [`Replica::restart`], with other arguments: a roll to other weights.
+    /// Restarts the process as [`Self::restart`] does, as another stage: a roll to other weights.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::start`].
     pub async fn restart_as(&mut self, stage: Stage) -> anyhow::Result<()> {
         self.stage = stage;
         self.restart().await
@@ -110,7 +128,7 @@ impl Replica {
         }
     }
 
-    /// Sum of one of its metrics over its replicas; 0 while it is down.
+    /// Returns the sum of a metric over the replicas of the process; 0 while it is down.
     pub async fn metric(&self, name: &str) -> f64 {
         let mut sum = 0.0;
         for admin in &self.admins {
@@ -121,7 +139,11 @@ impl Replica {
     }
 }
 
-/// What `/metrics` says at an admin address.
+/// Reads the text of `/metrics` at an admin address.
+///
+/// # Errors
+///
+/// Nobody answers there.
 pub async fn metrics(admin: SocketAddr) -> anyhow::Result<String> {
     let mut stream = TcpStream::connect(admin).await?;
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
@@ -130,25 +152,32 @@ pub async fn metrics(admin: SocketAddr) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// A series' value; its labels are part of the name.
+/// Returns the value of a series, whose labels are part of its name; none if the metrics have no such series.
 pub fn value(metrics: &str, series: &str) -> Option<f64> {
     metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 /// A router as a process.
 pub struct Router {
+    /// The process.
     pub process: Process,
+    /// The address of its API.
     pub address: SocketAddr,
+    /// The address of its metrics and health.
     pub admin: SocketAddr,
 }
 
 impl Router {
-    /// A channel of its own to the router.
+    /// Opens a channel of its own to the router.
     pub fn client(&self) -> Emu2Client<Channel> {
         client_of(self.address)
     }
 
-    /// Waits until every stage has answered it.
+    /// Waits until every stage has answered the router.
+    ///
+    /// # Errors
+    ///
+    /// The router ends, or is not ready in time.
     pub async fn ready(&mut self) -> anyhow::Result<()> {
         let began = Instant::now();
         let mut client = self.client();
@@ -168,26 +197,31 @@ impl Router {
     }
 }
 
-/// A channel as services of the cluster open it.
+/// Opens a channel to an address as services of the cluster do.
 pub fn client_of(address: SocketAddr) -> Emu2Client<Channel> {
     let endpoint = emu2_serve::client::endpoint(format!("http://{address}"));
     let channel = endpoint.expect("an address makes an endpoint").connect_lazy();
     Emu2Client::new(channel).max_decoding_message_size(64 << 20)
 }
 
-/// How many replicas of what, and what the router is told beside their endpoints.
+/// How many replicas of what a cluster has, and what its routers are told beside their endpoints.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// What the encoders are.
     pub encoder: Stage,
+    /// What the llms are.
     pub llm: Stage,
+    /// What the decoders are.
     pub decoder: Stage,
-    /// Processes a stage.
+    /// How many processes each stage has.
     pub replicas: usize,
-    /// Lines of the router's `[server]`.
+    /// The lines of the router's `[server]`.
     pub server: String,
-    /// Further tables of its configuration.
+    /// Further tables of the router's configuration.
     pub tables: String,
+    /// The core that routers stay on; none for any.
     pub router_core: Option<usize>,
+    /// The core that stages stay on; none for any.
     pub stage_core: Option<usize>,
 }
 
@@ -206,27 +240,41 @@ impl Default for Plan {
     }
 }
 
-/// The router's cache off.
+/// The table of a router's configuration that turns its cache off.
 pub const NO_CACHE: &str = "[cache]\nmemory_bytes = 0\n";
 
+/// A running cluster; its processes end when it is dropped.
 pub struct Cluster {
+    /// What the cluster was started by.
     pub plan: Plan,
+    /// The processes of the encoder's pool.
     pub encoders: Vec<Replica>,
+    /// The processes of the llm's pool.
     pub llms: Vec<Replica>,
+    /// The processes of the decoder's pool.
     pub decoders: Vec<Replica>,
+    /// The routers in front of them.
     pub routers: Vec<Router>,
     dir: tempfile::TempDir,
 }
 
 impl Cluster {
-    /// Stages and one router, ready.
+    /// Starts the stages and one router, and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// A process does not start in time.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
         let mut cluster = Self::without_router(plan).await?;
         cluster.add_router().await?;
         Ok(cluster)
     }
 
-    /// Stages alone.
+    /// Starts the stages alone.
+    ///
+    /// # Errors
+    ///
+    /// A process does not start in time.
     pub async fn without_router(plan: Plan) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut pools = [Vec::new(), Vec::new(), Vec::new()];
@@ -239,11 +287,16 @@ impl Cluster {
         Ok(Self { plan, encoders, llms, decoders, routers: vec![], dir })
     }
 
+    /// Returns the folder of logs and configurations, which is removed with the cluster.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Another router in front of the same stages, ready.
+    /// Starts another router in front of the same stages, and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// The router does not start in time.
     pub async fn add_router(&mut self) -> anyhow::Result<()> {
         let mut router = self.spawn_router(free_address())?;
         router.ready().await?;
@@ -251,7 +304,11 @@ impl Cluster {
         Ok(())
     }
 
-    /// A router on this address, as soon as its process is started.
+    /// Starts a router on this address, without waiting until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be started.
     pub fn spawn_router(&self, address: SocketAddr) -> anyhow::Result<Router> {
         let admin = free_address();
         let pool = |replicas: &[Replica]| {
@@ -279,16 +336,21 @@ impl Cluster {
         Ok(Router { process, address, admin })
     }
 
+    /// Returns the first router.
+    ///
+    /// # Panics
+    ///
+    /// The cluster was started without one.
     pub fn router(&self) -> &Router {
         &self.routers[0]
     }
 
-    /// Every replica of every stage.
+    /// Returns every process of every stage.
     pub fn replicas(&mut self) -> impl Iterator<Item = &mut Replica> {
         self.encoders.iter_mut().chain(&mut self.llms).chain(&mut self.decoders)
     }
 
-    /// The pool of a stage by its number: encoder, llm, decoder.
+    /// Returns the pool of a stage by its number modulo 3: encoder, llm, decoder.
     pub fn pool(&mut self, number: usize) -> &mut Vec<Replica> {
         match number % 3 {
             0 => &mut self.encoders,
@@ -298,14 +360,20 @@ impl Cluster {
     }
 }
 
-/// A redis-server of its own.
+/// A redis-server of its own, without persistence.
 pub struct Redis {
+    /// The process.
     pub process: Process,
     address: SocketAddr,
     dir: PathBuf,
 }
 
 impl Redis {
+    /// Starts a server on a free address and waits until it listens.
+    ///
+    /// # Errors
+    ///
+    /// redis-server is not installed or does not start in time.
     pub async fn start(dir: &Path) -> anyhow::Result<Self> {
         Self::start_on(dir, free_address()).await
     }
@@ -322,19 +390,26 @@ impl Redis {
         Ok(Self { process, address, dir: dir.to_owned() })
     }
 
+    /// Returns the server's URL, as a router's configuration names it.
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)
     }
 
+    /// Stops the process where it is; connections stay open and nothing is answered.
     pub fn pause(&self) {
         self.process.signal(Signal::STOP);
     }
 
+    /// Lets a paused process go on.
     pub fn go_on(&self) {
         self.process.signal(Signal::CONT);
     }
 
-    /// Empty, on its address again.
+    /// Starts the server again, empty, on its address.
+    ///
+    /// # Errors
+    ///
+    /// The server does not come back in time.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.process.kill();
         *self = Self::start_on(&self.dir, self.address).await.context("redis-server does not come back")?;

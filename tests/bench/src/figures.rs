@@ -8,12 +8,16 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bar {
+    /// The figure's median must be at most this.
     AtMost(f64),
+    /// The figure's median must be at least this.
     AtLeast(f64),
+    /// The figure must be this in every round: a count.
     Exactly(f64),
 }
 
 impl Bar {
+    /// Whether a value meets the bar.
     pub fn is_met(self, value: f64) -> bool {
         match self {
             Self::AtMost(limit) => value <= limit,
@@ -41,54 +45,65 @@ impl Bar {
 /// One line of the table.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
+    /// What was measured.
     pub what: String,
+    /// The unit of the values.
     pub unit: &'static str,
-    /// One a round.
+    /// The values, one for each round.
     pub values: Vec<f64>,
+    /// How the figure is judged; none where it is only told.
     pub bar: Option<Bar>,
 }
 
-/// What a row hands back.
+/// What a row of the benchmark hands back.
 #[derive(Debug, Serialize)]
 pub struct Row {
+    /// The row's name.
     pub name: &'static str,
-    /// Under which conditions.
+    /// The conditions under which it was measured.
     pub conditions: String,
+    /// What was measured.
     pub figures: Vec<Figure>,
     /// Differences found, causes seen: for whoever reads the numbers.
     pub notes: Vec<String>,
-    /// Why it could not run; its bars then count as not met.
+    /// Why the row could not run; its bars then count as not met.
     pub failed: Option<String>,
-    /// Bars that the row holds, run or not.
+    /// How many bars the row holds, run or not.
     pub bars: usize,
 }
 
 impl Row {
+    /// Returns how many of its bars the row meets.
     pub fn met(&self) -> usize {
         self.figures.iter().filter(|figure| figure.is_met() == Some(true)).count()
     }
 }
 
 impl Figure {
+    /// Makes a figure without values and without a bar.
     pub fn new(what: impl Into<String>, unit: &'static str) -> Self {
         Self { what: what.into(), unit, values: vec![], bar: None }
     }
 
+    /// Sets how the figure is judged.
     #[must_use]
     pub fn bar(mut self, bar: Bar) -> Self {
         self.bar = Some(bar);
         self
     }
 
+    /// Adds the value of one more round.
     pub fn push(&mut self, value: f64) {
         self.values.push(value);
     }
 
+    /// Returns the median over the rounds; NaN without any.
     pub fn median(&self) -> f64 {
         median(&self.values)
     }
 
-    /// None without a bar, or without a value. What must be exact must be so in every round.
+    /// Whether the figure meets its bar; none without a bar. Without a value no bar is met, and what must be exact must
+    /// be so in every round.
     pub fn is_met(&self) -> Option<bool> {
         let bar = self.bar?;
         let met = match bar {
@@ -123,7 +138,7 @@ impl Figure {
     }
 }
 
-/// The table of all rows, as text.
+/// Formats the table of all rows as text.
 pub fn table(rows: &[Row]) -> String {
     let mut out = String::new();
     for row in rows {
@@ -144,7 +159,7 @@ pub fn table(rows: &[Row]) -> String {
     out
 }
 
-/// Of an even number of values, the mean of the two in the middle.
+/// Returns the median: of an even number of values, the mean of the two in the middle; NaN of none.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -155,7 +170,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The value below which the fraction lies, in milliseconds; NaN of none.
+/// Returns the duration below which the fraction (0 to 1) of durations lies, in milliseconds; NaN of none.
 pub fn percentile_ms(durations: &[Duration], fraction: f64) -> f64 {
     let mut sorted = durations.to_vec();
     sorted.sort();
@@ -163,7 +178,7 @@ pub fn percentile_ms(durations: &[Duration], fraction: f64) -> f64 {
     sorted.get(index.saturating_sub(1)).map_or(f64::NAN, |it| it.as_secs_f64() * 1e3)
 }
 
-/// Three significant digits.
+/// Formats a value with three significant digits.
 fn number(value: f64) -> String {
     let digits = match value.abs() {
         size if size == 0.0 || size >= 100.0 => 0,

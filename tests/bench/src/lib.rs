@@ -13,6 +13,8 @@
 //!
 //! It links no torch.
 
+#![warn(missing_docs)]
+
 pub mod cluster;
 pub mod figures;
 pub mod load;

@@ -24,52 +24,59 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::cluster::MODEL;
 
-/// Of a request's pictures: a small photograph's size.
+/// How many bytes an image of a request has: a small photograph's size.
 const IMAGE_BYTES: usize = 16 << 10;
-/// Everything here ends long before; what does not is a failure.
+/// How long a request may take. Everything here ends long before; what does not is a failure.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a client asks.
 #[derive(Clone, Debug)]
 pub enum Ask {
+    /// The embeddings of an image.
     Embed(EmbedRequest),
+    /// A text or an image.
     Generate(GenerateRequest),
 }
 
 /// An answer that is whole and in order.
 #[derive(Clone, Copy, Debug)]
 pub struct Answer {
-    /// Of everything in it that the request decides: text, picture, embeddings, seed.
+    /// The digest of everything in it that the request decides: text, image, embeddings, seed.
     pub digest: Hash,
-    /// Until the first result: a piece of text, a picture, embeddings.
+    /// The time to the first result: a piece of text, an image, embeddings.
     pub first: Duration,
+    /// The time to the end.
     pub total: Duration,
 }
 
-/// A picture's bytes, told apart by number.
-pub fn picture(number: u64) -> Bytes {
+/// Returns the bytes of an image, told apart by number.
+pub fn image_bytes(number: u64) -> Bytes {
     let mut bytes = vec![0; IMAGE_BYTES];
     Hasher::new().update(&number.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes.into()
 }
 
+/// Makes a part of an image, told apart by number.
 pub fn image(number: u64) -> Part {
-    Part { kind: Some(Kind::Image(Image { data: picture(number) })) }
+    Part { kind: Some(Kind::Image(Image { data: image_bytes(number) })) }
 }
 
+/// Makes a part of text.
 pub fn text(text: impl Into<String>) -> Part {
     Part { kind: Some(Kind::Text(text.into())) }
 }
 
+/// Asks for the embeddings of the image of this number.
 pub fn embed(number: u64) -> Ask {
     Ask::Embed(EmbedRequest {
         model: MODEL.into(),
-        image: Some(Image { data: picture(number) }),
+        image: Some(Image { data: image_bytes(number) }),
         n_query: None,
         ..Default::default()
     })
 }
 
+/// Asks for an output after a prompt of these parts.
 pub fn generate(parts: Vec<Part>, output: Output, seed: u64) -> Ask {
     Ask::Generate(GenerateRequest {
         model: MODEL.into(),
@@ -80,19 +87,20 @@ pub fn generate(parts: Vec<Part>, output: Output, seed: u64) -> Ask {
     })
 }
 
-/// Greedy text.
+/// Asks for a greedy text of so many tokens.
 pub fn write(parts: Vec<Part>, tokens: u32) -> Ask {
     let output = TextOutput { max_new_tokens: Some(tokens), num_beams: Some(1), ..Default::default() };
     generate(parts, Output::Text(output), 1)
 }
 
-/// A picture under guidance.
-pub fn paint(parts: Vec<Part>, steps: u32, seed: u64) -> Ask {
+/// Asks for an image under guidance in so many denoising steps.
+pub fn draw(parts: Vec<Part>, steps: u32, seed: u64) -> Ask {
     let output = ImageOutput { steps: Some(steps), ..Default::default() };
     generate(parts, Output::Image(output), seed)
 }
 
-/// Everything that clients do, in turn: text (greedy, drawn, beams), pictures (painted, autoencoded), embeddings.
+/// Asks for everything that clients do, in turn: text (greedy, sampled, beams), images (generated, autoencoded),
+/// embeddings.
 pub fn mixed(number: u64) -> Ask {
     let words = || text(format!("request {number}"));
     match number % 6 {
@@ -105,13 +113,17 @@ pub fn mixed(number: u64) -> Ask {
             let output = TextOutput { max_new_tokens: Some(12), num_beams: Some(5), ..Default::default() };
             generate(vec![image(number), words(), image(number + 1_000_000)], Output::Text(output), number)
         }
-        3 => paint(vec![image(number), words()], 12, number),
-        4 => paint(vec![image(number)], 12, number),
+        3 => draw(vec![image(number), words()], 12, number),
+        4 => draw(vec![image(number)], 12, number),
         _ => embed(number),
     }
 }
 
-/// Sends one request and checks its answer's order: nothing repeated, nothing after the end.
+/// Sends one request and checks the order of its answer: nothing repeated, nothing after the end.
+///
+/// # Errors
+///
+/// The request failed, took longer than a minute, or its answer is out of order (`DATA_LOSS`).
 pub async fn send(client: &mut Emu2Client<Channel>, ask: Ask) -> Result<Answer, Status> {
     let sending = async {
         match ask {
@@ -146,7 +158,11 @@ async fn embedded(client: &mut Emu2Client<Channel>, request: EmbedRequest) -> Re
     Ok(Answer { digest: hasher.finalize(), first: total, total })
 }
 
-/// Reads a stream to its end.
+/// Reads a stream of events to its end; durations count from `began`.
+///
+/// # Errors
+///
+/// The stream failed, or its events are out of order (`DATA_LOSS`).
 pub async fn read(mut events: Streaming<GenerateEvent>, began: Instant) -> Result<Answer, Status> {
     let mut transcript = Transcript::default();
     let mut first = None;
@@ -164,16 +180,22 @@ pub async fn read(mut events: Streaming<GenerateEvent>, began: Instant) -> Resul
 /// What has been shown of an answer.
 #[derive(Default)]
 pub struct Transcript {
+    /// The text so far.
     pub text: String,
     hasher: Hasher,
     embeddings: u32,
     steps: u32,
-    pictures: usize,
+    images: usize,
     began: bool,
     finished: bool,
 }
 
 impl Transcript {
+    /// Adds an event.
+    ///
+    /// # Errors
+    ///
+    /// The event is out of order (`DATA_LOSS`).
     pub fn add(&mut self, event: Event) -> Result<(), Status> {
         if self.finished || self.began == matches!(event, Event::Accepted(_)) {
             return Err(out_of_order(format!("{event:?} begun {} finished {}", self.began, self.finished)));
@@ -191,7 +213,7 @@ impl Transcript {
             Event::EmbeddingProgress(progress) => advance(&mut self.embeddings, progress.done, "embeddings")?,
             Event::DenoiseProgress(progress) => advance(&mut self.steps, progress.step, "steps")?,
             Event::Image(image) => {
-                self.pictures += 1;
+                self.images += 1;
                 self.hasher.update(&image.png);
             }
             Event::Finished(finished) => {
@@ -203,8 +225,8 @@ impl Transcript {
     }
 
     fn digest(mut self) -> Result<Hash, Status> {
-        if !self.finished || self.pictures > 1 {
-            return Err(out_of_order(format!("finished {}, {} pictures", self.finished, self.pictures)));
+        if !self.finished || self.images > 1 {
+            return Err(out_of_order(format!("finished {}, {} images", self.finished, self.images)));
         }
         self.hasher.update(self.text.as_bytes());
         Ok(self.hasher.finalize())
@@ -227,32 +249,41 @@ fn out_of_order(what: impl std::fmt::Display) -> Status {
 /// What became of one request of a load.
 #[derive(Clone, Debug)]
 pub struct Sent {
+    /// The request's number in the load.
     pub number: u64,
-    /// Since the load began.
+    /// The time from the load's beginning to the request's.
     pub at: Duration,
+    /// The time from the request to its end.
     pub took: Duration,
+    /// The answer, or why there is none.
     pub outcome: Result<Answer, Status>,
 }
 
 /// Everything that a load sent, in no order.
 #[derive(Default)]
-pub struct Record(pub Vec<Sent>);
+pub struct Record(
+    /// The requests.
+    pub Vec<Sent>,
+);
 
 impl Record {
+    /// Returns the answers.
     pub fn answers(&self) -> impl Iterator<Item = &Answer> {
         self.0.iter().filter_map(|sent| sent.outcome.as_ref().ok())
     }
 
+    /// Returns the requests that failed, and why.
     pub fn failures(&self) -> impl Iterator<Item = (&Sent, &Status)> {
         self.0.iter().filter_map(|sent| Some((sent, sent.outcome.as_ref().err()?)))
     }
 
+    /// Returns the requests that were refused because the cluster was full.
     pub fn refused(&self) -> impl Iterator<Item = &Sent> {
         let full = |status: &Status| status.code() == Code::ResourceExhausted;
         self.failures().filter(move |(_, status)| full(status)).map(|(sent, _)| sent)
     }
 
-    /// The first few failures, for a note.
+    /// Describes the first few failures, for a note.
     pub fn reasons(&self) -> String {
         let reasons = self.failures().take(3).map(|(sent, status)| {
             format!(
@@ -267,11 +298,12 @@ impl Record {
     }
 }
 
-/// Told to clients of a load when it is over: they finish what they are at.
+/// The signal to the clients of a load that it is over: they finish what they are at. Clones are one signal.
 #[derive(Clone, Default)]
 pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
+    /// Ends the load.
     pub fn stop(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -281,8 +313,9 @@ impl Stop {
     }
 }
 
-/// `clients` callers, each asking again as soon as it is answered, numbers given out in order from 0, until stopped
-/// or `limit` requests were sent. Channels are shared in turn: one connection carries many streams, as in real use.
+/// Sends requests from `clients` callers, each asking again as soon as it is answered, numbers given out in order from
+/// 0, until stopped or `limit` requests were sent. Channels are shared in turn: one connection carries many streams, as
+/// in real use.
 pub async fn closed_loop<F>(
     channels: &[Emu2Client<Channel>],
     clients: usize,
@@ -316,7 +349,7 @@ where
     Record(callers.join_all().await.into_iter().flatten().collect())
 }
 
-/// Requests at a set rate, whether or not earlier ones are answered.
+/// Sends requests at a set rate for so long, whether or not earlier ones are answered.
 pub async fn open_loop<F>(
     channels: &[Emu2Client<Channel>],
     rate_per_second: f64,
@@ -345,7 +378,7 @@ where
     Record(running.join_all().await)
 }
 
-/// So many requests at once, each on its client; their answers in order.
+/// Sends requests at once, each on its client; returns their answers in order.
 pub async fn at_once(asks: Vec<(Emu2Client<Channel>, Ask)>) -> Vec<Result<Answer, Status>> {
     let sending = asks.into_iter().map(|(mut client, ask)| async move { send(&mut client, ask).await });
     let count = sending.len().max(1);

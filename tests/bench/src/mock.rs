@@ -38,8 +38,12 @@ use self::{
     replica::Replica,
 };
 
-/// Serves every replica until shutdown. Each has its line on standard output once it listens:
+/// Serves every replica until shutdown. Each writes a line to standard output once it listens:
 /// `ready http://ADDRESS http://ADMIN`, or `https` where it speaks TLS.
+///
+/// # Errors
+///
+/// A replica cannot listen, or its server fails.
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let mut replicas = JoinSet::new();
     for number in 0..options.replicas {

@@ -22,16 +22,22 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// Far above what anything here takes to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Its whole process group is killed when dropped, and also when whoever started it dies (`setpriv --pdeathsig`).
+/// A process. Its whole process group is killed when it is dropped, and also when whoever started it dies
+/// (`setpriv --pdeathsig`).
 pub struct Process {
     child: Child,
+    /// The name that its logs are called by.
     pub name: String,
-    /// Standard error.
+    /// The file that its standard error goes to.
     pub log: PathBuf,
 }
 
 impl Process {
     /// Starts `program` with its output in `dir`, on one core if that is given.
+    ///
+    /// # Errors
+    ///
+    /// A log cannot be written, or the program cannot be started.
     pub fn start<S: AsRef<OsStr>>(
         dir: &Path,
         name: &str,
@@ -56,37 +62,44 @@ impl Process {
         Ok(Self { child, name: name.to_owned(), log })
     }
 
+    /// Returns the process id, which is also that of its group.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has written to standard output so far.
+    /// Returns what the process has written to standard output so far.
     pub fn output(&self) -> String {
         std::fs::read_to_string(self.log.with_extension("out")).unwrap_or_default()
     }
 
+    /// Returns what the process has written to standard error so far.
     pub fn errors(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Sends to the whole group: a program that works in children of its own (nginx) is stopped with them.
+    /// Sends a signal to the whole group: a program that works in children of its own (nginx) is stopped with them.
     pub fn signal(&self, signal: Signal) {
         let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         // Fails only when it has ended already.
         let _ = kill_process_group(group.expect("a process id is positive"), signal);
     }
 
-    /// Kills it and waits until it is gone, its sockets with it.
+    /// Kills the process and waits until it is gone, its sockets with it.
     pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         let _ = self.child.wait();
     }
 
+    /// Whether the process has not ended yet.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Waits for it to end by itself.
+    /// Waits for the process to end by itself.
+    ///
+    /// # Errors
+    ///
+    /// The process does not end within a minute.
     pub async fn ended(&mut self) -> anyhow::Result<ExitStatus> {
         let began = Instant::now();
         loop {
@@ -98,7 +111,11 @@ impl Process {
         }
     }
 
-    /// Processor time of it and of the children that it still has.
+    /// Returns the processor time, in seconds, of the process and of the children that it still has.
+    ///
+    /// # Errors
+    ///
+    /// The process is gone.
     pub fn cpu_seconds(&self) -> anyhow::Result<f64> {
         let mut seconds = own_cpu_seconds(self.child.id())?;
         for child in children(self.child.id())? {
@@ -107,6 +124,11 @@ impl Process {
         Ok(seconds)
     }
 
+    /// Returns the resident memory of the process, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The process is gone.
     pub fn resident_bytes(&self) -> anyhow::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
@@ -135,14 +157,22 @@ fn children(id: u32) -> anyhow::Result<Vec<u32>> {
     Ok(listed.split_whitespace().filter_map(|child| child.parse().ok()).collect())
 }
 
-/// A binary of this workspace, beside the one that runs.
+/// Returns the path of a binary of this workspace, beside the one that runs.
+///
+/// # Errors
+///
+/// The binary is not there.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
     beside.with_context(|| format!("{name} is not beside {}: build it with the same profile", own.display()))
 }
 
-/// A program of the system, from PATH or from where Debian keeps servers.
+/// Returns the path of a program of the system, from PATH or from where Debian keeps servers.
+///
+/// # Errors
+///
+/// The program is not installed.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/usr/local/sbin".into()]);
@@ -150,7 +180,7 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     found.with_context(|| format!("{name} is not installed"))
 }
 
-/// A loopback address that nobody listens on.
+/// Returns a loopback address that nobody listens on.
 pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     // Processes that look at the same time begin at places of their own.
@@ -165,13 +195,21 @@ pub fn free_address() -> SocketAddr {
     }
 }
 
-/// The cores that this process may use.
+/// Returns the numbers of the cores that this process may use.
+///
+/// # Errors
+///
+/// The kernel does not tell.
 pub fn cores() -> anyhow::Result<Vec<usize>> {
     let set = rustix::thread::sched_getaffinity(None)?;
     Ok((0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| set.is_set(core)).collect())
 }
 
 /// Keeps this thread, and those that it starts later, on these cores.
+///
+/// # Errors
+///
+/// The kernel refuses it.
 pub fn stay_on(cores: &[usize]) -> anyhow::Result<()> {
     let mut set = rustix::thread::CpuSet::new();
     cores.iter().for_each(|&core| set.set(core));

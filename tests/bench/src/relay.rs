@@ -10,6 +10,11 @@ use tokio::{
 /// Holds one answer of 229 KB.
 const BUFFER_BYTES: usize = 256 << 10;
 
+/// Relays every connection on `listen` to a new one to `to`, for as long as it is awaited.
+///
+/// # Errors
+///
+/// The address cannot be listened on.
 pub async fn run(listen: SocketAddr, to: SocketAddr) -> anyhow::Result<()> {
     let listener = TcpListener::bind(listen).await?;
     loop {

@@ -1,4 +1,4 @@
-//! Embeddings → a picture's bytes out of their hash, after as many steps as were asked for.
+//! Embeddings → an image's bytes out of their hash, after as many steps as were asked for.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Pictures of any bytes → embeddings out of their hash.
+//! Images of any bytes → embeddings out of their hash.
 
 use std::sync::Arc;
 

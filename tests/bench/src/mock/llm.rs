@@ -88,8 +88,8 @@ impl LanguageModel for MockLlm {
                 template_version: TEMPLATE_VERSION,
             };
             send(&events, event(llm_event::Event::Accepted(accepted))).await;
-            let pictures = read_slots(&mut requests, slots).await?;
-            let prompt = prompt_hash(options, &start, &pictures);
+            let images = read_slots(&mut requests, slots).await?;
+            let prompt = prompt_hash(options, &start, &images);
             let count = match &start.output {
                 Some(llm_start::Output::Text(parameters)) => parameters.max_new_tokens,
                 _ => options.queries,
@@ -113,7 +113,7 @@ fn event(event: llm_event::Event) -> LlmEvent {
 }
 
 fn slots_of(start: &LlmStart) -> u32 {
-    let paints = matches!(start.output, Some(llm_start::Output::Regression(_)));
+    let regresses = matches!(start.output, Some(llm_start::Output::Regression(_)));
     let prompts: Vec<&LlmPrompt> = match &start.input {
         Some(llm_start::Input::Prompt(prompt)) => vec![prompt],
         Some(llm_start::Input::Chat(chat)) => chat.turns.iter().collect(),
@@ -123,7 +123,7 @@ fn slots_of(start: &LlmStart) -> u32 {
     let slots = parts.map(|part| match &part.kind {
         Some(llm_part::Kind::Image(_)) => 1,
         Some(llm_part::Kind::Video(video)) => video.frames,
-        Some(llm_part::Kind::Box(_)) => u32::from(paints),
+        Some(llm_part::Kind::Box(_)) => u32::from(regresses),
         Some(llm_part::Kind::Text(_)) | None => 0,
     });
     slots.sum()
@@ -134,25 +134,25 @@ async fn read_slots(
     requests: &mut Streaming<LlmRequest>,
     slots: u32,
 ) -> Result<BTreeMap<u32, Tensor>, Status> {
-    let mut pictures = BTreeMap::new();
-    while pictures.len() < slots as usize {
+    let mut images = BTreeMap::new();
+    while images.len() < slots as usize {
         let message = message::next(requests).await?.and_then(|request| request.message);
         let Some(llm_request::Message::Embeddings(filled)) = message else {
-            return Err(refused(format!("{} of {slots} slots were filled", pictures.len())));
+            return Err(refused(format!("{} of {slots} slots were filled", images.len())));
         };
         let tensor = filled.embeddings.ok_or_else(|| refused("embeddings are missing"))?;
-        if filled.slot >= slots || pictures.insert(filled.slot, tensor).is_some() {
+        if filled.slot >= slots || images.insert(filled.slot, tensor).is_some() {
             return Err(refused(format!("slot {} of {slots} is none or filled twice", filled.slot)));
         }
     }
-    Ok(pictures)
+    Ok(images)
 }
 
 /// Everything that an answer depends on.
-fn prompt_hash(options: &Options, start: &LlmStart, pictures: &BTreeMap<u32, Tensor>) -> Hash {
+fn prompt_hash(options: &Options, start: &LlmStart, images: &BTreeMap<u32, Tensor>) -> Hash {
     let start = start.encode_to_vec();
     let mut parts: Vec<&[u8]> = vec![options.digest.as_bytes(), &start];
-    parts.extend(pictures.values().map(|tensor| tensor.data.as_ref()));
+    parts.extend(images.values().map(|tensor| tensor.data.as_ref()));
     values::hash(&parts)
 }
 

@@ -9,10 +9,14 @@ use emu2_serve::{
     tls::{TlsConfig, TlsMode},
 };
 
+/// The stage that a mock stands in for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Role {
+    /// The visual encoder.
     Encoder,
+    /// The language model.
     Llm,
+    /// The visual decoder.
     Decoder,
 }
 
@@ -20,6 +24,7 @@ pub enum Role {
 #[derive(Clone, Debug, Parser)]
 #[command(name = "mock-stage")]
 pub struct Options {
+    /// The stage to stand in for.
     pub role: Role,
     /// Where the first replica listens; the others take any free port.
     #[arg(long, default_value = "127.0.0.1:0")]
@@ -43,9 +48,10 @@ pub struct Options {
     /// Encoder: milliseconds an image, one after another.
     #[arg(long, default_value_t = 0.0)]
     pub image_ms: f64,
-    /// Llm: milliseconds to prefill a prompt, one after another; and more for each of its images.
+    /// Llm: milliseconds to prefill a prompt, one after another.
     #[arg(long, default_value_t = 0.0)]
     pub prompt_ms: f64,
+    /// Llm: milliseconds more to prefill a prompt for each of its images.
     #[arg(long, default_value_t = 0.0)]
     pub slot_ms: f64,
     /// Llm and decoder: milliseconds a step (a token, a regressed row, a denoising step), all running calls at once.
@@ -60,10 +66,11 @@ pub struct Options {
     /// Every cost is drawn between (1 - jitter) and (1 + jitter) of itself.
     #[arg(long, default_value_t = 0.0)]
     pub jitter: f64,
+    /// Seed that jittered costs are drawn from.
     #[arg(long, default_value_t = 1)]
     pub jitter_seed: u64,
 
-    /// Decoder: bytes of a painted image.
+    /// Decoder: bytes of a generated image.
     #[arg(long, default_value_t = 65_536)]
     pub png_bytes: usize,
     /// Permits; one more call is refused at once.
@@ -73,11 +80,13 @@ pub struct Options {
     #[arg(long, default_value_t = 10_000)]
     pub grace_ms: u64,
 
-    /// The door of real stages, as in their `server.tls`: with these two TLS, with the third mutual TLS.
+    /// Certificate of the door, as real stages' `server.tls`: with its key TLS, with a client CA mutual TLS.
     #[arg(long, requires = "key_file")]
     pub cert_file: Option<PathBuf>,
+    /// Key of the certificate.
     #[arg(long, requires = "cert_file")]
     pub key_file: Option<PathBuf>,
+    /// CA of client certificates: mutual TLS.
     #[arg(long, requires = "cert_file")]
     pub client_ca_file: Option<PathBuf>,
 }
@@ -108,7 +117,7 @@ impl Options {
         }
     }
 
-    /// Of the endpoints that callers name.
+    /// Returns the scheme of the endpoints that callers name.
     pub(super) fn scheme(&self) -> &'static str {
         if self.cert_file.is_some() { "https" } else { "http" }
     }
@@ -118,7 +127,7 @@ impl Options {
     }
 }
 
-/// Costs are small and come from the command line: a negative one is none.
+/// Makes a duration of a cost. Costs are small and come from the command line: a negative one is none.
 pub(super) fn milliseconds(cost: f64) -> Duration {
     Duration::from_secs_f64(cost.max(0.0) / 1e3)
 }

@@ -52,7 +52,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
     }
     Ok(Measured {
         conditions: format!(
-            "{REPLICAS} replicas a stage, {CLIENTS} callers for {} s: text (greedy, drawn, beams), pictures (painted \
+            "{REPLICAS} replicas a stage, {CLIENTS} callers for {} s: text (greedy, sampled, beams), images (generated \
              under guidance, autoencoded), embeddings; cache off",
             length.as_secs()
         ),

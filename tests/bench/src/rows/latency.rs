@@ -1,5 +1,5 @@
 //! What a hop adds: `Embed` through the router and `Encode` through nginx, against `Encode` direct, in turn, from the
-//! same client to the same stage. The cache is off and every picture new.
+//! same client to the same stage. The cache is off and every image new.
 
 use std::{
     fs,
@@ -72,7 +72,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
     }
     Ok(Measured {
         conditions: format!(
-            "16 KiB of picture up, 229,376 bytes of embeddings down, one call at a time, {} calls of each kind a \
+            "16 KiB of image up, 229,376 bytes of embeddings down, one call at a time, {} calls of each kind a \
              round; {}; nginx on the router's core in its turn",
             turns * TURN,
             setup.pinning()
@@ -84,7 +84,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
 
 fn next(number: &mut u64) -> Bytes {
     *number += 1;
-    load::picture(*number)
+    load::image_bytes(*number)
 }
 
 pub(super) fn encoder(endpoint: &str) -> anyhow::Result<VisualEncoderClient<Channel>> {
@@ -94,10 +94,10 @@ pub(super) fn encoder(endpoint: &str) -> anyhow::Result<VisualEncoderClient<Chan
 
 pub(super) async fn encode(
     client: &mut VisualEncoderClient<Channel>,
-    picture: Bytes,
+    image: Bytes,
 ) -> anyhow::Result<Duration> {
     let began = Instant::now();
-    let request = EncodeRequest { id: 0, source: Some(Source::Image(picture)), n_query: 64 };
+    let request = EncodeRequest { id: 0, source: Some(Source::Image(image)), n_query: 64 };
     let mut answers = client.encode(tokio_stream::once(request)).await?.into_inner();
     let answer = answers.message().await?.context("the stage did not answer")?;
     let took = began.elapsed();
@@ -112,10 +112,10 @@ pub(super) async fn encode(
 
 async fn embed(
     client: &mut emu2_proto::v1::emu2_client::Emu2Client<Channel>,
-    picture: Bytes,
+    image: Bytes,
 ) -> anyhow::Result<Duration> {
     use emu2_proto::v1::{EmbedRequest, Image};
-    let image = Some(Image { data: picture });
+    let image = Some(Image { data: image });
     let request =
         EmbedRequest { model: crate::cluster::MODEL.into(), image, n_query: None, ..Default::default() };
     let began = Instant::now();

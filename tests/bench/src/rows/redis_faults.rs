@@ -14,7 +14,7 @@ use crate::{
 };
 
 const CLIENTS: usize = 4;
-/// Pictures that come back; every fifth request has a new one.
+/// Images that come back; every fifth request has a new one.
 const KNOWN: u64 = 50;
 /// The cache's deadline, its default.
 const DEADLINE_MS: f64 = 20.0;
@@ -68,7 +68,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
     }
     Ok(Measured {
         conditions: format!(
-            "{CLIENTS} callers of Embed, 4 of 5 pictures known, 2 ms an encode, cache deadline {DEADLINE_MS} ms, no memory \
+            "{CLIENTS} callers of Embed, 4 of 5 images known, 2 ms an encode, cache deadline {DEADLINE_MS} ms, no memory \
              cache; killed, back, SIGSTOP, SIGCONT"
         ),
         figures: vec![failed, killed, paused, healthy, back, sent],

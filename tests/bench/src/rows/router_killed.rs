@@ -60,7 +60,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
         different.push((again.len() - same.count()) as f64);
     }
     Ok(Measured {
-        conditions: format!("kill -9 with {} streams in the middle, half text, half pictures", 2 * STREAMS),
+        conditions: format!("kill -9 with {} streams in the middle, half text, half images", 2 * STREAMS),
         figures: vec![otherwise, different, cut],
         notes,
     })
@@ -68,5 +68,5 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
 
 fn ask(number: u64) -> Ask {
     let words = load::text(format!("stream {number}"));
-    if number.is_multiple_of(2) { load::write(vec![words], 60) } else { load::paint(vec![words], 20, number) }
+    if number.is_multiple_of(2) { load::write(vec![words], 60) } else { load::draw(vec![words], 20, number) }
 }

@@ -56,7 +56,7 @@ pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {
     }
     Ok(Measured {
         conditions: format!(
-            "{CLIENTS} callers, {} s each in turn, cache off, every picture (16 KiB) new; {}; MB are of embeddings",
+            "{CLIENTS} callers, {} s each in turn, cache off, every image (16 KiB) new; {}; MB are of embeddings",
             length.as_secs(),
             setup.pinning()
         ),
@@ -101,7 +101,7 @@ async fn through_relay(endpoint: &str, length: Duration) -> anyhow::Result<usize
         async move {
             let mut answered = 0;
             while began.elapsed() < length {
-                encode(&mut client, load::picture(caller << 32 | answered)).await?;
+                encode(&mut client, load::image_bytes(caller << 32 | answered)).await?;
                 answered += 1;
             }
             anyhow::Ok(answered as usize)
