@@ -77,14 +77,7 @@ impl Service {
     /// One call from its first message to its last event. When the caller leaves, everything here is dropped, and
     /// with it the engine's channel, which takes the request out of the batch.
     async fn call(self, messages: Streaming<DecodeRequest>, priority: Priority, sender: Sender<DecodeEvent>) {
-        let image = tokio::select! {
-            image = self.paint(messages, priority, &sender) => image,
-            () = sender.closed() => return,
-        };
-        if let Err(status) = image {
-            // Nobody to tell is no news.
-            let _ = sender.send(Err(status)).await;
-        }
+        sender.run(self.paint(messages, priority, &sender)).await;
     }
 
     async fn paint(

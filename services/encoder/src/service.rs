@@ -91,15 +91,7 @@ impl Service {
         priority: Priority,
         sender: Sender<EncodeResponse>,
     ) {
-        let answered = tokio::select! {
-            biased;
-            () = sender.closed() => return,
-            answered = self.answer(requests, priority, &sender) => answered,
-        };
-        if let Err(status) = answered {
-            // Nobody left to tell is as good an end.
-            let _ = sender.send(Err(status)).await;
-        }
+        sender.run(self.answer(requests, priority, &sender)).await;
     }
 
     /// Images of one stream go side by side, so that they meet in a batch; answers come as they are ready.

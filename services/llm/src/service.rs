@@ -157,15 +157,7 @@ struct Conversation {
 impl Conversation {
     /// Until its end, or until nobody listens: then everything is dropped, and the engine with it lets go.
     async fn hold(self, messages: Streaming<LlmRequest>) {
-        let ended = tokio::select! {
-            biased;
-            () = self.sender.closed() => return,
-            ended = self.converse(messages) => ended,
-        };
-        if let Err(status) = ended {
-            // Nobody left to tell is as good an end.
-            let _ = self.sender.send(Err(status)).await;
-        }
+        self.sender.run(self.converse(messages)).await;
     }
 
     async fn converse(&self, mut messages: Streaming<LlmRequest>) -> Result<(), Status> {

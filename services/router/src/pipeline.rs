@@ -55,21 +55,16 @@ impl Job {
     /// Works until the answer is whole, something fails, or nobody listens.
     pub(crate) async fn run(self, sender: stream::Sender<GenerateEvent>) {
         let client = Client { sender: sender.clone(), sees_progress: AtomicBool::new(false) };
-        let outcome = tokio::select! {
-            biased;
-            () = sender.closed() => return,
-            outcome = self.answer(&client) => outcome,
+        let work = async {
+            self.answer(&client).await.map_err(Status::from).inspect_err(|status| {
+                tracing::info!(
+                    code = status::code_name(status.code()),
+                    message = status.message(),
+                    "request failed"
+                );
+            })
         };
-        if let Err(stop) = outcome {
-            let status = Status::from(stop);
-            tracing::info!(
-                code = status::code_name(status.code()),
-                message = status.message(),
-                "request failed"
-            );
-            // A client that has just left needs no status.
-            let _ = sender.send(Err(status)).await;
-        }
+        sender.run(work).await;
     }
 
     async fn answer(mut self, client: &Client) -> Result<(), Stop> {

@@ -42,6 +42,20 @@ impl<T> Sender<T> {
         }
     }
 
+    /// Runs the work that fills this stream until it ends, or until nobody listens: then the work is dropped at once,
+    /// before it is polled again. The work's error is sent as the last event.
+    pub async fn run(&self, work: impl Future<Output = Result<(), Status>>) {
+        let outcome = tokio::select! {
+            biased;
+            () = self.closed() => return,
+            outcome = work => outcome,
+        };
+        if let Err(status) = outcome {
+            // A caller that has left meanwhile needs no status.
+            let _ = self.send(Err(status)).await;
+        }
+    }
+
     /// Whether work for this stream is wasted. Cheap: once a step.
     pub fn is_closed(&self) -> bool {
         self.queue.is_closed() || self.deadline.is_passed()
@@ -102,12 +116,19 @@ impl<T> Stream for Events<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering},
+        },
+        time::Duration,
+    };
 
     use futures::StreamExt;
     use tonic::Code;
 
     use super::*;
+
     #[tokio::test]
     async fn events_arrive_in_order_and_the_last_sender_ends_the_stream() {
         let (sender, events) = channel(4, Deadline::none());
@@ -158,5 +179,80 @@ mod tests {
         assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Internal);
         assert!(events.next().await.is_none());
         assert!(sender.is_closed());
+    }
+
+    #[tokio::test]
+    async fn work_that_succeeds_ends_the_stream() {
+        let (sender, events) = channel(4, Deadline::none());
+        let work = async {
+            sender.send(Ok(1)).await.unwrap();
+            Ok(())
+        };
+        sender.run(work).await;
+        drop(sender);
+        let got: Vec<_> = events.map(Result::unwrap).collect().await;
+        assert_eq!(got, [1]);
+    }
+
+    #[tokio::test]
+    async fn the_error_of_work_is_the_last_event() {
+        let (sender, mut events) = channel(4, Deadline::none());
+        let work = async {
+            sender.send(Ok(1)).await.unwrap();
+            Err(status::internal("engine stopped"))
+        };
+        sender.run(work).await;
+        assert_eq!(events.next().await.unwrap().unwrap(), 1);
+        assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Internal);
+        assert!(events.next().await.is_none());
+    }
+
+    /// A future that never ends, and a flag that is raised when it is dropped.
+    fn endless() -> (impl Future<Output = Result<(), Status>>, Arc<AtomicBool>) {
+        struct Raise(Arc<AtomicBool>);
+        impl Drop for Raise {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let dropped = Arc::new(AtomicBool::new(false));
+        let raise = Raise(Arc::clone(&dropped));
+        let work = async move {
+            let _raise = raise;
+            std::future::pending().await
+        };
+        (work, dropped)
+    }
+
+    #[tokio::test]
+    async fn work_is_dropped_at_once_when_its_caller_leaves() {
+        let (sender, events) = channel::<u32>(4, Deadline::none());
+        let (work, dropped) = endless();
+        let mut running = Box::pin(sender.run(work));
+        assert!(futures::poll!(&mut running).is_pending());
+        assert!(!dropped.load(Ordering::Relaxed));
+        drop(events);
+        assert!(futures::poll!(&mut running).is_ready());
+        assert!(dropped.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_is_dropped_when_its_deadline_passes() {
+        let budget = Duration::from_secs(5);
+        let (sender, mut events) = channel::<u32>(4, Deadline::after(budget));
+        let (work, dropped) = endless();
+        let begun = tokio::time::Instant::now();
+        sender.run(work).await;
+        assert!(dropped.load(Ordering::Relaxed));
+        // tokio's timers tick once a millisecond.
+        assert!(begun.elapsed() <= budget + Duration::from_millis(1), "{:?}", begun.elapsed());
+        assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn work_whose_caller_has_left_is_never_polled() {
+        let (sender, events) = channel::<u32>(4, Deadline::none());
+        drop(events);
+        sender.run(async { panic!("work for nobody") }).await;
     }
 }
