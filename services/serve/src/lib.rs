@@ -52,6 +52,4 @@ mod reload;
 mod rpc;
 
 #[cfg(test)]
-mod loopback;
-#[cfg(test)]
 mod tests;

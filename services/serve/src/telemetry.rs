@@ -198,7 +198,7 @@ impl Drop for Telemetry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::loopback::exported;
+    use crate::tests::loopback::exported;
 
     #[tokio::test]
     async fn a_second_start_in_a_process_changes_nothing() {

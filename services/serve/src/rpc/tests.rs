@@ -11,9 +11,9 @@ use prometheus_client::registry::Registry;
 
 use super::*;
 use crate::{
-    loopback::{Loopback, PATIENCE, Probe, embed, exported},
     message,
     server::ServerConfig,
+    tests::loopback::{Loopback, PATIENCE, Probe, embed, exported},
 };
 
 const TRACE_ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";

@@ -11,7 +11,7 @@ use tonic_health::pb::{
 };
 
 use super::*;
-use crate::loopback::{Loopback, PATIENCE, reflected};
+use crate::tests::loopback::{Loopback, PATIENCE, reflected};
 
 fn check(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.into() }

@@ -15,11 +15,8 @@ use tokio::{
 use tonic::{Code, Request, Status, Streaming};
 use tower::{Service, ServiceExt};
 
-use crate::{
-    client,
-    loopback::{Loopback, PATIENCE, embed},
-    server::ServerConfig,
-};
+use super::loopback::{Loopback, PATIENCE, embed};
+use crate::{client, server::ServerConfig};
 
 /// HTTP/2's client preface and an empty SETTINGS frame.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";

@@ -9,10 +9,10 @@ use tokio::{io::AsyncReadExt, net::TcpStream};
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
+use super::loopback::{Loopback, PATIENCE};
 use crate::{
     client::Connector,
     config::Validate,
-    loopback::{Loopback, PATIENCE},
     server::ServerConfig,
     tls::{ClientTlsConfig, TlsConfig, TlsMode},
 };

@@ -7,8 +7,8 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 use tracing_subscriber::layer::SubscriberExt;
 
+use super::loopback::{Loopback, PATIENCE, embed, reflected};
 use crate::{
-    loopback::{Loopback, PATIENCE, embed, reflected},
     priority::Priority,
     server::ServerConfig,
     tenant::{AuthConfig, AuthMode, TenantConfig, TenantLimits, Tenants, TokenHash},
