@@ -21,7 +21,8 @@ pub(super) struct Meter(Mutex<Count>);
 #[derive(Debug)]
 struct Count {
     running: usize,
-    /// Requests that may begin now: a token bucket, filled up to the burst at the rate.
+    /// Requests that may begin now: a token bucket, filled up to the burst at the rate. By hand, because the crate
+    /// governor gives a fresh burst with new limits, even where its state is carried over from the old ones.
     ready: Option<f64>,
     filled: Instant,
 }
@@ -103,6 +104,29 @@ mod tests {
         // However long nobody comes, no more than a burst is saved up.
         tokio::time::advance(Duration::from_secs(3600)).await;
         assert_eq!((0..10).filter(|_| enter(&meter, &limits).is_ok()).count(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_limits_give_no_fresh_burst() {
+        let limits = |rate, burst| TenantLimits {
+            requests_per_second: Some(rate),
+            burst_requests: Some(burst),
+            ..Default::default()
+        };
+        let old = limits(2.0, 3);
+        for new in [limits(2.0, 10), limits(4.0, 3), limits(0.001, 3), limits(2.0, 1), old] {
+            let meter = Arc::default();
+            assert_eq!((0..10).filter(|_| enter(&meter, &old).is_ok()).count(), 3);
+            enter(&meter, &new).expect_err("what the old limits allowed is taken");
+            // From then on the new rate fills it, up to the new burst.
+            let rate = new.requests_per_second.unwrap();
+            tokio::time::advance(Duration::from_secs_f64(1.001 / rate)).await;
+            enter(&meter, &new).unwrap();
+            enter(&meter, &new).unwrap_err();
+            tokio::time::advance(Duration::from_secs_f64(100.0 / rate)).await;
+            let burst = new.burst_requests.unwrap() as usize;
+            assert_eq!((0..20).filter(|_| enter(&meter, &new).is_ok()).count(), burst);
+        }
     }
 
     #[tokio::test(start_paused = true)]
