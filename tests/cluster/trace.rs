@@ -51,20 +51,16 @@ impl TraceService for Collector {
                 other => panic!("service.name is {other:?}"),
             };
             let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            let ours = spans.filter(|span| hex(&span.trace_id) == TRACE).map(|span| Span {
+            let ours = spans.filter(|span| hex::encode(&span.trace_id) == TRACE).map(|span| Span {
                 service: service.clone(),
                 name: span.name,
-                id: hex(&span.span_id),
-                parent: hex(&span.parent_span_id),
+                id: hex::encode(&span.span_id),
+                parent: hex::encode(&span.parent_span_id),
             });
             self.0.lock().unwrap().extend(ours);
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[tokio::test]

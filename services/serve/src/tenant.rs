@@ -144,15 +144,8 @@ impl TokenHash {
 
     /// None if it is no SHA-256 in hexadecimal.
     fn bytes(&self) -> Option<[u8; 32]> {
-        let digits = self.0.as_bytes();
-        if digits.len() != 64 {
-            return None;
-        }
         let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            let digit = |digit: u8| char::from(digit).to_digit(16);
-            *byte = u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok()?;
-        }
+        hex::decode_to_slice(&self.0, &mut bytes).ok()?;
         Some(bytes)
     }
 }

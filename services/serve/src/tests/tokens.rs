@@ -17,7 +17,7 @@ use crate::{
 const TOKEN: &str = "hunter2-hunter2-hunter2";
 
 fn hash() -> String {
-    Sha256::digest(TOKEN).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(Sha256::digest(TOKEN))
 }
 
 fn tenants() -> Tenants {

@@ -7,8 +7,7 @@ use super::*;
 use crate::{priority::Priority, tenant::TokenHash};
 
 fn hash(token: &str) -> TokenHash {
-    let digits = Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    TokenHash::new(digits)
+    TokenHash::new(hex::encode(Sha256::digest(token)))
 }
 
 fn tenant(name: &str, tokens: &[&str]) -> TenantConfig {
