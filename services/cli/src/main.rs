@@ -1,3 +1,5 @@
+//! `emu2`: asks a cluster, and passes the commands that need torch to `emu2-local`.
+
 use std::process::ExitCode;
 
 use clap::Parser;

@@ -113,9 +113,9 @@ pub struct Sample {
     /// The pixels of the image, once for each row that the sample takes in the UNet's batch: under guidance it takes
     /// two.
     pub pixels: u64,
-    /// [1, channels, height, width_px], float32
+    /// The latents, [1, channels, height, width_px], float32.
     latents: Tensor,
-    /// [1, queries, width]
+    /// The embeddings of the image, [1, queries, width].
     positive: Tensor,
     negative: Option<Tensor>,
     time_ids: [f32; TIME_IDS as usize],

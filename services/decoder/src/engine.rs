@@ -42,7 +42,7 @@ pub type Started = engine::Started<Decoder, ModelInfo, LoadError>;
 /// What a request is told: each of its steps, then its image.
 #[derive(Debug, PartialEq)]
 pub enum Event {
-    /// So many steps are done.
+    /// How many steps are done now.
     Step(usize),
     /// The image; nothing comes after it.
     Finished(FinishedImage),

@@ -44,12 +44,12 @@ mod tests;
 /// Events on their way to one caller; the engine's own channel holds the rest.
 const EVENTS: usize = 4;
 
-/// Cloning shares everything.
+/// The gRPC service. Clones share everything.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     engine: Engine,
     config: Arc<Config>,
-    /// Once the model is loaded.
+    /// What requests are checked against; empty until the model is loaded.
     limits: Arc<OnceLock<Limits>>,
 }
 

@@ -148,9 +148,9 @@ pub struct EvaVit {
     /// The model's sizes.
     pub config: VisionConfig,
     patch_embed: PatchEmbed,
-    /// [1, 1, width]
+    /// The class token, [1, 1, width].
     cls_token: Tensor,
-    /// [1, tokens, width]
+    /// The embeddings of positions, [1, tokens, width].
     pos_embed: Tensor,
     blocks: Vec<Block>,
 }
@@ -265,10 +265,11 @@ impl Block {
 
 #[derive(Debug)]
 struct Attention {
-    /// [3 × width, width]
+    /// The projections to q, k and v as one, [3 × width, width].
     qkv: Linear,
-    /// Upstream gives q and v a bias but never k, whose third of the fused bias is zero. Put together in every
-    /// forward, which is nothing beside the product: put together at load, only one backward could pass through.
+    /// The bias of q. Upstream gives q and v a bias but never k, whose third of the fused bias is zero. The three are
+    /// put together in every forward, which is nothing beside the product: put together at load, only one backward
+    /// could pass through.
     q_bias: Tensor,
     k_bias: Tensor,
     v_bias: Tensor,

@@ -43,11 +43,11 @@ mod tests;
 /// Answers on their way to one caller; beyond, its own task waits, never the engine.
 const ANSWERS: usize = 4;
 
-/// Cloning shares everything.
+/// The gRPC service. Clones share everything.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     engine: Engine,
-    /// Set before the service is ready.
+    /// What callers have to know of the model; set before the service is ready.
     model: Arc<OnceLock<ModelInfo>>,
     preprocessor: Preprocessor,
     /// A permit for each image from its arrival to its answer, before it is decoded.
@@ -83,8 +83,8 @@ impl Service {
         self.model.get().ok_or(EncodeError::Loading)
     }
 
-    /// One call. When the caller leaves or its deadline passes, everything here is dropped: what waits is taken out
-    /// of its queue, and what is being computed is the last.
+    /// Serves one call. When the caller leaves or its deadline passes, everything here is dropped: what waits is taken
+    /// out of its queue, and what is being computed is the last.
     async fn call(
         self,
         requests: Streaming<EncodeRequest>,
@@ -145,7 +145,7 @@ impl Service {
         })
     }
 
-    /// No pixels stand for the mean colour.
+    /// Prepares the pixels of a source; no pixels stand for the mean colour.
     async fn prepare(&self, source: Option<Source>, model: &ModelInfo) -> Result<Preprocessed, EncodeError> {
         match source.ok_or(EncodeError::NoSource)? {
             Source::MeanColour(_) => {

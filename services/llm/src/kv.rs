@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 /// What a sequence adds to its cache in a step.
 #[derive(Clone, Copy, Debug)]
 pub enum Append<'a> {
-    /// So many successive positions: a chunk of a prompt, or one more token.
+    /// This many successive positions: a chunk of a prompt, or one more token.
     Sequential(i64),
     /// One position for each of these rows; row i continues row `parents[i]` of the step before.
     Beams(&'a [i64]),

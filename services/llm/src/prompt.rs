@@ -292,7 +292,7 @@ impl Layout<'_> {
         Ok(())
     }
 
-    /// Text from outside. It may write special tokens, as upstream, but not those that stand for embeddings, nor
+    /// Writes text from outside. It may hold special tokens, as upstream, but not those that stand for embeddings, nor
     /// complete one that the text part before it began.
     fn written(&mut self, text: &str, field: impl Fn() -> String) -> Result<(), PromptError> {
         let joint = self.text.floor_char_boundary((self.text.len() + 1).saturating_sub(IMAGE.len()));

@@ -25,7 +25,7 @@ pub(crate) struct Sequence {
     slots: Vec<Option<Tensor>>,
     task: Task,
     kv_entries: usize,
-    /// From admission on.
+    /// The cache, from admission on.
     kv: Option<KvCache>,
     stages: Stages,
 }
@@ -52,9 +52,9 @@ enum Task {
 /// What a step came to for one sequence.
 #[derive(Debug, Default)]
 pub(crate) struct Advance {
-    /// To be told while it goes on.
+    /// What the request is told while it goes on.
     pub(crate) told: Option<Event>,
-    /// To be told last: the sequence is at its end.
+    /// What the request is told last: the sequence is at its end.
     pub(crate) finished: Option<Event>,
 }
 
@@ -237,7 +237,7 @@ impl Stages {
         self.current = info_span!(parent: &self.caller, "prefill", prompt_positions = self.prompt_positions);
     }
 
-    /// Once the prompt has given its first answer; later calls change nothing.
+    /// Begins the last stage, once the prompt has given its first answer; later calls change nothing.
     fn generate(&mut self) {
         if !self.generating {
             self.generating = true;

@@ -53,7 +53,7 @@ const REPLIES: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     engine: Engine,
-    /// Set before the service is ready.
+    /// What callers have to know of the model; set before the service is ready.
     loaded: Arc<OnceLock<Loaded>>,
     limits: Limits,
     /// See [`Config::input_wait_ms`].
@@ -147,7 +147,7 @@ impl LanguageModel for Service {
     }
 }
 
-/// One Generate call.
+/// The state of one Generate call.
 struct Conversation {
     service: Service,
     priority: Priority,
@@ -155,7 +155,8 @@ struct Conversation {
 }
 
 impl Conversation {
-    /// Until its end, or until nobody listens: then everything is dropped, and the engine with it lets go.
+    /// Serves the call until its end, or until nobody listens: then everything is dropped, and the engine with it lets
+    /// go.
     async fn hold(self, messages: Streaming<LlmRequest>) {
         self.sender.run(self.converse(messages)).await;
     }
@@ -281,7 +282,7 @@ async fn first(messages: &mut Streaming<LlmRequest>) -> Result<LlmStart, Status>
 
 /// Ids to text as they come. The end of text is an id like any other, but no text.
 struct Text {
-    /// Until `finish`.
+    /// The decoder of the text; none after `finish`.
     detokenizer: Option<Detokenizer>,
     end: u32,
 }

@@ -222,7 +222,7 @@ struct Sections<'a> {
 
 enum Section<'a> {
     Special(u32),
-    /// Never empty.
+    /// A text between special tokens, never empty.
     Text(&'a str),
 }
 

@@ -1,3 +1,5 @@
+//! `emu2-local`: the commands of `emu2` that need torch: up, demo, inspect and convert.
+
 use std::process::ExitCode;
 
 use clap::Parser;

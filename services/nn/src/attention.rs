@@ -27,7 +27,8 @@ fn attend_fused(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tensor {
     Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, causal, None, false)
 }
 
-/// In bfloat16, by the processor's own instructions: as training does. What is served on a CPU computes in float32.
+/// Whether the processor's own instructions compute in bfloat16, as in training; what is served on a CPU computes in
+/// float32.
 fn computes_narrow_on_cpu(x: &Tensor) -> bool {
     x.kind() == Kind::BFloat16 && x.device() == Device::Cpu && is_x86_feature_detected!("avx512bf16")
 }
@@ -37,8 +38,8 @@ fn computes_narrow_on_cpu(x: &Tensor) -> bool {
 /// heads of 240. At 400 queries nothing is gained any more, and at 800 it is the slower one.
 const WRITTEN_OUT_MAX: i64 = 256 * 256;
 
-/// In bfloat16 torch's fused kernel for CPUs sets up a library call for each head and block, which is most of its time
-/// where heads are small. Here the products of all heads are two calls.
+/// Computes attention by two products of all heads. In bfloat16 torch's fused kernel for CPUs sets up a library call
+/// for each head and block, which is most of its time where heads are small.
 fn attend_written_out(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Tensor {
     let (batch, heads, queries, head_width) = q.size4().expect("q has four dimensions");
     let (_, _, tokens, _) = k.size4().expect("k has four dimensions");

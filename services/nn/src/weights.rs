@@ -74,9 +74,9 @@ struct Ledger {
     used: RefCell<BTreeMap<String, blake3::Hash>>,
     skipped: RefCell<BTreeSet<String>>,
     problems: RefCell<Vec<String>>,
-    /// Why nothing is read at all.
+    /// Why nothing is read at all, if so.
     refused: RefCell<Option<CheckpointError>>,
-    /// Bytes handed out.
+    /// How many bytes have been handed out.
     loaded: Cell<u64>,
     started: Instant,
 }
@@ -114,7 +114,7 @@ impl Weights {
         Self { ledger: Rc::new(ledger), prefix: String::new(), device, variables: None }
     }
 
-    /// The same place; its tensors become trainable variables.
+    /// Returns the same place with its tensors as trainable variables.
     fn registered_in(self, variables: Rc<VarStore>) -> Self {
         Self { variables: Some(variables), ..self }
     }

@@ -1,3 +1,5 @@
+//! `emu2-trainer`: trains small Emu2 models, exports and measures them.
+
 use std::process::ExitCode;
 
 use clap::Parser;

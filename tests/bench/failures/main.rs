@@ -23,7 +23,7 @@ use emu2_bench::{
 };
 use tonic::Status;
 
-/// Far above what anything here takes.
+/// How long anything here may take: far above what it takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Faults are found fast, so that tests are quick; healthy replicas stay well within.
 const POOL: &str = "[pool]\nrefresh_ms = 100\nretry_ms = 20\ninfo_timeout_ms = 500\n";

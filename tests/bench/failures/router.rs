@@ -11,7 +11,7 @@ use tonic::{Code, Request};
 
 use crate::{assert_same, at_work, cluster, plan, send, until_idle};
 
-/// Takes a second.
+/// Asks for a text that takes a second.
 fn long_text(number: u64) -> Ask {
     load::write(vec![text(format!("text {number}"))], 125)
 }

@@ -26,7 +26,7 @@ use tonic::{Code, Request, Status, transport::Channel};
 
 use crate::{PATIENCE, POOL, assert_same, cluster, plan, send};
 
-/// In the certificate of every stage, and of the router: they are called by their addresses.
+/// The name in the certificate of every stage, and of the router: they are called by their addresses.
 const STAGE: &str = "emu2-stage";
 const ROUTER: &str = "emu2-router";
 const TOKEN: &str = "hunter2-hunter2-hunter2";
@@ -47,7 +47,7 @@ impl Authority {
         secret
     }
 
-    /// In place of what the secret holds.
+    /// Puts a secret in place of another.
     fn renew(&self, name: &str, secret: &Secret) {
         let key = KeyPair::generate().unwrap();
         let certificate =

@@ -14,12 +14,13 @@ use std::{
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// Below the ports that the kernel hands out to callers: a process that is restarted finds its port free.
+/// The first port that is tried. The ports from it on lie below those that the kernel hands out to callers: a process
+/// that is restarted finds its port free.
 const FIRST_PORT: u16 = 10_000;
 const PORTS: u16 = 20_000;
 /// Clock ticks a second of /proc's times; fixed in Linux's interface.
 const TICKS_PER_SECOND: f64 = 100.0;
-/// Far above what anything here takes to end.
+/// How long a process may take to end: far above what anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process. Its whole process group is killed when it is dropped, and also when whoever started it dies

@@ -7,7 +7,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// Holds one answer of 229 KB.
+/// The bytes that one direction buffers: one answer of 229 KB.
 const BUFFER_BYTES: usize = 256 << 10;
 
 /// Relays every connection on `listen` to a new one to `to`, for as long as it is awaited.

@@ -5,7 +5,7 @@ use super::pixels::{ImageError, ImageLimits, Rgb, colour_of, samples, undecodabl
 
 const FILE_HEADER: usize = 14;
 
-/// What the headers say.
+/// What a bitmap's headers say.
 struct Header {
     width: usize,
     height: usize,
@@ -14,9 +14,9 @@ struct Header {
     compression: Compression,
     /// Red, green, blue and alpha of a 16- or 32-bit pixel.
     masks: Option<[u32; 4]>,
-    /// RGB of each index.
+    /// Red, green and blue of each index.
     palette: Vec<u8>,
-    /// Where the rows begin.
+    /// The offset at which the rows begin.
     data: usize,
 }
 

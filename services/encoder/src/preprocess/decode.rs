@@ -201,7 +201,7 @@ fn check_webp_frame(encoded: &[u8], canvas: (usize, usize)) -> Result<(), ImageE
     Ok(())
 }
 
-/// RGBA -> RGB in place.
+/// Drops every fourth byte, in place: RGBA -> RGB.
 fn drop_alpha(data: &mut Vec<u8>) {
     let pixels = data.len() / 4;
     for pixel in 1..pixels {

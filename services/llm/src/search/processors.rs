@@ -68,9 +68,9 @@ impl Warpers {
 }
 
 impl Warpers {
-    /// Upstream divides the scores as they are, and so is done here wherever that can be. Where it would overflow, they
-    /// are taken relative to the best, which changes no probability: the best becomes 0, and what overflows then is a
-    /// probability of 0.
+    /// Divides the scores as they are, as upstream, wherever that can be. Where it would overflow, they are taken
+    /// relative to the best, which changes no probability: the best becomes 0, and what overflows then is a probability
+    /// of 0.
     fn apply_temperature(&self, scores: &mut [f32]) {
         let finite = scores.iter().copied().filter(|score| score.is_finite());
         let (best, largest) = finite

@@ -13,11 +13,12 @@ use crate::{
     search::{Strategy, TextParameters, Warpers},
 };
 
-/// Both ways: beyond, one token more outweighs any probability.
+/// The length penalties that are taken: beyond either end, one token more outweighs any probability.
 const LENGTH_PENALTY: RangeInclusive<f32> = -10.0..=10.0;
-/// At 0.001 a token that is a tenth behind in its logit is never drawn, as with greedy; at 100 all are about as likely.
+/// The temperatures that are taken: at 0.001 a token that is a tenth behind in its logit is never drawn, as with
+/// greedy; at 100 all are about as likely.
 const TEMPERATURE: RangeInclusive<f32> = 0.001..=100.0;
-/// As much either way: what was seen is favoured below 1, avoided above.
+/// The repetition penalties that are taken: what was seen is favoured below 1, avoided above, as much either way.
 const REPETITION_PENALTY: RangeInclusive<f32> = 0.1..=10.0;
 
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +28,7 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// As the router is told, which refuses by them before it asks.
+    /// States these limits for the router, which refuses by them before it asks.
     pub(super) fn info(&self) -> LlmInfo {
         LlmInfo {
             max_new_tokens: self.max_new_tokens,
@@ -42,6 +43,10 @@ impl Limits {
         }
     }
 
+    /// Checks the parameters of a text.
+    ///
+    /// # Errors
+    ///
     /// All mistakes at once.
     pub(super) fn check(&self, text: &Message) -> Result<TextParameters, Status> {
         let mut wrong = Vec::new();

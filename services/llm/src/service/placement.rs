@@ -52,7 +52,7 @@ impl Placement {
         self.arrived.iter().position(|arrived| !arrived)
     }
 
-    /// No more will come.
+    /// Checks that every slot has been filled when no more embeddings will come.
     pub(super) fn finish(&self) -> Result<(), Violation> {
         match self.missing() {
             None => Ok(()),

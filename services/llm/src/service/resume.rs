@@ -11,9 +11,9 @@ use crate::{
 
 #[derive(Debug, Default)]
 pub(super) struct Resumed {
-    /// Of a text.
+    /// The ids of a text.
     pub(super) ids: Vec<u32>,
-    /// Of an image, [rows, embedding_width].
+    /// The rows of an image, [rows, embedding_width].
     pub(super) rows: Option<Array>,
 }
 
@@ -71,7 +71,7 @@ impl Resumed {
         }
     }
 
-    /// Tokens or rows.
+    /// Returns how many tokens or rows have been given.
     pub(super) fn count(&self) -> usize {
         self.ids.len() + self.rows.as_ref().map_or(0, |rows| rows.shape()[0])
     }

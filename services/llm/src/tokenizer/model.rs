@@ -51,9 +51,9 @@ pub(super) enum Kind {
     Normal,
     Unknown,
     Control,
-    /// Never split, never merged with its neighbours.
+    /// A piece that is never split, and never merged with its neighbours.
     UserDefined,
-    /// Takes part in merges, but is taken apart again at the end.
+    /// A piece that takes part in merges, but is taken apart again at the end.
     Unused,
     Byte(u8),
 }
@@ -63,7 +63,7 @@ pub(super) struct Model {
     /// Pieces that text can become; control, unknown and byte pieces are never spelled out.
     index: HashMap<String, u32>,
     byte_ids: [u32; 256],
-    /// Longest first.
+    /// The user-defined pieces, the longest first.
     user_defined: Vec<String>,
     longest: usize,
 }
@@ -208,7 +208,7 @@ struct Merge {
     score: f32,
     left: usize,
     right: usize,
-    /// Of both when this was noted: if it changed since, one of them has merged elsewhere.
+    /// The length of both when this was noted: if it changed since, one of them has merged elsewhere.
     len: usize,
 }
 
@@ -237,7 +237,7 @@ impl<'a> Merging<'a> {
         merging
     }
 
-    /// Best score first, leftmost on ties.
+    /// Merges the pairs, the best score first, the leftmost on ties.
     fn run(&mut self) {
         while let Some(Merge { left, right, len, .. }) = self.agenda.pop() {
             let (left_len, right_len) = (self.symbols[left].len, self.symbols[right].len);

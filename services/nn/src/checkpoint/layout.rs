@@ -58,7 +58,8 @@ impl fmt::Display for Layout {
 #[derive(Debug)]
 pub(super) struct Recognised {
     pub(super) layout: Layout,
-    /// None: published native files stand alone, and their sizes tell which model it is; see [`published`].
+    /// The sections; none where published native files stand alone, and their sizes tell which model it is; see
+    /// [`published`].
     pub(super) config: Option<Map<String, Value>>,
     pub(super) components: Vec<Component>,
     /// Folder of tokenizer.model.
@@ -70,7 +71,7 @@ pub(super) struct Recognised {
 pub(super) struct Component {
     pub(super) folder: PathBuf,
     pub(super) prefix: &'static str,
-    /// How its weights files begin; None: all there are.
+    /// How its weights files begin; none takes all there are.
     pub(super) stem: Option<&'static str>,
 }
 

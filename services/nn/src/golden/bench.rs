@@ -23,7 +23,7 @@ pub struct Bench {
     pub kind: Kind,
 }
 
-/// By how much a result may differ from golden numbers in any element, in each kind that a [`Bench`] may have.
+/// The largest differences that a result may have from golden numbers, in each kind that a [`Bench`] may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
     /// The largest absolute difference in float32.

@@ -10,7 +10,7 @@ const UNKNOWN: u8 = 2;
 const CONTROL: u8 = 3;
 const BYTE: u8 = 6;
 
-/// Stands for a space.
+/// What stands for a space inside pieces.
 const SPACE: char = '\u{2581}';
 
 pub(super) fn made_up(pieces: usize) -> Vec<u8> {

@@ -31,7 +31,7 @@ struct Arguments {
     relay: Vec<SocketAddr>,
 }
 
-/// As it lies under `results/`.
+/// The report as it lies under `results/`.
 #[derive(Serialize)]
 struct Report {
     date: String,

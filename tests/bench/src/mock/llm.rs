@@ -29,7 +29,7 @@ use super::{
 
 const TOKENIZER_DIGEST: &str = "t1";
 const TEMPLATE_VERSION: u32 = 1;
-/// Of text alone; an image has its queries and two marks.
+/// The positions that texts take, whatever they are; an image takes its queries and two marks.
 const TEXT_POSITIONS: u32 = 30;
 /// One id in so many adds its text with the next one, as an incomplete character does.
 const HELD_BACK_EVERY: u32 = 8;
@@ -165,7 +165,7 @@ struct Answer<'a> {
 }
 
 impl Answer<'_> {
-    /// As many ids as may be. A beam search's come together at its end.
+    /// Writes as many ids as may be. A beam search's come together at its end.
     async fn write(&self, parameters: &TextParameters, steps: &mut Steps<'_>) -> LlmFinished {
         let mut text = Text { state: self.prompt, held_back: String::new() };
         let total = parameters.max_new_tokens;
@@ -215,7 +215,7 @@ impl Answer<'_> {
 
 /// A text as it grows.
 struct Text {
-    /// Of the prompt and every id so far.
+    /// The hash of the prompt and every id so far.
     state: Hash,
     held_back: String,
 }
@@ -226,7 +226,7 @@ impl Text {
         u32::from_le_bytes([a, b, c, d]) % VOCABULARY
     }
 
-    /// What can be shown with this id.
+    /// Returns what can be shown with this id.
     fn take(&mut self, id: u32, last: bool) -> String {
         self.state = values::hash(&[self.state.as_bytes(), &id.to_le_bytes()]);
         self.held_back.push_str(&format!(" {id}"));

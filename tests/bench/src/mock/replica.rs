@@ -28,7 +28,7 @@ use super::options::{Options, milliseconds};
 /// Events of one call that wait for its caller.
 const WAITING_EVENTS: usize = 64;
 
-/// Between two reports of the load, as in real stages.
+/// The time between two reports of the load, as in real stages.
 const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 
 pub(super) struct Replica {
@@ -37,7 +37,7 @@ pub(super) struct Replica {
     /// When the work ahead of a new piece is done. The lock is fair: it is the queue.
     free_at: Queue<Instant>,
     rows: Semaphore,
-    /// As a real stage tells it.
+    /// The load as a real stage tells it.
     load: watch::Sender<Load>,
     jitter: Mutex<StdRng>,
 }

@@ -18,7 +18,7 @@ const CLIENTS: usize = 4;
 const KNOWN: u64 = 50;
 /// The cache's deadline, its default.
 const DEADLINE_MS: f64 = 20.0;
-/// For the breaker to close again after Redis is back.
+/// The time that the breaker has to close again after Redis is back.
 const SETTLE: Duration = Duration::from_secs(2);
 
 pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {

@@ -17,7 +17,7 @@ use crate::{
 
 const CLIENTS: usize = 8;
 const CYCLE: u64 = 120;
-/// Between two replicas: as a rollout waits for the new one's readiness.
+/// The time between two replicas: as a rollout waits for the new one's readiness.
 const PAUSE: Duration = Duration::from_millis(500);
 
 pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {

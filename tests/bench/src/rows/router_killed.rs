@@ -13,7 +13,7 @@ use crate::{
     rows::kills::mixed_plan,
 };
 
-/// Of each kind that streams.
+/// How many streams of each kind there are.
 const STREAMS: u64 = 8;
 
 pub(super) async fn measure(setup: &Setup) -> anyhow::Result<Measured> {

@@ -37,7 +37,7 @@ impl Setup {
         }
     }
 
-    /// So many seconds, or a few while someone works on the bench.
+    /// Returns so many seconds, or a few while someone works on the bench.
     pub(super) fn window(&self, seconds: u64) -> Duration {
         Duration::from_secs(if self.brief { seconds.div_ceil(8).max(2) } else { seconds })
     }
