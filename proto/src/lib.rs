@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`v1`] | the public interface, package `emu2.v1` |
 //! | [`stage`] | router to stage, package `emu2.stage.v1` |
-//! | [`array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
+//! | [`mod@array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
 //! | [`capable`] | stages of the published sizes, for whatever stands in for them |
 //! | [`pooling`] | how many embeddings an image can become |
 //! | [`codec`] | how a message becomes the bytes of a stream |

@@ -272,7 +272,7 @@ impl Unet {
 
     /// Predicts the noise in `latents`: [batch, channels, height, width_px] -> [batch, channels, height, width_px].
     ///
-    /// `timesteps`: [batch]; `embeddings`: [batch, queries, width], in the kind of the weights as the latents;
+    /// `timesteps`: `[batch]`; `embeddings`: [batch, queries, width], in the kind of the weights as the latents;
     /// `time_ids`: [batch, 6], in pixels, in the order of [`TIME_IDS`].
     pub fn forward(
         &self,
@@ -296,7 +296,7 @@ impl Unet {
 
     /// Embeds what every residual block is told: when, of which sizes, and of what on the whole.
     ///
-    /// timesteps [batch], embeddings [batch, queries, width], time_ids [batch, 6] -> [batch, time_width]
+    /// timesteps `[batch]`, embeddings [batch, queries, width], time_ids [batch, 6] -> [batch, time_width]
     fn embed(&self, timesteps: &Tensor, embeddings: &Tensor, time_ids: &Tensor) -> Tensor {
         let kind = embeddings.kind();
         let timesteps = sinusoids(timesteps, self.config.block_out_channels[0]).to_kind(kind);

@@ -230,7 +230,7 @@ impl Llama {
         KvCache::new(self.layers.iter().map(layer).collect(), capacity)
     }
 
-    /// Embeds ids: [tokens] -> [tokens, width].
+    /// Embeds ids: `[tokens]` -> [tokens, width].
     pub fn embed(&self, ids: &Tensor) -> Tensor {
         self.embed_tokens.forward(&ids.to_device(self.device()))
     }

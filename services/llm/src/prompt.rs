@@ -4,7 +4,7 @@
 //! The rules are upstream's (github.com/baaivision/Emu at 13c395e: Emu2/emu/chat.py `_prepare_inputs` and
 //! `_prepare_chat_inputs`, emu.py `generate` and `generate_image`, diffusion.py `_prepare_and_encode_inputs`, and for
 //! boxes the README and demo/frontend/libs/meta.py). One difference: upstream recognises its placeholder strings
-//! (`[<IMG_PLH>]`, a lone "[VIDEO]" or "[/VIDEO]" that turns what follows into frames or back) inside text; here
+//! (`[<IMG_PLH>]`, a lone `[VIDEO]` or `[/VIDEO]` that turns what follows into frames or back) inside text; here
 //! images and videos are parts of their own, and text is text.
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! start with one beginning-of-text that the model never sees, but that counts as length (for `min_length` and
 //! `length_penalty`) and as seen (for `repetition_penalty`); the prompt's own ids count as neither.
 //!
-//! A [`Search`] is fed the logits of the rows that it asked for, and answers with the rows to compute next: each a
+//! A `Search` is fed the logits of the rows that it asked for, and answers with the rows to compute next: each a
 //! token that continues one of the rows before. Greedy and sampling keep one row; a beam search keeps `num_beams`
 //! and its rows form a tree (see `kv.rs`).
 

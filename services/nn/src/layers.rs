@@ -12,7 +12,7 @@ use crate::weights::Weights;
 pub struct Linear {
     /// The matrix W, [out, in].
     pub weight: Tensor,
-    /// The bias b, [out]; none in a layer without one.
+    /// The bias b, `[out]`; none in a layer without one.
     pub bias: Option<Tensor>,
 }
 
@@ -37,9 +37,9 @@ impl Linear {
 /// features.
 #[derive(Debug)]
 pub struct LayerNorm {
-    /// The scale of each feature, [width].
+    /// The scale of each feature, `[width]`.
     pub weight: Tensor,
-    /// The shift of each feature, [width].
+    /// The shift of each feature, `[width]`.
     pub bias: Tensor,
     /// What is added to the variance, so that constant inputs do not divide by zero.
     pub eps: f64,
@@ -61,7 +61,7 @@ impl LayerNorm {
 /// scale is applied in the input's own kind, after rounding back.
 #[derive(Debug)]
 pub struct RmsNorm {
-    /// The scale of each feature, [width].
+    /// The scale of each feature, `[width]`.
     pub weight: Tensor,
     /// What is added to the mean square, so that zeros do not divide by zero.
     pub eps: f64,
@@ -105,7 +105,7 @@ impl Embedding {
 pub struct Conv2d {
     /// The kernels, [out, in, kernel, kernel].
     pub weight: Tensor,
-    /// The bias of each output channel, [out].
+    /// The bias of each output channel, `[out]`.
     pub bias: Tensor,
     /// How many pixels the kernel moves at a time, in both directions.
     pub stride: i64,
@@ -135,9 +135,9 @@ impl Conv2d {
 pub struct GroupNorm {
     /// How many groups the channels are divided into; it divides their number.
     pub groups: i64,
-    /// The scale of each channel, [channels].
+    /// The scale of each channel, `[channels]`.
     pub weight: Tensor,
-    /// The shift of each channel, [channels].
+    /// The shift of each channel, `[channels]`.
     pub bias: Tensor,
     /// What is added to the variance, so that constant inputs do not divide by zero.
     pub eps: f64,

@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`array`] | wire arrays to tensors and back |
+//! | [`mod@array`] | wire arrays to tensors and back |
 //! | [`device`] | "cpu", "cuda:0" → devices, CUDA libraries found at run time |
 //! | [`checkpoint`] | a model folder in any layout, memory-mapped; the one table of names |
 //! | [`random`] | weights out of a seed in place of a folder |

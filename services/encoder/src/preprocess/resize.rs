@@ -3,7 +3,7 @@
 //! What makes it Pillow's: the kernel (a = -0.5) is stretched by the scale when shrinking, which antialiases; weights
 //! are rounded to 22 fractional bits; the result of the first pass is rounded and clipped to bytes before the second;
 //! a pass that would not change a side is skipped. The horizontal pass comes first, except for tall images: see
-//! [`vertical_goes_first`].
+//! `vertical_goes_first`.
 
 use super::decode::Rgb;
 
