@@ -19,7 +19,7 @@ use crate::{
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Serves until `stopped`.
+/// Serves the admin pages until `stopped` is cancelled.
 pub(crate) async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,

@@ -25,10 +25,11 @@ use crate::{
     tenant::Place,
 };
 
-/// Long enough for a text request to leave, short enough that a caller's own deadline survives it.
+/// How long a refused caller is told to wait: long enough for a text request to leave, short enough that the caller's
+/// own deadline survives it.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// The door: so many requests at a time, and so many bytes of them.
+/// The bounds of one service: so many requests at a time, and so many bytes of them. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct Admission {
     requests: Arc<Semaphore>,
@@ -38,12 +39,12 @@ pub(crate) struct Admission {
     receive: Duration,
 }
 
-/// A request's part of `server.max_held_bytes`, for what is fetched for it beside its message; all of it is given back
-/// when the request is over and every clone is dropped.
+/// A request's part of `server.max_held_bytes`, for what a service fetches for the request beside its message. All of
+/// it is given back when the request is over and every clone is dropped.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryReservation(Option<Arc<Held>>);
 
-/// The right to occupy the service, and the bytes that the request holds; both given back when dropped.
+/// A request's right to occupy the service, and the bytes that it holds; both are given back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
     _request: Option<(OwnedSemaphorePermit, Place)>,
@@ -67,7 +68,7 @@ impl Admission {
         }
     }
 
-    /// A permit now, or RESOURCE_EXHAUSTED with RetryInfo.
+    /// Returns a permit now, or RESOURCE_EXHAUSTED with RetryInfo.
     pub(crate) fn try_enter(&self, place: Place) -> Result<Permit, Status> {
         let request = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
             let max = self.max_requests;
@@ -79,7 +80,8 @@ impl Admission {
         Ok(Permit { _request: Some((request, place)), held: self.held() })
     }
 
-    /// For a question that costs nothing: a full service still says what it is. Its bytes count all the same.
+    /// Returns a permit for a question that costs nothing, because a full service still says what it is. Its bytes
+    /// count all the same.
     pub(crate) fn question(&self) -> Permit {
         Permit { _request: None, held: self.held() }
     }
@@ -90,12 +92,13 @@ impl Admission {
 }
 
 impl MemoryReservation {
-    /// None is counted outside of a server of this crate.
+    /// Returns the reservation of an incoming request. Outside of a server of this crate it counts nothing.
     pub fn of<T>(request: &tonic::Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
     }
 
-    /// Counts so many more bytes, or RESOURCE_EXHAUSTED with RetryInfo.
+    /// Counts so many more bytes. Returns RESOURCE_EXHAUSTED with RetryInfo, and counts nothing, where
+    /// `server.max_held_bytes` has no room for them.
     pub fn take(&self, bytes: usize) -> Result<(), Status> {
         self.0.as_ref().map_or(Ok(()), |held| held.take(bytes))
     }
@@ -106,8 +109,8 @@ impl Permit {
         MemoryReservation(Some(Arc::clone(&self.held)))
     }
 
-    /// The request's body, its bytes counted as they come, and all of them in time: tonic collects a whole message before
-    /// any handler sees it.
+    /// Wraps the request's body so that its bytes are counted as they come and cut where they come too late: tonic
+    /// collects a whole message before any handler sees it.
     pub(crate) fn hold(&self, body: Body) -> Body {
         let late = Box::pin(sleep(self.held.admission.receive));
         Body::new(HeldBody { inner: body, held: Arc::clone(&self.held), late })
@@ -141,7 +144,7 @@ impl Drop for Held {
 struct HeldBody {
     inner: Body,
     held: Arc<Held>,
-    /// When its caller has taken too long.
+    /// Fires when the caller has taken longer than `server.receive_ms`.
     late: Pin<Box<Sleep>>,
 }
 

@@ -1,4 +1,4 @@
-//! The channel that a caller inside the cluster opens: the counterpart of [`crate::server`]'s settings.
+//! The channel that a caller inside the cluster opens, with the counterparts of the settings of [`crate::server`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,20 +17,23 @@ use tonic::{
 
 use crate::{reload::Reloaded, tls::ClientTlsConfig};
 
-/// One large embedding message fits without waiting for a window update.
+/// Flow-control window of one stream: a large embedding message fits without waiting for an update.
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-/// Shared by all streams of a connection: large, because a few streams whose reader is slow must not starve the rest.
+/// Flow-control window that all streams of a connection share: large, because a few streams whose reader is slow must
+/// not starve the rest.
 pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
-/// One image's embeddings travel in one frame (HTTP/2's own default would cut them into 15, each written on its own).
+/// Largest frame: one image's embeddings travel in one (HTTP/2's own default would cut them into 15, each written on
+/// its own).
 pub(crate) const FRAME_BYTES: u32 = 256 << 10;
-/// A peer that vanished without closing is noticed after interval plus timeout.
+/// Time between two keepalive pings. A peer that vanished without closing is noticed after interval plus timeout.
 pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Longest wait for the answer to a keepalive ping.
 pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// An endpoint (`http://host:port` or `https://…`) with the cluster's window and frame sizes, keepalive and connect
-/// timeout. For `http` call `connect_lazy()` on it; a [`Connector`] serves both. Give clients the message limits of the
-/// configuration.
+/// Returns an endpoint for `http://host:port` or `https://…` with the cluster's window and frame sizes, keepalive and
+/// connect timeout (3 s). For `http` call `connect_lazy()` on it; a [`Connector`] serves both. Clients need the message
+/// limits of the configuration besides. Fails on what is no URI.
 pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
     Ok(Endpoint::from_shared(uri.into())?
         .connect_timeout(CONNECT_TIMEOUT)
@@ -43,8 +46,8 @@ pub fn endpoint(uri: impl Into<String>) -> Result<Endpoint, Error> {
         .keep_alive_while_idle(true))
 }
 
-/// Opens channels, in the clear to `http://` and over TLS to `https://`; cloning shares it. By default it knows no CA, so
-/// it opens none over TLS.
+/// A connector opens channels, in the clear to `http://` and over TLS to `https://`. Clones share its certificates. The
+/// default knows no CA, so it opens no channel over TLS.
 #[derive(Clone, Debug, Default)]
 pub struct Connector {
     tls: Option<Arc<Tls>>,
@@ -57,14 +60,16 @@ struct Tls {
 }
 
 impl Connector {
-    /// Fails on files that cannot be read or do not belong together.
+    /// Reads the files of a caller's TLS, now and again whenever they change. Fails on files that cannot be read or do
+    /// not belong together, and on a server name that is neither a DNS name nor an address.
     pub fn open(config: &ClientTlsConfig) -> anyhow::Result<Self> {
         let server_name = config.server_name.clone().map(ServerName::try_from).transpose()?;
         let tls = config.open()?.map(|config| Arc::new(Tls { config, server_name }));
         Ok(Self { tls })
     }
 
-    /// Connects when it is first used, and again whenever the connection is lost.
+    /// Returns a channel that connects when it is first used, and again whenever the connection is lost. Fails on what
+    /// is no URI, and on `https://` without a CA.
     pub fn channel(&self, uri: &str) -> anyhow::Result<Channel> {
         let endpoint = endpoint(uri)?;
         Ok(match self.tls_of(&endpoint)? {
@@ -76,7 +81,8 @@ impl Connector {
         })
     }
 
-    /// As [`Connector::channel`], with the first connection made now.
+    /// Returns a channel as [`Connector::channel`] does, with the first connection made now; fails where it cannot be
+    /// made.
     pub async fn connect(&self, uri: &str) -> anyhow::Result<Channel> {
         let endpoint = endpoint(uri)?;
         Ok(match self.tls_of(&endpoint)? {
@@ -97,7 +103,7 @@ impl Connector {
     }
 }
 
-/// With the files as they are at this moment.
+/// Connects over TLS with the files as they are at this moment.
 async fn dial(uri: Uri, tls: Arc<Tls>) -> anyhow::Result<TokioIo<TlsStream<TcpStream>>> {
     let host = uri.host().context("an endpoint without a host")?;
     let host = host.trim_start_matches('[').trim_end_matches(']');

@@ -13,27 +13,36 @@ use serde::{Serialize, de::DeserializeOwned};
 const PREFIX: &str = "EMU2__";
 const SEPARATOR: &str = "__";
 
-/// A configuration that knows what contradicts itself.
+/// A configuration that can tell what is wrong with itself beyond what its types refuse.
 pub trait Validate {
-    /// All mistakes at once, each naming the key, the limit and the value; empty when there is none.
+    /// Returns all mistakes at once, each naming the key, the limit and the value; empty when there is none.
     fn problems(&self) -> Vec<String>;
 }
 
-/// Why there is no configuration.
+/// The reasons why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// A file is missing, or holds a key or a type that the configuration does not have.
     #[error("configuration cannot be read: {0}")]
     Read(#[from] config::ConfigError),
+    /// A file is not TOML. The message names the line and does not quote it, because it may hold a secret.
     #[error("{file} cannot be parsed: {problem}")]
-    Syntax { file: String, problem: String },
+    Syntax {
+        /// Path of the file.
+        file: String,
+        /// Place and reason, as the parser tells them.
+        problem: String,
+    },
+    /// The default values cannot be serialized, which is a fault of the configuration's type.
     #[error("defaults cannot be written as JSON: {0}")]
     Defaults(#[source] serde_json::Error),
+    /// The values contradict themselves or their limits; every mistake is listed.
     #[error("configuration is invalid: {}", .0.join("; "))]
     Invalid(Vec<String>),
 }
 
-/// Reads the configuration of a service from its command line: `--config FILE`. `--help` and mistakes on the command
-/// line print and exit, as is usual.
+/// Reads the configuration of a service: its defaults, then the file that `--config FILE` on the command line names,
+/// then the environment. `--help` and mistakes on the command line print and exit, as is usual.
 pub fn from_args<T>() -> Result<T, ConfigError>
 where
     T: Serialize + DeserializeOwned + Default + Validate,
@@ -48,7 +57,7 @@ where
 }
 
 /// Reads the configuration from an optional file and the process's environment.
-pub fn load<T>(file: Option<&Path>) -> Result<T, ConfigError>
+fn load<T>(file: Option<&Path>) -> Result<T, ConfigError>
 where
     T: Serialize + DeserializeOwned + Default + Validate,
 {

@@ -23,23 +23,23 @@ use tonic::transport::server::Connected;
 
 use crate::{reload::Reloaded, server::ServerConfig};
 
-/// HTTP/2's client preface and the smallest SETTINGS frame: nothing legitimate sends less.
+/// Bytes of HTTP/2's client preface and the smallest SETTINGS frame: nothing legitimate sends less.
 const PREFACE_BYTES: usize = 24 + 9;
-/// Connections on their way from the handshake to the server.
+/// Most connections on their way from the handshake to the server.
 const WAITING: usize = 16;
-/// After an error of `accept` such as too many open files: without it the loop would spin.
+/// Pause after an error of `accept` such as too many open files: without it the loop would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 type Tls = Option<Reloaded<rustls::ServerConfig>>;
 
-/// Limits on one connection.
+/// How long one connection may take to begin, and how long it may carry nothing.
 #[derive(Clone, Copy, Debug)]
-struct Patience {
+struct Timeouts {
     handshake: Duration,
     idle: Duration,
 }
 
-/// Accepted connections; dropping it closes the listener.
+/// The connections that a server has accepted, as a stream. Dropping it closes the listener.
 pub(crate) struct Connections {
     ready: mpsc::Receiver<Connection>,
     _accepting: AbortOnDropHandle<()>,
@@ -48,12 +48,12 @@ pub(crate) struct Connections {
 impl Connections {
     pub(crate) fn accept(listener: TcpListener, config: &ServerConfig, tls: Tls) -> Self {
         let (sender, ready) = mpsc::channel(WAITING);
-        let patience = Patience {
+        let timeouts = Timeouts {
             handshake: Duration::from_millis(config.handshake_ms),
             idle: Duration::from_millis(config.idle_ms),
         };
         let places = Arc::new(Semaphore::new(config.max_connections));
-        let accepting = tokio::spawn(accept(listener, places, patience, tls, sender));
+        let accepting = tokio::spawn(accept(listener, places, timeouts, tls, sender));
         Self { ready, _accepting: AbortOnDropHandle::new(accepting) }
     }
 }
@@ -69,7 +69,7 @@ impl Stream for Connections {
 async fn accept(
     listener: TcpListener,
     places: Arc<Semaphore>,
-    patience: Patience,
+    timeouts: Timeouts,
     tls: Tls,
     ready: mpsc::Sender<Connection>,
 ) {
@@ -92,10 +92,10 @@ async fn accept(
         let config = tls.as_ref().map(Reloaded::get);
         let ready = ready.clone();
         handshakes.spawn(async move {
-            match timeout(patience.handshake, secure(socket, config)).await {
+            match timeout(timeouts.handshake, secure(socket, config)).await {
                 Ok(Ok(io)) => {
                     // Nobody to hand it to: the server is going.
-                    let _ = ready.send(Connection::new(io, place, patience)).await;
+                    let _ = ready.send(Connection::new(io, place, timeouts)).await;
                 }
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "a handshake failed"),
                 Err(_) => tracing::debug!(%peer, "a handshake took longer than server.handshake_ms"),
@@ -118,36 +118,36 @@ async fn secure(socket: TcpStream, config: Option<Arc<rustls::ServerConfig>>) ->
 /// it has carried no call for as long as `server.idle_ms`.
 pub(crate) struct Connection {
     io: Io,
-    patience: Patience,
+    timeouts: Timeouts,
     activity: Activity,
     read_bytes: usize,
-    /// When to look again at what it carries.
+    /// Fires when it is time to look again at what the connection carries.
     look: Pin<Box<Sleep>>,
     given_up: bool,
     _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    fn new(io: Io, place: OwnedSemaphorePermit, patience: Patience) -> Self {
+    fn new(io: Io, place: OwnedSemaphorePermit, timeouts: Timeouts) -> Self {
         Self {
             io,
-            patience,
+            timeouts,
             activity: Activity::default(),
             read_bytes: 0,
-            look: Box::pin(sleep(patience.handshake)),
+            look: Box::pin(sleep(timeouts.handshake)),
             given_up: false,
             _place: place,
         }
     }
 
-    /// Whether it has been of no use for too long; looks at it once in a while.
+    /// Returns whether the connection has been of no use for too long; looks at it once in a while.
     fn is_useless(&mut self, context: &mut Context<'_>) -> bool {
         while !self.given_up && self.look.as_mut().poll(context).is_ready() {
             let idle = self.activity.idle();
-            if self.read_bytes < PREFACE_BYTES || idle >= self.patience.idle {
+            if self.read_bytes < PREFACE_BYTES || idle >= self.timeouts.idle {
                 self.given_up = true;
             } else {
-                self.look.as_mut().reset(Instant::now() + self.patience.idle - idle);
+                self.look.as_mut().reset(Instant::now() + self.timeouts.idle - idle);
             }
         }
         self.given_up
@@ -155,7 +155,7 @@ impl Connection {
 }
 
 impl AsyncRead for Connection {
-    /// Says "end of file" of a useless connection, so that HTTP/2 closes it as if its caller had.
+    /// Reads, and says "end of file" of a useless connection, so that HTTP/2 closes it as if its caller had.
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -204,20 +204,20 @@ impl AsyncWrite for Connection {
 impl Connected for Connection {
     type ConnectInfo = Activity;
 
-    /// tonic puts it into every request that comes this way.
+    /// Returns the connection's activity, which tonic puts into every request that comes this way.
     fn connect_info(&self) -> Activity {
         self.activity.clone()
     }
 }
 
-/// How many calls a connection carries, and since when it carries none; cloning shares it.
+/// How many calls a connection carries, and since when it carries none. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Activity(Arc<Mutex<Calls>>);
 
 #[derive(Debug)]
 struct Calls {
     running: usize,
-    /// When the last one ended, or the connection began.
+    /// When the last call ended, or the connection began.
     last: Instant,
 }
 
@@ -228,13 +228,13 @@ impl Default for Activity {
 }
 
 impl Activity {
-    /// A call that runs until the guard is dropped.
+    /// Counts a call until the guard is dropped.
     pub(crate) fn call(&self) -> Call {
         self.lock().running += 1;
         Call(self.clone())
     }
 
-    /// For how long there has been no call.
+    /// Returns for how long there has been no call.
     fn idle(&self) -> Duration {
         let calls = self.lock();
         if calls.running > 0 { Duration::ZERO } else { calls.last.elapsed() }
@@ -245,7 +245,7 @@ impl Activity {
     }
 }
 
-/// One call of a connection.
+/// The guard of one call of a connection, which counts until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Call(Activity);
 

@@ -13,35 +13,36 @@ use tonic::{
 use crate::status::{self, Violation};
 
 const HEADER: &str = "grpc-timeout";
-/// The gRPC specification allows at most eight digits.
+/// Most digits of a `grpc-timeout`, as the gRPC specification says.
 const MAX_DIGITS: usize = 8;
 const MAX_VALUE: u128 = 99_999_999;
 const HOUR_SECONDS: u64 = 3600;
 
-/// When the caller stops waiting; `none` never passes.
+/// The instant at which a caller stops waiting; one that is `none` never passes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Deadline(Option<Instant>);
 
 impl Deadline {
-    /// No deadline.
+    /// Returns the deadline that never passes.
     pub const fn none() -> Self {
         Self(None)
     }
 
-    /// This long from now.
+    /// Returns the deadline that passes when `budget` has gone by from now.
     pub fn after(budget: Duration) -> Self {
         // A budget beyond the clock's range is no deadline.
         Self(Instant::now().checked_add(budget))
     }
 
-    /// The deadline of an incoming request: the instant that the server fixed on arrival, else its `grpc-timeout`
-    /// counted from now.
+    /// Returns the deadline of an incoming request: the instant that the server fixed on arrival, else its
+    /// `grpc-timeout` counted from now.
     pub fn of<T>(request: &Request<T>) -> Self {
         let fixed = request.extensions().get::<Self>().copied();
         fixed.unwrap_or_else(|| Self::of_metadata(request.metadata()))
     }
 
-    /// `grpc-timeout` counted from now; a malformed one counts as none (the server has refused it before).
+    /// Returns the deadline of a `grpc-timeout` counted from now; a malformed one counts as none (the server has
+    /// refused it before).
     pub fn of_metadata(metadata: &MetadataMap) -> Self {
         Self::of_headers(metadata.as_ref()).unwrap_or_default()
     }
@@ -57,16 +58,17 @@ impl Deadline {
         Ok(Self::after(budget))
     }
 
-    /// What is left; zero once passed, `None` without a deadline.
+    /// Returns the time that is left: zero once the deadline has passed, `None` without a deadline.
     pub fn remaining(self) -> Option<Duration> {
         self.0.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
+    /// Returns whether the deadline has passed.
     pub fn is_passed(self) -> bool {
         self.0.is_some_and(|at| at <= Instant::now())
     }
 
-    /// Returns when the deadline passes; never without one.
+    /// Waits until the deadline passes: for ever without one.
     pub async fn passed(self) {
         match self.0 {
             Some(at) => tokio::time::sleep_until(at).await,
@@ -74,7 +76,7 @@ impl Deadline {
         }
     }
 
-    /// The future's output, or DEADLINE_EXCEEDED (the future is dropped) once the deadline passes.
+    /// Returns the future's output, or drops the future and returns DEADLINE_EXCEEDED once the deadline passes.
     pub async fn run<F: Future>(self, future: F) -> Result<F::Output, Status> {
         tokio::select! {
             biased;
@@ -83,7 +85,7 @@ impl Deadline {
         }
     }
 
-    /// Hands what is left down to the next service.
+    /// Hands the time that is left down to the next service, as `grpc-timeout` in the metadata of a call.
     pub fn apply(self, metadata: &mut MetadataMap) {
         if let Some(remaining) = self.remaining() {
             let value = MetadataValue::try_from(format(remaining)).expect("digits and a unit are ASCII");
@@ -110,7 +112,7 @@ fn parse(value: &str) -> Option<Duration> {
     }
 }
 
-/// The finest unit that fits eight digits. Never zero: some servers read that as no timeout.
+/// Writes a duration in the finest unit that fits eight digits. Never zero: some servers read that as no timeout.
 fn format(remaining: Duration) -> String {
     let nanos = remaining.as_nanos().max(1);
     let units: [(u128, char); 5] =

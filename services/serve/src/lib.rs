@@ -9,7 +9,7 @@
 //! | [`readiness`] | whether this replica wants work, as health checks and `/readyz` tell it |
 //! | [`shutdown`] | SIGTERM and SIGINT as one token that everything watches |
 //! | [`deadline`] | the caller's `grpc-timeout` as a budget that is handed down |
-//! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its sender told when nobody listens |
+//! | [`stream`] | the response stream of an RPC: bounded, ended by its deadline, its work dropped when nobody listens |
 //! | [`admission`] | permits for requests and their bytes: full is answered at once, never waited for unseen |
 //! | [`tenant`] | API tokens, and the tenant that a caller's token is bound to |
 //! | [`priority`] | classes of requests, and how a line of waiting work honours them |
@@ -26,6 +26,8 @@
 //! | `reload` | values of files that are replaced under a running process |
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
+
+#![warn(missing_docs)]
 
 pub mod admission;
 pub mod client;

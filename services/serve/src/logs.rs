@@ -14,7 +14,7 @@ use tracing_subscriber::{
 /// Fields of enclosing spans that every line repeats, so that a log store can be searched by them.
 const SPAN_FIELDS: [&str; 3] = ["request_id", "trace_id", "service"];
 
-/// Formats events; spans must be formatted by `JsonFields`.
+/// The format of a log line as one JSON object; spans must be formatted by `JsonFields`.
 pub(crate) struct JsonLines;
 
 impl<S> FormatEvent<S, JsonFields> for JsonLines

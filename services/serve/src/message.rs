@@ -20,14 +20,15 @@ const UNREADABLE: [&str; 5] = [
     "Error decompressing",
 ];
 
-/// The next message of a request stream, its errors in the API's terms.
+/// Returns the next message of a request stream, or `None` at its end. Errors are in the API's terms:
+/// RESOURCE_EXHAUSTED for a message over the limit, INVALID_ARGUMENT for one that cannot be read.
 pub async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
     stream.message().await.map_err(decode_status)
 }
 
-/// A status from reading a request stream or from calling another service, in the API's terms; any other status
+/// Puts a status from reading a request stream or from calling another service in the API's terms; any other status
 /// passes through.
-pub fn decode_status(status: Status) -> Status {
+pub(crate) fn decode_status(status: Status) -> Status {
     let starts = |texts: &[&str]| texts.iter().any(|text| status.message().starts_with(text));
     match status.code() {
         Code::OutOfRange if starts(&TOO_LARGE) => {
@@ -40,7 +41,7 @@ pub fn decode_status(status: Status) -> Status {
     }
 }
 
-/// tonic's text ends "found {n} bytes, the limit is: {n} bytes".
+/// Names limit and value of a message that is too large: tonic's text ends "found {n} bytes, the limit is: {n} bytes".
 fn too_large(text: &str) -> String {
     let mut numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
     match (numbers.next(), numbers.next()) {

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use prost::{DecodeError, Message};
 use prost_types::{FileDescriptorProto, FileDescriptorSet};
 
-/// Every RPC of the contracts by `package.Service/Method`.
+/// The RPCs of the contracts, by `package.Service/Method`.
 pub(crate) struct Methods(HashMap<String, Method>);
 
+/// What the layer around an RPC needs to know of its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Method {
     /// Its request has no fields: a question about the service, answered from what it knows.
@@ -46,7 +47,7 @@ impl Methods {
         Ok(Self(methods.collect()))
     }
 
-    /// None: callers choose paths.
+    /// Returns what is known of a method; `None` for what no contract has, because callers choose paths.
     pub(crate) fn get(&self, method: &str) -> Option<Method> {
         self.0.get(method).copied()
     }

@@ -21,21 +21,22 @@ use tonic::Code;
 use crate::{methods::Methods, status::code_name};
 
 /// Finished RPCs by method and code; exposed as `emu2_rpc_requests_total`.
-pub const RPC_REQUESTS: &str = "emu2_rpc_requests";
-/// From the arrival of the headers to the end of the stream, by method and code; exposed as
+const RPC_REQUESTS: &str = "emu2_rpc_requests";
+/// Time from the arrival of the headers to the end of the stream, by method and code; exposed as
 /// `emu2_rpc_duration_seconds`.
-pub const RPC_DURATION: &str = "emu2_rpc_duration";
+const RPC_DURATION: &str = "emu2_rpc_duration";
 /// RPCs that have arrived and not ended.
-pub const RPC_IN_FLIGHT: &str = "emu2_rpc_in_flight_requests";
+const RPC_IN_FLIGHT: &str = "emu2_rpc_in_flight_requests";
 /// The method label of calls to anything else: callers choose paths, and labels must stay few.
 const UNKNOWN_METHOD: &str = "unknown";
 
 /// Buckets for durations in seconds, from a cache hit (1 ms) to an image on a CPU (17 minutes).
-pub fn duration_buckets() -> impl Iterator<Item = f64> {
+fn duration_buckets() -> impl Iterator<Item = f64> {
     exponential_buckets(0.001, 2.0, 21)
 }
 
-/// A histogram over [`duration_buckets`], in the shape that `Family::new_with_constructor` wants.
+/// Returns an empty histogram of durations in seconds, with 21 buckets from 1 ms to 17 minutes. It has the shape that
+/// `Family::new_with_constructor` wants.
 pub fn duration_histogram() -> Histogram {
     Histogram::new(duration_buckets())
 }
@@ -54,7 +55,7 @@ pub(crate) struct RpcMetrics {
     methods: Arc<Methods>,
 }
 
-/// One RPC in flight; leaves the gauge when dropped.
+/// One RPC in flight, which leaves the gauge when dropped.
 pub(crate) struct InFlight(Gauge<i64, AtomicI64>);
 
 impl RpcMetrics {
@@ -91,7 +92,7 @@ impl Drop for InFlight {
     }
 }
 
-/// All of a registry as OpenMetrics text.
+/// Writes all metrics of a registry as OpenMetrics text.
 pub(crate) fn text(registry: &Arc<Registry>) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, registry)?;

@@ -14,29 +14,33 @@ use tonic::{
 
 use crate::status::Violation;
 
-/// Between services it rides in metadata, beside the deadline. Only callers that are trusted reach a stage.
+/// The metadata key that carries the class between services, beside the deadline. Only callers that are trusted reach a
+/// stage.
 const METADATA: &str = "x-emu2-priority";
 
-/// A class of requests; greater goes first.
+/// A class of requests. The greater class goes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Priority {
-    /// Work that can wait: batches, backfills.
+    /// The class of work that can wait: batches, backfills.
     Low,
+    /// The class of requests that ask for none.
     #[default]
     Normal,
-    /// Somebody waits for the answer.
+    /// The class of requests whose answer somebody waits for.
     High,
 }
 
-/// Times that whoever waits may be passed. 16: about one batch of an encoder, so a crowd of a higher class delays a
+/// How often whoever waits may be overtaken. 16: about one batch of an encoder, so a crowd of a higher class delays a
 /// lower one by a batch or so for each place in the line, not by the crowd's length.
 pub const OVERTAKEN_MAX: u32 = 16;
 
 impl Priority {
+    /// Every class, the lowest first.
     pub const ALL: [Self; 3] = [Self::Low, Self::Normal, Self::High];
 
-    /// Out of a message's field; unspecified is normal.
+    /// Reads the class out of a message's field; unspecified is normal. Returns INVALID_ARGUMENT for a number that
+    /// names no class.
     pub fn of(field: i32) -> Result<Self, Status> {
         match v1::Priority::try_from(field) {
             Ok(v1::Priority::Low) => Ok(Self::Low),
@@ -49,18 +53,18 @@ impl Priority {
         }
     }
 
-    /// Of a call from another service; normal where it says nothing that is known.
+    /// Returns the class of a call from another service; normal where the call says nothing that is known.
     pub fn of_call<T>(request: &Request<T>) -> Self {
         let said = request.metadata().get(METADATA).and_then(|said| said.to_str().ok());
         Self::ALL.into_iter().find(|priority| said == Some(priority.name())).unwrap_or_default()
     }
 
-    /// Puts it on a call to another service.
+    /// Puts the class on the metadata of a call to another service.
     pub fn apply(self, metadata: &mut MetadataMap) {
         metadata.insert(METADATA, MetadataValue::from_static(self.name()));
     }
 
-    /// As `google.protobuf` names the value.
+    /// Returns the class's name in the API, such as `PRIORITY_HIGH`.
     pub fn name(self) -> &'static str {
         v1::Priority::from(self).as_str_name()
     }
@@ -76,7 +80,7 @@ impl From<Priority> for v1::Priority {
     }
 }
 
-/// What a line needs to know of whoever waits in it.
+/// The standing of one that waits in a line: its class, and how often it has been overtaken.
 #[derive(Clone, Copy, Debug)]
 pub struct QueuePosition {
     priority: Priority,
@@ -84,11 +88,13 @@ pub struct QueuePosition {
 }
 
 impl QueuePosition {
+    /// Returns the standing of a newcomer of this class.
     pub fn new(priority: Priority) -> Self {
         Self { priority, overtaken: 0 }
     }
 
-    /// How many of a line, counted from its back, a newcomer goes before; those remember it.
+    /// Returns how many of a line, counted from its back, this newcomer goes before, and notes in each of those that it
+    /// has been overtaken once more.
     pub fn overtakes<'a>(self, from_the_back: impl Iterator<Item = &'a mut Self>) -> usize {
         let gives_way = |other: &&mut Self| other.priority < self.priority && other.overtaken < OVERTAKEN_MAX;
         from_the_back.take_while(gives_way).map(|other| other.overtaken += 1).count()

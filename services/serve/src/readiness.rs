@@ -7,15 +7,16 @@ use tokio::sync::watch;
 
 /// What a replica says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
+    /// It wants work.
     Ready,
-    /// Why not, for people.
+    /// It wants no work now; the text says why, for people.
     NotReady(String),
-    /// For good: shutdown has begun.
+    /// It wants no work any more: shutdown has begun.
     Stopping,
 }
 
-/// Cloning shares the state. Starts not ready.
+/// Whether a replica wants work, which begins with "not ready". Clones share the state.
 #[derive(Clone, Debug)]
 pub struct Readiness(Arc<watch::Sender<State>>);
 
@@ -24,15 +25,17 @@ impl Readiness {
         Self(Arc::new(watch::Sender::new(State::NotReady("starting".into()))))
     }
 
+    /// Makes the replica ready, unless its shutdown has begun.
     pub fn ready(&self) {
         self.become_state(State::Ready);
     }
 
+    /// Makes the replica not ready, for a reason that health pages tell people.
     pub fn not_ready(&self, reason: impl Into<String>) {
         self.become_state(State::NotReady(reason.into()));
     }
 
-    /// How far the weights are in, as the reason.
+    /// Makes the replica not ready because it is loading its weights, of which so many percent are in.
     pub fn loading(&self, percent: u8) {
         self.not_ready(format!("loading {percent} %"));
     }
@@ -41,15 +44,16 @@ impl Readiness {
         self.become_state(State::Stopping);
     }
 
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         self.0.borrow().clone()
     }
 
+    /// Returns whether the replica wants work now.
     pub fn is_ready(&self) -> bool {
         *self.0.borrow() == State::Ready
     }
 
-    /// Returns once the replica is ready; never if it never will be.
+    /// Waits until the replica is ready: for ever if it never will be.
     pub async fn became_ready(&self) {
         let mut changes = self.0.subscribe();
         changes.wait_for(|state| *state == State::Ready).await.expect("self holds the sender");

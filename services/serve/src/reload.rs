@@ -13,10 +13,11 @@ use anyhow::Context;
 use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::task::AbortOnDropHandle;
 
-/// Kubernetes itself takes up to a minute to bring a new secret, and reading a few kilobytes costs nothing.
+/// Time between two looks at the files. Kubernetes itself takes up to a minute to bring a new secret, and reading a few
+/// kilobytes costs nothing.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The value of the files as they are now.
+/// A value that is read out of files, and read again when they change.
 #[derive(Debug)]
 pub(crate) struct Reloaded<T> {
     current: watch::Receiver<Arc<T>>,
@@ -24,7 +25,7 @@ pub(crate) struct Reloaded<T> {
 }
 
 impl<T: Send + Sync + 'static> Reloaded<T> {
-    /// A value that never changes.
+    /// Returns a value that never changes.
     pub(crate) fn fixed(value: T) -> Self {
         Self { current: watch::Sender::new(Arc::new(value)).subscribe(), _poll: None }
     }
@@ -41,6 +42,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         Ok(Self { current, _poll: Some(AbortOnDropHandle::new(poll)) })
     }
 
+    /// Returns the value in force.
     pub(crate) fn get(&self) -> Arc<T> {
         Arc::clone(&self.current.borrow())
     }

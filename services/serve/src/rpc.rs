@@ -1,5 +1,5 @@
-//! The layer around every RPC. On the way in: request id, deadline, span, readiness, permit. On the way out: request id in
-//! metadata and details, tonic's codes for bad messages corrected, one count, one log line. In between: whatever the
+//! The layer around every RPC. On the way in: request id, deadline, span, readiness, permit. On the way out: request id
+//! in metadata and details, tonic's codes for bad messages corrected, one count, one log line. In between: whatever the
 //! handler does is stopped at the deadline, and at the end of the shutdown grace.
 //!
 //! An RPC ends when its response *body* ends, so all of this lives as long as the body does: see [`body`].
@@ -43,7 +43,7 @@ use crate::{
     trace::{REQUEST_ID, RequestId},
 };
 
-/// What the layer needs to know of the server.
+/// What the layer around every RPC needs to know of the server.
 pub(crate) struct Shared {
     pub(crate) service: &'static str,
     pub(crate) methods: Arc<Methods>,
@@ -51,14 +51,15 @@ pub(crate) struct Shared {
     pub(crate) readiness: Readiness,
     pub(crate) admission: Admission,
     pub(crate) tenants: Tenants,
-    /// How long a caller may leave one frame of an answer unread.
+    /// Longest time that a caller may leave one frame of an answer unread.
     pub(crate) stalled: Duration,
-    /// Shutdown has begun.
+    /// Cancelled when shutdown begins.
     pub(crate) draining: CancellationToken,
-    /// The shutdown grace is over.
+    /// Cancelled when the shutdown grace is over.
     pub(crate) cut: CancellationToken,
 }
 
+/// The layer that wraps a server's routes in [`Rpc`].
 #[derive(Clone)]
 pub(crate) struct RpcLayer(pub(crate) Arc<Shared>);
 
@@ -70,6 +71,7 @@ impl Layer<Routes> for RpcLayer {
     }
 }
 
+/// A server's routes with all that is done around an RPC.
 #[derive(Clone)]
 pub(crate) struct Rpc {
     routes: Routes,
@@ -152,7 +154,8 @@ impl Shared {
         request.uri().path().starts_with(INFRASTRUCTURE) || is_watch()
     }
 
-    /// What the call occupies while it is served; nothing for a method that nobody serves.
+    /// Returns what the call occupies while it is served (nothing for a method that nobody serves), or the status that
+    /// it is refused with.
     fn admit(&self, request: &mut Request<Body>, guest: &Guest) -> Result<Option<Permit>, Status> {
         // While stopping, calls that were on their way when the connection was told to go are still served.
         if let State::NotReady(reason) = self.readiness.state() {
@@ -174,7 +177,7 @@ impl Shared {
     }
 }
 
-/// The handler's response, or the status of whatever stopped it first.
+/// Returns the handler's response, or the status of whatever stopped it first.
 async fn answer(
     response: impl Future<Output = Result<Response<Body>, Infallible>> + Send,
     mut stop: Stop,

@@ -1,9 +1,60 @@
 //! A gRPC server as every service of the cluster runs it: health, reflection, the layer of `rpc` around each call,
 //! an admin port, and an end in order.
 //!
-//! ```text
-//! let server = Server::new("emu2-encoder", &config.server, listeners).service(encoder).registry(registry);
-//! server.run_engine(load_and_warm_up, engine_ended, shutdown).await
+//! A service that loads nothing, called once and shut down:
+//!
+//! ```
+//! use emu2_proto::v1::{ListModelsRequest, emu2_client::Emu2Client, emu2_server::Emu2Server};
+//! use emu2_serve::{
+//!     client,
+//!     server::{Listeners, Server, ServerConfig},
+//!     shutdown::Shutdown,
+//! };
+//! # use emu2_proto::v1::{
+//! #     EmbedRequest, EmbedResponse, GenerateEvent, GenerateRequest, ListModelsResponse, emu2_server::Emu2,
+//! # };
+//! # use emu2_serve::stream::Events;
+//! # use tonic::{Request, Response, Status};
+//! # struct Example;
+//! # #[tonic::async_trait]
+//! # impl Emu2 for Example {
+//! #     type GenerateStream = Events<GenerateEvent>;
+//! #     async fn generate(
+//! #         &self,
+//! #         _: Request<GenerateRequest>,
+//! #     ) -> Result<Response<Self::GenerateStream>, Status> {
+//! #         Err(Status::unimplemented("the example has no model"))
+//! #     }
+//! #     async fn embed(&self, _: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+//! #         Err(Status::unimplemented("the example has no model"))
+//! #     }
+//! #     async fn list_models(
+//! #         &self,
+//! #         _: Request<ListModelsRequest>,
+//! #     ) -> Result<Response<ListModelsResponse>, Status> {
+//! #         Ok(Response::new(ListModelsResponse::default()))
+//! #     }
+//! # }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> anyhow::Result<()> {
+//! let config = ServerConfig::on_port(0);
+//! let listeners = Listeners::bind(&config).await?;
+//! let address = listeners.grpc_addr();
+//! let server = Server::new("example", &config, listeners).service(Emu2Server::new(Example));
+//! let (readiness, shutdown) = (server.readiness(), Shutdown::new());
+//! let load = async { Ok(()) };
+//! let running = tokio::spawn(Box::pin(server.run_after(load, shutdown.clone())));
+//!
+//! readiness.became_ready().await;
+//! let channel = client::endpoint(format!("http://{address}"))?.connect_lazy();
+//! let answer = Emu2Client::new(channel).list_models(ListModelsRequest {}).await?;
+//! assert!(answer.into_inner().models.is_empty());
+//!
+//! shutdown.begin();
+//! running.await??;
+//! # Ok(())
+//! # }
 //! ```
 
 mod config;
@@ -49,11 +100,13 @@ const ENGINE_END_MS_MAX: u64 = 5_000;
 /// ask for port 0.
 #[derive(Debug)]
 pub struct Listeners {
-    pub grpc: TcpListener,
-    pub admin: Option<TcpListener>,
+    grpc: TcpListener,
+    admin: Option<TcpListener>,
 }
 
 impl Listeners {
+    /// Binds the gRPC port and, where one is configured, the admin port. Fails on an address that cannot be listened
+    /// on.
     pub async fn bind(config: &ServerConfig) -> anyhow::Result<Self> {
         let bind = async |address| {
             TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
@@ -66,16 +119,18 @@ impl Listeners {
         Ok(Self { grpc, admin })
     }
 
+    /// Returns the address of the gRPC port.
     pub fn grpc_addr(&self) -> SocketAddr {
         self.grpc.local_addr().expect("a bound listener has an address")
     }
 
+    /// Returns the address of the admin port, if there is one.
     pub fn admin_addr(&self) -> Option<SocketAddr> {
         self.admin.as_ref().map(|admin| admin.local_addr().expect("a bound listener has an address"))
     }
 }
 
-/// A server under construction; see [`Server::run`].
+/// A gRPC server under construction, until one of its `run` functions serves.
 pub struct Server {
     name: &'static str,
     config: ServerConfig,
@@ -88,7 +143,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// `name` is the `service` field of spans and log lines.
+    /// Returns a server without services; `name` is the `service` field of its spans and log lines.
     pub fn new(name: &'static str, config: &ServerConfig, listeners: Listeners) -> Self {
         Self {
             name,
@@ -121,28 +176,29 @@ impl Server {
         self
     }
 
-    /// The registry that holds the service's own metrics.
+    /// Sets the registry that holds the service's own metrics; the server adds those of its RPCs.
     #[must_use]
     pub fn registry(mut self, registry: Registry) -> Self {
         self.registry = registry;
         self
     }
 
-    /// Who may call; anybody without it.
+    /// Sets who may call; without it anybody may.
     #[must_use]
     pub fn tenants(mut self, tenants: Tenants) -> Self {
         self.tenants = tenants;
         self
     }
 
-    /// Starts not ready; until it is, RPCs (other than health and reflection) answer UNAVAILABLE.
+    /// Returns the server's readiness, which starts as "not ready": until that changes, RPCs other than health and
+    /// reflection answer UNAVAILABLE.
     pub fn readiness(&self) -> Readiness {
         self.readiness.clone()
     }
 
-    /// Serves a model on its engine thread: as [`Server::run_after`], and the end of a thread that served (`ended`)
-    /// before shutdown is an error, so that the process ends and is started anew. After the server, waits a little
-    /// for the thread.
+    /// Serves a model on its engine thread, as [`Server::run_after`] does. The end of a thread that served (`ended`)
+    /// before shutdown is an error besides, so that the process ends and is started anew. After the server has ended,
+    /// the thread is waited for, at most 5 s.
     pub async fn run_engine<L>(
         self,
         load: L,
@@ -174,7 +230,8 @@ impl Server {
         Ok(())
     }
 
-    /// Serves while `load` runs, becomes ready when it succeeds, and ends with its error when it fails.
+    /// Serves while `load` runs, becomes ready when it succeeds, and ends with its error when it fails. From then on it
+    /// serves as [`Server::run`] does.
     pub async fn run_after<L>(self, load: L, shutdown: Shutdown) -> anyhow::Result<()>
     where
         L: Future<Output = anyhow::Result<()>>,
@@ -204,8 +261,9 @@ impl Server {
         loaded.and(served)
     }
 
-    /// Serves until shutdown begins, then: not ready, no new connections, running requests finish within the grace,
-    /// what is left is cut with UNAVAILABLE.
+    /// Serves until shutdown begins. Then the server is not ready and takes no new connections, running requests may
+    /// finish within the grace, and what is left is cut with UNAVAILABLE. Fails where TLS files cannot be used or a
+    /// port fails.
     pub async fn run(self, shutdown: Shutdown) -> anyhow::Result<()> {
         let Self { name, config, listeners, routes, services, mut registry, readiness, tenants } = self;
         let methods = Arc::new(Methods::read()?);
@@ -322,7 +380,7 @@ async fn close(admin: Option<JoinHandle<std::io::Result<()>>>) -> anyhow::Result
     }
 }
 
-/// grpc.health.v1: the server as a whole (the empty name) and each of its services say the same.
+/// The service grpc.health.v1, to which the server as a whole (the empty name) and each of its services say the same.
 #[derive(Clone)]
 struct Health {
     reporter: HealthReporter,

@@ -1,18 +1,20 @@
-//! The end of a process as one token: begun once, watched by everything.
+//! The end of a process as one token that is set once and watched by everything.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Cloning shares the token.
+/// The end of a process, or of one service in it, which begins once. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown(CancellationToken);
 
 impl Shutdown {
+    /// Returns a shutdown that begins when [`Shutdown::begin`] is called.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Begins on SIGTERM or SIGINT; a second one ends the process at once. Needs a tokio runtime.
+    /// Returns a shutdown that begins on SIGTERM or SIGINT; a second signal ends the process at once. It needs a tokio
+    /// runtime, and panics where signals cannot be handled.
     pub fn on_signals() -> Self {
         let shutdown = Self::new();
         let begun = shutdown.clone();
@@ -40,21 +42,24 @@ impl Shutdown {
         shutdown
     }
 
-    /// Begins with this one, and may begin alone: the end of one service among several in a process.
+    /// Returns a shutdown that begins with this one, and may begin alone: the end of one service among several in a
+    /// process.
     #[must_use]
-    pub fn child(&self) -> Self {
+    pub(crate) fn child(&self) -> Self {
         Self(self.0.child_token())
     }
 
+    /// Begins the shutdown; once it has begun, this changes nothing.
     pub fn begin(&self) {
         self.0.cancel();
     }
 
+    /// Returns whether the shutdown has begun.
     pub fn is_begun(&self) -> bool {
         self.0.is_cancelled()
     }
 
-    /// Returns once shutdown has begun; at once when it already has.
+    /// Waits until the shutdown has begun.
     pub async fn begun(&self) {
         self.0.cancelled().await;
     }

@@ -8,34 +8,34 @@ use std::{fmt::Display, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetail, ErrorDetails, FieldViolation, RequestInfo, StatusExt};
 
-/// Violations that one status carries; the rest are counted.
+/// Most violations that one status carries; the rest are counted.
 const MAX_VIOLATIONS: usize = 8;
 /// Longest text of one violation or message in bytes: callers quote values, and values can be anything.
 const MAX_TEXT_BYTES: usize = 512;
 
-/// What can go wrong, in the API's terms.
+/// The kinds of errors that the API has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
-    /// The request breaks a stated limit; it will never work as it is.
+    /// The request breaks a stated limit, and will never work as it is.
     InvalidArgument,
-    /// No such model or context.
+    /// What the request names, such as its model, does not exist.
     NotFound,
-    /// Full now, or a message over the limit.
+    /// The service is full now, or a message is over the limit.
     ResourceExhausted,
     /// The caller's deadline passed.
     DeadlineExceeded,
     /// The caller left.
     Cancelled,
-    /// No valid credentials.
+    /// The call carries no valid credentials.
     Unauthenticated,
-    /// Not ready, shutting down, or no replica of a stage is left.
+    /// The service is not ready or shuts down, or no replica of a stage is left.
     Unavailable,
-    /// A fault of ours, never of the input.
+    /// The fault is the service's own, never the input's.
     Internal,
 }
 
 impl ErrorCode {
-    /// The one place where errors become gRPC codes.
+    /// Returns the gRPC code of this kind of error: the one place where errors become codes.
     pub fn code(self) -> Code {
         match self {
             Self::InvalidArgument => Code::InvalidArgument,
@@ -49,24 +49,28 @@ impl ErrorCode {
         }
     }
 
-    /// A status without details.
+    /// Returns a status of this kind without details. A message over 512 bytes is cut.
     pub fn status(self, message: impl Into<String>) -> Status {
         Status::new(self.code(), shorten(message.into()))
     }
 }
 
-/// One field that breaks one rule. The description reads on from the field's name: "must be …, got …".
+/// A rule that one field of a request breaks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
+    /// Path of the field in its message, such as `prompt.parts[2].image`.
     pub field: String,
+    /// What is wrong, which reads on from the field's name: "must be …, got …".
     pub description: String,
 }
 
 impl Violation {
+    /// Returns the violation of a field; texts over 512 bytes are cut.
     pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
         Self { field: shorten(field.into()), description: shorten(description.into()) }
     }
 
+    /// Returns the violation of a field whose value is not in `min` to `max`, both included.
     pub fn out_of_range(
         field: impl Into<String>,
         min: impl Display,
@@ -89,7 +93,7 @@ impl From<Violation> for Status {
     }
 }
 
-/// INVALID_ARGUMENT with BadRequest details: every mistake at once.
+/// Returns INVALID_ARGUMENT with BadRequest details, which list the first 8 violations; the message counts the rest.
 pub fn invalid(violations: Vec<Violation>) -> Status {
     let mut message = violations.first().map_or_else(|| "invalid request".into(), Violation::to_string);
     if violations.len() > 1 {
@@ -104,7 +108,7 @@ pub fn invalid(violations: Vec<Violation>) -> Status {
     )
 }
 
-/// NOT_FOUND with ResourceInfo: a `kind` ("model") of that `name`.
+/// Returns NOT_FOUND with ResourceInfo: there is no `kind` ("model") of that `name`.
 pub fn not_found(kind: &str, name: &str) -> Status {
     let name = shorten(name.to_owned());
     let message = format!("{kind} {name:?} not found");
@@ -112,30 +116,34 @@ pub fn not_found(kind: &str, name: &str) -> Status {
     Status::with_error_details(ErrorCode::NotFound.code(), message, details)
 }
 
-/// RESOURCE_EXHAUSTED with RetryInfo.
+/// Returns RESOURCE_EXHAUSTED with RetryInfo: the caller may try again after so long.
 pub fn exhausted(message: impl Into<String>, retry_after: Duration) -> Status {
     let details = ErrorDetails::with_retry_info(Some(retry_after));
     Status::with_error_details(ErrorCode::ResourceExhausted.code(), shorten(message.into()), details)
 }
 
+/// Returns DEADLINE_EXCEEDED: the caller's deadline has passed.
 pub fn deadline_exceeded() -> Status {
     ErrorCode::DeadlineExceeded.status("the deadline of the request has passed")
 }
 
+/// Returns CANCELLED: the caller has left.
 pub fn cancelled() -> Status {
     ErrorCode::Cancelled.status("the caller has left")
 }
 
+/// Returns UNAVAILABLE: another replica, or the same one later, may answer.
 pub fn unavailable(message: impl Into<String>) -> Status {
     ErrorCode::Unavailable.status(message)
 }
 
-/// A fault of ours. The message goes to the caller: no paths, no inputs.
+/// Returns INTERNAL: the fault is the service's own. The message goes to the caller, so it names no paths and no
+/// inputs.
 pub fn internal(message: impl Into<String>) -> Status {
     ErrorCode::Internal.status(message)
 }
 
-/// The status with RequestInfo naming the request; what it already carries stays.
+/// Returns the status with RequestInfo naming the request; what it already carries stays.
 pub(crate) fn with_request_id(status: &Status, request_id: &str) -> Status {
     let Ok(mut details) = status.check_error_details_vec() else {
         // Details of a type that we do not know are worth more than the id, which is in the metadata as well.
@@ -146,7 +154,7 @@ pub(crate) fn with_request_id(status: &Status, request_id: &str) -> Status {
     Status::with_error_details_vec(status.code(), status.message(), details)
 }
 
-/// gRPC's canonical name of a code.
+/// Returns gRPC's canonical name of a code, such as `NOT_FOUND`.
 pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

@@ -1,6 +1,35 @@
 //! The response stream of an RPC: a bounded queue between whoever computes (an engine thread, a task) and the
 //! connection. It ends at the caller's deadline, and its sender knows when nobody listens any more: engines ask
-//! [`Sender::is_closed`] once a step.
+//! [`Sender::is_closed`] once a step, and [`Sender::run`] drops a future that works for nobody.
+//!
+//! Work that sends two events and fails:
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use emu2_serve::{deadline::Deadline, status, stream};
+//! use futures::StreamExt;
+//! use tonic::Code;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let (sender, mut events) = stream::channel(4, Deadline::after(Duration::from_secs(60)));
+//! tokio::spawn(async move {
+//!     let work = async {
+//!         for step in 1..=2 {
+//!             sender.send(Ok(step)).await.map_err(|_| sender.closed_status())?;
+//!         }
+//!         Err(status::internal("the device is lost"))
+//!     };
+//!     sender.run(work).await;
+//! });
+//! assert_eq!(events.next().await.unwrap().unwrap(), 1);
+//! assert_eq!(events.next().await.unwrap().unwrap(), 2);
+//! // The error of the work is the last event.
+//! assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Internal);
+//! assert!(events.next().await.is_none());
+//! # }
+//! ```
 
 use std::{
     pin::Pin,
@@ -13,27 +42,28 @@ use tonic::Status;
 
 use crate::{deadline::Deadline, status};
 
-/// A response stream of at most `capacity` waiting events.
+/// Opens a response stream in which at most `capacity` events wait for a slow reader.
 pub fn channel<T>(capacity: usize, deadline: Deadline) -> (Sender<T>, Events<T>) {
     let (queue, events) = mpsc::channel(capacity);
     let passed = Box::pin(deadline.passed());
     (Sender { queue, deadline }, Events { events, passed, ended: false })
 }
 
-/// The computing end; the stream ends when every clone of it is dropped.
+/// The computing end of a response stream. The stream ends when every clone of it is dropped.
 #[derive(Debug)]
 pub struct Sender<T> {
     queue: mpsc::Sender<Result<T, Status>>,
     deadline: Deadline,
 }
 
-/// Nobody listens: the caller left or its deadline passed.
+/// The error of sending to a stream that nobody listens to: its caller has left or its deadline has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the caller has left or its deadline has passed")]
 pub struct Closed;
 
 impl<T> Sender<T> {
-    /// Waits for room.
+    /// Sends an event, and waits while the queue is full. An error is the last event that arrives. Fails once nobody
+    /// listens any more.
     pub async fn send(&self, event: Result<T, Status>) -> Result<(), Closed> {
         tokio::select! {
             biased;
@@ -56,12 +86,12 @@ impl<T> Sender<T> {
         }
     }
 
-    /// Whether work for this stream is wasted. Cheap: once a step.
+    /// Returns whether work for this stream is wasted. It is cheap enough to be asked once a step.
     pub fn is_closed(&self) -> bool {
         self.queue.is_closed() || self.deadline.is_passed()
     }
 
-    /// Returns once nobody listens.
+    /// Waits until nobody listens any more.
     pub async fn closed(&self) {
         tokio::select! {
             () = self.queue.closed() => {}
@@ -69,13 +99,9 @@ impl<T> Sender<T> {
         }
     }
 
-    /// Why nobody listens, for whoever has to name it.
+    /// Returns why nobody listens, for whoever has to name it: DEADLINE_EXCEEDED or CANCELLED.
     pub fn closed_status(&self) -> Status {
         if self.deadline.is_passed() { status::deadline_exceeded() } else { status::cancelled() }
-    }
-
-    pub fn deadline(&self) -> Deadline {
-        self.deadline
     }
 }
 
@@ -85,7 +111,8 @@ impl<T> Clone for Sender<T> {
     }
 }
 
-/// The connection's end: what a streaming RPC returns.
+/// The connection's end of a response stream, which a streaming RPC returns. It yields events as they were sent, and
+/// ends after the first error; where the deadline passes before, that error is DEADLINE_EXCEEDED.
 pub struct Events<T> {
     events: mpsc::Receiver<Result<T, Status>>,
     passed: Pin<Box<dyn Future<Output = ()> + Send>>,

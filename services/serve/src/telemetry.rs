@@ -23,32 +23,38 @@ use tracing_subscriber::{
 
 use crate::{config::Validate, logs::JsonLines};
 
-/// What is left of a batch of spans must leave within this; a collector that is gone must not hold up the end.
+/// Longest wait for the spans that are left at the end: a collector that is gone must not hold it up.
 const FLUSH_MS_MAX: u64 = 3_000;
-/// One export call.
+/// Longest time of one export call.
 const EXPORT_MS_MAX: u64 = 2_000;
-/// Our own crates. Spans of the HTTP stack stay out of traces: the export itself makes such spans, without end.
+/// What the targets of our own crates begin with. Spans of the HTTP stack stay out of traces: the export itself makes
+/// such spans, without end.
 const OWN_CRATES: &str = "emu2";
 
-/// A process has one subscriber.
+/// Whether the process has its subscriber, of which it can have one.
 static INSTALLED: Mutex<bool> = Mutex::new(false);
 
 /// Part `telemetry` of every configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
-    /// What is logged, as tracing's filter directives: `info`, or `warn,emu2_router=debug`. Spans are not affected.
+    /// Which lines are logged, as tracing's filter directives: `info`, or `warn,emu2_router=debug`. Spans are not
+    /// affected.
     pub log: String,
-    /// JSON for log collectors, text for people.
+    /// How a line is written.
     pub log_format: LogFormat,
-    /// OTLP over gRPC, e.g. `http://collector:4317`. Without it no span leaves the process.
+    /// Endpoint of a collector of spans (OTLP over gRPC), such as `http://collector:4317`. Without it no span leaves
+    /// the process.
     pub otlp_endpoint: Option<String>,
 }
 
+/// The ways in which a log line is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
+    /// One JSON object a line, for log collectors.
     Json,
+    /// Text, for people.
     Text,
 }
 
@@ -74,30 +80,34 @@ impl Validate for TelemetryConfig {
     }
 }
 
-/// Why telemetry cannot start.
+/// The reasons why telemetry cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
+    /// `telemetry.log` is no list of filter directives.
     #[error("log filter cannot be read")]
     Filter(#[from] ParseError),
+    /// The exporter to `telemetry.otlp_endpoint` cannot be built.
     #[error("span exporter cannot be built")]
     Exporter(#[from] ExporterBuildError),
 }
 
-/// Spans that wait for export leave when this is shut down or dropped.
+/// The guard of a process's telemetry: spans that wait for export leave when it is shut down or dropped.
 #[must_use = "dropping it ends the export of spans"]
 #[derive(Debug)]
 pub struct Telemetry {
     provider: Option<SdkTracerProvider>,
 }
 
-/// Installs logging and tracing for the process, once: a later call (tests start several services in one process)
-/// changes nothing and returns an empty guard. With an OTLP endpoint it needs a tokio runtime.
+/// Installs logging to standard error, and tracing, for the process, once: a later call (tests start several services
+/// in one process) changes nothing and returns an empty guard. With an OTLP endpoint it needs a tokio runtime. Fails on
+/// filter directives or an endpoint that cannot be read.
 pub fn init(service: &'static str, config: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
     // Standard output belongs to a program's answers.
     init_to(service, config, std::io::stderr)
 }
 
-/// As [`init`], with log lines written elsewhere: a program that draws on its terminal must make room for them.
+/// Installs logging and tracing as [`init`] does, with log lines written elsewhere: a program that draws on its
+/// terminal must make room for them.
 pub fn init_to(
     service: &'static str,
     config: &TelemetryConfig,
@@ -151,14 +161,15 @@ where
 }
 
 impl Telemetry {
-    /// Sends what waits for export, now.
+    /// Sends the spans that wait for export now, and waits for that at most 3 s.
     pub async fn flush(&self) {
         if let Some(provider) = self.provider.clone() {
             bounded(move || provider.force_flush().err()).await;
         }
     }
 
-    /// Sends what waits and ends the export. As dropping, but without blocking the runtime.
+    /// Sends the spans that wait and ends the export, as dropping does, but without blocking the runtime. It waits at
+    /// most 3 s.
     pub async fn shutdown(mut self) {
         if let Some(provider) = self.provider.take() {
             let limit = Duration::from_millis(FLUSH_MS_MAX);

@@ -20,11 +20,11 @@ pub(crate) use {meter::Place, tokens::Guest};
 
 use crate::priority::Priority;
 
-/// The tenant of every caller where no tokens are asked for.
+/// Name of the tenant of every caller where no tokens are asked for.
 const DEFAULT: &str = "default";
 const MAX_NAME_BYTES: usize = 64;
 
-/// The name that a caller's token is bound to, and how far it may go; cloning is cheap.
+/// The tenant that a caller's token is bound to: a name, and the highest class of its requests. Cloning is cheap.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Tenant {
     name: Arc<str>,
@@ -32,16 +32,17 @@ pub struct Tenant {
 }
 
 impl Tenant {
-    /// The tenant of an incoming request; the server has put it there.
+    /// Returns the tenant of an incoming request, which the server has put there; `default` outside of a server.
     pub fn of<T>(request: &Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
     }
 
+    /// Returns the tenant's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The highest class that its requests may have.
+    /// Returns the highest class that the tenant's requests may have.
     pub fn highest_priority(&self) -> Priority {
         self.highest_priority
     }
@@ -63,43 +64,48 @@ impl fmt::Display for Tenant {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuthConfig {
-    /// `none`: every caller is the tenant `default`. `tokens`: a caller without a known token is refused. Absent is
-    /// `none` on loopback and an error elsewhere: an open door has to be somebody's word.
+    /// Whether callers need a token. Absent is `none` on loopback and an error elsewhere: an open door has to be
+    /// somebody's word.
     pub mode: Option<AuthMode>,
-    /// With `tokens`: who may call.
+    /// The tenants that may call, with `tokens`.
     pub tenants: Vec<TenantConfig>,
-    /// With `tokens`: a TOML file with more `[[tenants]]`, read again when it changes; a mounted secret.
+    /// A TOML file with more `[[tenants]]`, with `tokens`; a mounted secret, read again when it changes.
     pub tenants_file: Option<PathBuf>,
 }
 
+/// The ways in which a service knows its callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AuthMode {
+    /// Every caller is the tenant `default`.
     None,
+    /// A caller without a known token is refused.
     Tokens,
 }
 
-/// One tenant.
+/// One tenant as the configuration has it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantConfig {
-    /// 1 to 64 of `[A-Za-z0-9._-]`; part of cache keys, named in logs.
+    /// The tenant's name, 1 to 64 of `[A-Za-z0-9._-]`: part of cache keys, named in logs.
     pub name: String,
-    /// SHA-256 of its tokens in hexadecimal; two of them while one replaces the other.
+    /// SHA-256 of the tenant's tokens in hexadecimal; two of them while one replaces the other.
     pub token_sha256: Vec<TokenHash>,
-    /// The highest class of its requests. `normal`: who may go before others is somebody's decision.
+    /// The highest class of the tenant's requests. By default `normal`: who may go before others is somebody's
+    /// decision.
     #[serde(default)]
     pub highest_priority: Priority,
+    /// What the tenant may take.
     #[serde(default)]
     pub limits: TenantLimits,
 }
 
-/// What one tenant may take of one router; absent is without a limit of its own. Questions such as `ListModels` are not
+/// What one tenant may take of one router; a limit that is absent does not bind. Questions such as `ListModels` are not
 /// counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TenantLimits {
-    /// Requests at a time.
+    /// Requests that may run at a time.
     pub max_requests: Option<usize>,
     /// Requests that begin per second, in the long run.
     pub requests_per_second: Option<f64>,
@@ -112,7 +118,7 @@ pub struct TenantLimits {
 pub struct Token(String);
 
 impl Token {
-    /// What a client sends as `authorization`; marked as sensitive. None if it is no header's value.
+    /// Returns what a client sends as `authorization`, marked as sensitive; `None` for a token that no header can hold.
     pub fn bearer(&self) -> Option<MetadataValue<Ascii>> {
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", self.0).parse().ok()?;
         value.set_sensitive(true);
@@ -132,17 +138,19 @@ impl fmt::Debug for Token {
     }
 }
 
-/// What is kept of a token, in hexadecimal. Not the token, but no business of a log either: never printed.
+/// The SHA-256 of a token in hexadecimal, which is what a service keeps of it. It is not the token, but no business of
+/// a log either: never printed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TokenHash(String);
 
 impl TokenHash {
+    /// Returns a hash as it was written; whether it is one is checked with the configuration.
     pub fn new(hexadecimal: impl Into<String>) -> Self {
         Self(hexadecimal.into())
     }
 
-    /// None if it is no SHA-256 in hexadecimal.
+    /// Returns the hash's bytes; `None` if it is no SHA-256 in hexadecimal.
     fn bytes(&self) -> Option<[u8; 32]> {
         let mut bytes = [0; 32];
         hex::decode_to_slice(&self.0, &mut bytes).ok()?;
@@ -177,7 +185,8 @@ impl fmt::Debug for TokenHash {
 }
 
 impl AuthConfig {
-    /// As [`crate::config::Validate`]; `is_loopback` of the address that the service listens on.
+    /// Returns all mistakes, as [`crate::config::Validate`] does; `is_loopback` is said of the address that the service
+    /// listens on.
     pub fn problems(&self, is_loopback: bool) -> Vec<String> {
         let mut problems = problems_of(&self.tenants, "auth.tenants");
         let given = !self.tenants.is_empty() || self.tenants_file.is_some();

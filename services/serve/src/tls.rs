@@ -16,35 +16,40 @@ use tokio_rustls::rustls::{
 
 use crate::reload::Reloaded;
 
-/// gRPC is HTTP/2.
+/// The protocol that a handshake agrees on: gRPC is HTTP/2.
 const ALPN: &[u8] = b"h2";
 
 /// Part `server.tls` of every configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
-    /// `none`: in the clear. `server`: callers see who answers. `mutual`: and must show a certificate of their own.
-    /// Absent is `none` on loopback and an error elsewhere: an open wire has to be somebody's word.
+    /// Who shows a certificate. Absent is `none` on loopback and an error elsewhere: an open wire has to be somebody's
+    /// word.
     pub mode: Option<TlsMode>,
-    /// PEM: the server's certificate, then those between it and its CA.
+    /// PEM file of the server's certificate, then those between it and its CA.
     pub cert_file: Option<PathBuf>,
-    /// PEM: the certificate's private key.
+    /// PEM file of the certificate's private key.
     pub key_file: Option<PathBuf>,
-    /// PEM, with `mutual`: who signs callers' certificates. Whoever has such a certificate may call, so it is best a
-    /// CA that signs nothing else.
+    /// With `mutual`, PEM file of the CA that signs callers' certificates. Whoever has such a certificate may call, so
+    /// it is best a CA that signs nothing else.
     pub client_ca_file: Option<PathBuf>,
 }
 
+/// The ways in which a server talks to its callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TlsMode {
+    /// The server talks in the clear.
     None,
+    /// The server shows its certificate.
     Server,
+    /// The server shows its certificate, and so must every caller.
     Mutual,
 }
 
 impl TlsConfig {
-    /// As [`crate::config::Validate`]; `is_loopback` of the address that the service listens on.
+    /// Returns all mistakes, as [`crate::config::Validate`] does; `is_loopback` is said of the address that the service
+    /// listens on.
     pub(crate) fn problems(&self, is_loopback: bool) -> Vec<String> {
         let mut problems = Vec::new();
         let mode = self.mode.unwrap_or(TlsMode::None);
@@ -75,7 +80,8 @@ impl TlsConfig {
         problems
     }
 
-    /// None in the clear. Fails on files that cannot be read or do not belong together.
+    /// Returns the TLS settings of the files as they are now and will be, or `None` in the clear. Fails on files that
+    /// cannot be read or do not belong together.
     pub(crate) fn open(&self) -> anyhow::Result<Option<Reloaded<ServerConfig>>> {
         let (Some(cert), Some(key)) = (&self.cert_file, &self.key_file) else { return Ok(None) };
         let files =
@@ -84,22 +90,22 @@ impl TlsConfig {
     }
 }
 
-/// What a caller inside the cluster trusts and shows.
+/// The certificates that a caller inside the cluster trusts and shows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClientTlsConfig {
-    /// PEM: who signs the certificates of servers. Needed for `https://` endpoints.
+    /// PEM file of the CA that signs the certificates of servers; `https://` endpoints need it.
     pub ca_file: Option<PathBuf>,
-    /// PEM: the caller's own certificate, where servers ask for one.
+    /// PEM file of the caller's own certificate, where servers ask for one.
     pub cert_file: Option<PathBuf>,
-    /// PEM: its private key.
+    /// PEM file of that certificate's private key.
     pub key_file: Option<PathBuf>,
-    /// The name that every server's certificate must have; absent: the endpoint's host.
+    /// The name that every server's certificate must have; the endpoint's host if absent.
     pub server_name: Option<String>,
 }
 
 impl ClientTlsConfig {
-    /// As [`crate::config::Validate`]; `section` names it in messages.
+    /// Returns all mistakes, as [`crate::config::Validate`] does; `section` is the name of this part in messages.
     pub fn problems(&self, section: &str) -> Vec<String> {
         let mut problems = Vec::new();
         if self.cert_file.is_some() != self.key_file.is_some() {
@@ -131,7 +137,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-/// Certificate, key, and perhaps the CA of callers.
+/// Returns a server's settings out of the contents of its files: certificate, key, and perhaps the CA of callers.
 fn server(contents: &[Vec<u8>]) -> anyhow::Result<ServerConfig> {
     let [cert, key, client_ca @ ..] = contents else { unreachable!("two files or three are read") };
     let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
@@ -148,7 +154,8 @@ fn server(contents: &[Vec<u8>]) -> anyhow::Result<ServerConfig> {
     Ok(config)
 }
 
-/// The CA of servers, and perhaps a certificate and its key.
+/// Returns a caller's settings out of the contents of its files: the CA of servers, and perhaps a certificate and its
+/// key.
 fn client(contents: &[Vec<u8>]) -> anyhow::Result<ClientConfig> {
     let [ca, own @ ..] = contents else { unreachable!("one file or three are read") };
     let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;

@@ -18,19 +18,20 @@ use uuid::Uuid;
 use crate::status::Violation;
 
 /// The metadata key that carries the request id both ways.
-pub const REQUEST_ID: &str = "x-request-id";
+pub(crate) const REQUEST_ID: &str = "x-request-id";
 const MAX_REQUEST_ID_BYTES: usize = 64;
 
-/// 1 to 64 of `[A-Za-z0-9._-]`: safe in logs, headers and file names.
+/// The id of a request, 1 to 64 of `[A-Za-z0-9._-]`: safe in logs, headers and file names.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(String);
 
 impl RequestId {
-    pub fn generate() -> Self {
+    pub(crate) fn generate() -> Self {
         Self(Uuid::new_v4().to_string())
     }
 
-    pub fn parse(text: &str) -> Result<Self, Status> {
+    /// Reads an id that a caller chose; INVALID_ARGUMENT names what it may be made of.
+    pub(crate) fn parse(text: &str) -> Result<Self, Status> {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if (1..=MAX_REQUEST_ID_BYTES).contains(&text.len()) && text.bytes().all(allowed) {
             return Ok(Self(text.to_owned()));
@@ -39,12 +40,14 @@ impl RequestId {
         Err(Violation::new(REQUEST_ID, description).into())
     }
 
-    /// The id of an incoming request; the server has put it there.
+    /// Returns the id of an incoming request, which the server has put there; outside of a server it is that of the
+    /// current span's request, else a new one.
     pub fn of<T>(request: &Request<T>) -> Self {
         let held = request.extensions().get::<Self>().cloned();
         held.or_else(request_id).unwrap_or_else(Self::generate)
     }
 
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -67,19 +70,14 @@ impl std::fmt::Display for RequestId {
     }
 }
 
-/// The id of the request that the current span belongs to.
-pub fn request_id() -> Option<RequestId> {
+/// Returns the id of the request that the current span belongs to.
+pub(crate) fn request_id() -> Option<RequestId> {
     Span::current().context().get::<RequestId>().cloned()
 }
 
-/// Puts the current span's trace context and request id on outgoing metadata.
+/// Puts the current span's trace context and request id on the metadata of a call to another service.
 pub fn inject(metadata: &mut MetadataMap) {
-    inject_from(&Span::current(), metadata);
-}
-
-/// As [`inject`], from a span that is not the current one.
-pub fn inject_from(span: &Span, metadata: &mut MetadataMap) {
-    let context = span.context();
+    let context = Span::current().context();
     // tonic's map takes computed names only by way of the header map that it wraps.
     let mut headers = std::mem::take(metadata).into_headers();
     opentelemetry::global::get_text_map_propagator(|propagator| {
@@ -89,12 +87,6 @@ pub fn inject_from(span: &Span, metadata: &mut MetadataMap) {
         headers.insert(REQUEST_ID, request_id.header());
     }
     *metadata = MetadataMap::from_headers(headers);
-}
-
-/// [`inject`] as a client interceptor: `Client::with_interceptor(channel, trace::interceptor)`.
-pub fn interceptor(mut request: Request<()>) -> Result<Request<()>, Status> {
-    inject(request.metadata_mut());
-    Ok(request)
 }
 
 /// Makes a fresh span a child of the caller's and the bearer of the request id. Returns its trace id, or `None`

@@ -21,6 +21,7 @@ use tonic::{Status, body::Body};
 use super::{ending::Ending, stop::Stop};
 use crate::{connections::Call, status::ErrorCode};
 
+/// The body of a response, which can be cut from outside.
 pub(crate) struct RpcBody {
     state: Arc<Mutex<State>>,
     _watch: Option<AbortOnDropHandle<()>>,
@@ -30,15 +31,16 @@ struct State {
     inner: Option<Body>,
     ending: Option<Ending>,
     call: Option<Call>,
-    /// It has been cut, and its caller has not been told yet.
+    /// The end of a body that has been cut, until its caller has been told.
     trailers: Option<HeaderMap>,
-    /// When a frame was handed out, until the next is asked for.
+    /// When a frame was handed out; none once the next is asked for.
     handed: Option<Instant>,
     waker: Option<Waker>,
 }
 
 impl RpcBody {
-    /// `stalled`: how long its caller may take over one frame.
+    /// Wraps the body `inner`, and cuts it when `stop` resolves or its caller takes longer than `stalled` over one
+    /// frame.
     pub(crate) fn new(
         inner: Body,
         stop: Stop,
@@ -106,7 +108,7 @@ impl http_body::Body for RpcBody {
     }
 }
 
-/// Ends with the body, or by cutting it.
+/// Watches a body until it ends, or until it has to be cut.
 async fn watch(state: Weak<Mutex<State>>, mut stop: Stop, stalled: Duration) {
     let mut look = Box::pin(sleep(stalled));
     let status = loop {

@@ -15,20 +15,22 @@ use crate::{
     trace::{self, RequestId},
 };
 
-/// The end of one RPC: reported when dropped, whichever way it came.
+/// The end of one RPC, which is reported when this is dropped, whichever way it came.
 pub(crate) struct Ending {
     pub(crate) request_id: RequestId,
     method: String,
     pub(crate) span: Span,
     begun: Instant,
     metrics: RpcMetrics,
-    /// Known once the status has passed through; a response dropped before that is one whose caller left.
+    /// The status's code, known once the status has passed through. A response dropped before that is one whose caller
+    /// left.
     code: Option<Code>,
     pub(crate) permit: Option<Permit>,
     _in_flight: InFlight,
 }
 
 impl Ending {
+    /// Begins a call: opens its span under the caller's, and counts it as in flight.
     pub(crate) fn begin(
         service: &'static str,
         metrics: &RpcMetrics,

@@ -13,22 +13,24 @@ const ADMIN_PORT_OFFSET: u16 = 1_000;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
-    /// gRPC. Loopback unless configured; elsewhere `tls.mode` must be stated.
+    /// Address of the gRPC port. It is on loopback unless configured; elsewhere `tls.mode` must be stated.
     pub listen: SocketAddr,
+    /// Part `server.tls`: the server's certificate, and whether callers must show one.
     pub tls: TlsConfig,
-    /// HTTP with /metrics, /healthz and /readyz; none without it.
+    /// Address of the admin port: plain HTTP with /metrics, /healthz and /readyz. Without one there is no such port.
     pub admin: Option<SocketAddr>,
-    /// Whether gRPC reflection tells the API to whoever asks.
+    /// Whether gRPC reflection tells the API to whoever may call.
     pub reflection: bool,
-    /// Largest message, in or out: a request of many photographs fits; buffers are bounded by it.
+    /// Bytes of the largest message, in or out: a request of many photographs fits; buffers are bounded by it.
     pub max_message_bytes: usize,
-    /// Requests at a time; one more is refused at once, before its message is read.
+    /// Requests that may run at a time; one more is refused at once, before its message is read.
     pub max_requests: usize,
-    /// Bytes of requests that are held at a time, over all of them: `max_requests` of the largest messages would be
+    /// Bytes of requests that may be held at a time, over all of them: `max_requests` of the largest messages would be
     /// more than a machine has. Streams of messages are read one message at a time and are not counted. What a service
     /// fetches for a request counts as far as it says so ([`crate::admission::MemoryReservation`]).
     pub max_held_bytes: usize,
-    /// Connections at a time; one more is closed at once. 1,024: hundreds of clients or routers, and tens of megabytes.
+    /// Connections that may be open at a time; one more is closed at once. 1,024: hundreds of clients or routers, and
+    /// tens of megabytes.
     pub max_connections: usize,
     /// Milliseconds for TLS, and again for the first bytes of HTTP/2.
     pub handshake_ms: u64,
@@ -40,12 +42,13 @@ pub struct ServerConfig {
     /// Milliseconds that a caller may leave one event of its answer unread before its work is dropped. 60,000: over any
     /// pause of a client that lives.
     pub stalled_ms: u64,
-    /// How long running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
+    /// Milliseconds that running requests may go on after SIGTERM; less than Kubernetes' termination grace period.
     pub shutdown_grace_ms: u64,
 }
 
 impl ServerConfig {
-    /// Defaults with gRPC on a loopback port and the admin port 1000 above it (0 stays 0: any free port).
+    /// Returns the defaults, with gRPC on this loopback port and the admin port 1000 above it (0 stays 0: any free
+    /// port).
     pub fn on_port(port: u16) -> Self {
         let admin_port = if port == 0 { 0 } else { port.saturating_add(ADMIN_PORT_OFFSET) };
         Self {

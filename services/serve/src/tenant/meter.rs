@@ -11,10 +11,10 @@ use tonic::Status;
 use super::{Tenant, TenantLimits};
 use crate::status;
 
-/// For a place among a tenant's requests: nobody knows when one ends.
+/// How long a tenant with all of its requests running is told to wait: nobody knows when one of them ends.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// A tenant's count; it outlives changes of its limits.
+/// What a tenant has taken; it outlives changes of the tenant's limits.
 #[derive(Debug, Default)]
 pub(super) struct Meter(Mutex<Count>);
 
@@ -34,7 +34,7 @@ impl Default for Count {
 }
 
 impl Meter {
-    /// A place now, or RESOURCE_EXHAUSTED with RetryInfo: how long until the rate allows one more.
+    /// Returns a place now, or RESOURCE_EXHAUSTED with RetryInfo: how long until the rate allows one more.
     pub(super) fn enter(self: &Arc<Self>, tenant: &Tenant, limits: &TenantLimits) -> Result<Place, Status> {
         let mut count = self.lock();
         if let Some(max) = limits.max_requests.filter(|max| count.running >= *max) {

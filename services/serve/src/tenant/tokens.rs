@@ -15,13 +15,13 @@ use tonic::Status;
 use super::{AuthConfig, AuthMode, Place, Tenant, TenantConfig, TenantLimits, meter::Meter, problems_of};
 use crate::{reload::Reloaded, status::ErrorCode};
 
-/// Longest token in bytes: far above any that is used, so that hashing one costs nothing.
+/// Bytes of the longest token: far above any that is used, so that hashing one costs nothing.
 const MAX_TOKEN_BYTES: usize = 1024;
 
 /// Every tenant's count by name. A change of the file keeps them, or it would be a way around them.
 type Meters = Arc<Mutex<HashMap<String, Arc<Meter>>>>;
 
-/// Who may call, by default anybody; cloning shares it.
+/// The tenants that may call a service; by default anybody may. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Tenants {
     /// None: whoever comes is the tenant `default`.
@@ -29,7 +29,8 @@ pub struct Tenants {
 }
 
 impl Tenants {
-    /// Fails on a file that cannot be read or has mistakes; later changes with mistakes leave what is in force.
+    /// Reads the tenants of the configuration and of its file, now and again whenever the file changes. Fails on a file
+    /// that cannot be read or has mistakes; later changes with mistakes leave what is in force.
     pub fn open(config: &AuthConfig) -> anyhow::Result<Self> {
         if config.mode != Some(AuthMode::Tokens) {
             return Ok(Self::default());
@@ -45,7 +46,8 @@ impl Tenants {
         Ok(Self { book: Some(Arc::new(book)) })
     }
 
-    /// Takes the token out of the headers: no handler needs it, and none can then hand it on.
+    /// Returns whose token the headers carry, or UNAUTHENTICATED, and takes the token out of them: no handler needs it,
+    /// and none can then hand it on.
     pub(crate) fn identify(&self, headers: &mut HeaderMap) -> Result<Guest, Status> {
         let Some(book) = &self.book else { return Ok(Guest::default()) };
         let mut given = headers.get_all(AUTHORIZATION).iter();
@@ -63,7 +65,7 @@ impl Tenants {
     }
 }
 
-/// A caller whose tenant is known.
+/// A caller whose tenant is known, with the tenant's limits and what it has taken.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Guest {
     pub(crate) tenant: Tenant,
@@ -78,7 +80,7 @@ impl Guest {
     }
 }
 
-/// The scheme's case does not matter, as HTTP says.
+/// Returns the token of a header's value `Bearer <token>`; the scheme's case does not matter, as HTTP says.
 fn token(value: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = value.split_at_checked(b"Bearer ".len())?;
     let token = token.trim_ascii();
@@ -103,7 +105,7 @@ fn parse(file: &[u8]) -> anyhow::Result<Vec<TenantConfig>> {
     Ok(parsed?.tenants)
 }
 
-/// Every token's hash and whose it is.
+/// The hashes of all tokens, each with whose it is.
 #[derive(Debug)]
 struct Book(Vec<([u8; 32], Guest)>);
 
@@ -122,7 +124,8 @@ impl Book {
         Ok(Self(hashes.collect()))
     }
 
-    /// Looks at every hash whole, so that the time it takes tells nothing of how near a guess came.
+    /// Returns whose a token is. It looks at every hash whole, so that the time it takes tells nothing of how near a
+    /// guess came.
     fn guest(&self, token: &[u8]) -> Option<Guest> {
         let hash: [u8; 32] = Sha256::digest(token).into();
         let mut found = u32::MAX;

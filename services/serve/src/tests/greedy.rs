@@ -1,5 +1,5 @@
-//! Clients that take more than they should, or give less: silent, idle, many, slow, loud. Each is held or cut, and others
-//! are served all the while.
+//! Clients that take more than they should, or give less: silent, idle, many, slow, loud. Each is held or cut, and
+//! others are served all the while.
 
 use std::time::{Duration, Instant};
 
