@@ -174,6 +174,10 @@ mod tests {
     }
 
     #[test]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a step holds its thread, which is no thread of the runtime"
+    )]
     fn a_step_is_timed_while_it_runs() {
         let timer = StepTimer::default();
         assert_eq!(timer.step_ms(), 0);

@@ -39,13 +39,13 @@ struct Bench {
     engine: engine::Engine<Encoder<Probe>>,
     metrics: Metrics,
     ended: oneshot::Receiver<()>,
-    permit: std_mpsc::Sender<Result<(), &'static str>>,
+    permit: std_mpsc::SyncSender<Result<(), &'static str>>,
     batches: Arc<Mutex<Vec<Vec<u32>>>>,
 }
 
 impl Bench {
     async fn new(batch: usize) -> Self {
-        let (permit, permissions) = std_mpsc::channel();
+        let (permit, permissions) = std_mpsc::sync_channel(64);
         let batches = Arc::new(Mutex::new(Vec::new()));
         let probe = Probe { permissions, batches: Arc::clone(&batches) };
         let registry = &mut Registry::default();

@@ -77,6 +77,7 @@ mod tests {
     async fn an_answer_that_lay_unread_while_the_process_was_busy_counts() {
         let (answer, comes) = oneshot::channel();
         tokio::spawn(async move {
+            #[expect(clippy::disallowed_methods, reason = "the process is busy")]
             std::thread::sleep(3 * DEADLINE);
             // Whoever waits has its turn first, and finds its deadline passed.
             for _ in 0..3 {
