@@ -27,17 +27,18 @@ impl<S: Stage> Engine<S> {
         let (sender, events) = stream::channel(1, deadline);
         let (mut changes, timer) = (self.load().watch(), self.step_timer());
         tokio::spawn(async move {
-            loop {
-                let load = *changes.borrow_and_update();
-                if sender.send(Ok(on_the_wire(load, timer.step_ms()))).await.is_err() {
-                    return;
+            let work = async {
+                loop {
+                    let load = *changes.borrow_and_update();
+                    let report = on_the_wire(load, timer.step_ms());
+                    sender.send(Ok(report)).await.map_err(|_| sender.closed_status())?;
+                    sleep(REPORT_INTERVAL).await;
+                    if changes.changed().await.is_err() {
+                        return Ok(());
+                    }
                 }
-                sleep(REPORT_INTERVAL).await;
-                tokio::select! {
-                    changed = changes.changed() => if changed.is_err() { return },
-                    () = sender.closed() => return,
-                }
-            }
+            };
+            sender.run(work).await;
         });
         events
     }
