@@ -57,7 +57,9 @@ async fn a_connection_that_says_nothing_or_half_a_preface_is_closed() {
 
 #[tokio::test]
 async fn a_connection_without_a_call_is_closed_and_one_with_a_quiet_stream_is_not() {
-    let server = Loopback::start(ServerConfig { idle_ms: 100, ..ServerConfig::default() }).await;
+    // A connection is first looked at when its handshake must be over.
+    let config = ServerConfig { idle_ms: 100, handshake_ms: 2_000, ..ServerConfig::default() };
+    let server = Loopback::start(config).await;
     let mut events = server.generate(1).await;
     let mut idle = connect(&server).await;
     idle.write_all(PREFACE).await.unwrap();
