@@ -90,7 +90,7 @@ async fn nano_can_do_what_it_was_trained_for() {
     assert!(lost.is_empty(), "ability, score, mean, least: {lost:?}");
 }
 
-/// `make demo`: a right caption, right answers after examples, pictures, and all of it on one sheet.
+/// `make demo`: a right caption, right answers after examples, images, and all of it on one sheet.
 #[test]
 fn the_demo_of_nano_is_right() {
     let folder = tempfile::tempdir().unwrap();

@@ -91,9 +91,9 @@ async fn painting_reports_every_step_and_a_seed_repeats_it() {
     assert_ne!(finished(&drawn).seed, finished(&again).seed);
 }
 
-/// Exactly one picture and no words is autoencoding; with empty words it is generation, as upstream.
+/// Exactly one image and no words is autoencoding; with empty words it is generation, as upstream.
 #[tokio::test]
-async fn one_picture_alone_is_autoencoded() {
+async fn one_image_alone_is_autoencoded() {
     let mut client = shared().client().await;
     let output = v1::ImageOutput { steps: Some(2), ..Default::default() };
     let alone = events(&mut client, draw(vec![image(golden_png(1))], output)).await.unwrap();
@@ -179,10 +179,10 @@ async fn requests_do_not_disturb_each_other() {
             (painted.unwrap(), answered.unwrap())
         }
     });
-    for (picture, words) in futures::future::join_all(crowd).await {
+    for (image, words) in futures::future::join_all(crowd).await {
         assert_eq!(words, alone.1);
         // Batch composition rounds differently: one level is within the design's promise.
-        assert!(worst_difference(&picture, &alone.0) <= 1);
+        assert!(worst_difference(&image, &alone.0) <= 1);
     }
 }
 

@@ -56,12 +56,12 @@ async fn assert_each_refused(requests: Vec<(&str, v1::GenerateRequest, Expected<
 }
 
 #[tokio::test]
-async fn pictures_that_cannot_be_read() {
+async fn images_that_cannot_be_read() {
     let whole_jpeg = include_bytes!("../fixtures/images/rgb420.jpg");
     let half_jpeg = whole_jpeg[..whole_jpeg.len() / 2].to_vec();
     let huge = include_bytes!("../fixtures/images/huge_header.png").to_vec();
     let animated = include_bytes!("../fixtures/images/animated.gif").to_vec();
-    let about = |picture| ask("emu2", vec![text("Look:"), image(picture), text("What is this?")], greedy(4));
+    let about = |bytes| ask("emu2", vec![text("Look:"), image(bytes), text("What is this?")], greedy(4));
     let field = "prompt.parts[1].image";
     assert_each_refused(vec![
         ("not an image", about(b"GIF? no, just words".to_vec()), (field, &["PNG", "JPEG", "19", "bytes"])),
@@ -71,7 +71,7 @@ async fn pictures_that_cannot_be_read() {
         ("animated", about(animated), (field, &["animated", "frames", "video"])),
     ])
     .await;
-    // The other call that takes a picture says the same of its own field.
+    // The other call that takes an image says the same of its own field.
     let embed = v1::EmbedRequest {
         model: "emu2".to_owned(),
         image: Some(v1::Image { data: b"words".to_vec().into() }),
@@ -241,7 +241,7 @@ async fn a_message_over_the_limit_names_the_limit() {
         status.message().contains(&limit) && status.message().contains("server.max_message_bytes"),
         "{status}"
     );
-    // The message is the picture and some framing.
+    // The message is the image and some framing.
     assert!(status.message().contains(&value[..5]), "{status}");
     let models = client.list_models(v1::ListModelsRequest {}).await.unwrap().into_inner().models;
     assert_eq!(models[0].limits.as_ref().unwrap().max_message_bytes, 64 << 20);

@@ -98,7 +98,7 @@ async fn a_text_whose_llm_is_killed_or_stopped_is_the_same_text() {
 }
 
 #[tokio::test]
-async fn a_picture_whose_decoder_is_killed_is_the_same_picture() {
+async fn an_image_whose_decoder_is_killed_is_the_same_image() {
     let (cluster, mut client) = cluster().await;
     let request = || draw(vec![text("a dog")], v1::ImageOutput { steps: Some(100), ..Default::default() });
     let undisturbed = painted(&mut client, request()).await.unwrap();
@@ -122,7 +122,7 @@ async fn a_picture_whose_decoder_is_killed_is_the_same_picture() {
 }
 
 #[tokio::test]
-async fn no_picture_is_lost_when_an_encoder_is_killed() {
+async fn no_image_is_lost_when_an_encoder_is_killed() {
     let (cluster, client) = cluster().await;
     let embed = |seed: u8| {
         let mut client = client.clone();

@@ -1,4 +1,4 @@
-//! The same weights in another published layout are the same model: digests, answers and pictures of a running
+//! The same weights in another published layout are the same model: digests, answers and images of a running
 //! cluster do not tell them apart.
 
 use std::path::PathBuf;
@@ -83,8 +83,8 @@ async fn random_weights_answer_and_paint() {
     let parts = vec![image(golden_png(0)), text("What is this?")];
     answer(&mut api, ask(&model, parts, greedy(4))).await.unwrap();
     let output = v1::ImageOutput { steps: Some(2), height: Some(64), width: Some(64), ..Default::default() };
-    let picture =
+    let image =
         painted(&mut api, v1::GenerateRequest { model, ..draw(vec![text("a dog")], output) }).await.unwrap();
-    assert_eq!(picture.dimensions(), (64, 64));
+    assert_eq!(image.dimensions(), (64, 64));
     cluster.stop().await.unwrap();
 }

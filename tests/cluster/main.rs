@@ -14,7 +14,7 @@
 //! | `models.rs` | several models: what they share, and what each refuses |
 //! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
 //! | `parity.rs` | the official model's numbers, through the wire |
-//! | `pictures.rs` | pictures of every kind are read as Pillow reads them |
+//! | `images.rs` | images of every kind are read as Pillow reads them |
 //! | `trace.rs` | one request is one trace |
 
 mod abilities;
@@ -25,12 +25,12 @@ mod cancel;
 mod client;
 mod convert;
 mod failover;
+mod images;
 mod invariants;
 mod layouts;
 mod lifecycle;
 mod models;
 mod parity;
-mod pictures;
 mod processes;
 mod support;
 mod trace;

@@ -68,7 +68,7 @@ async fn models_with_the_same_visual_weights_share_an_encoder_and_what_it_made()
     let request = ask("emu2-chat", vec![image(png.clone()), text("What is this?")], greedy(1));
     let usage = finished(&events(&mut client, request).await.unwrap()).usage.unwrap();
     assert_eq!((usage.images, usage.cached_images), (1, 1));
-    // A frame takes fewer embeddings of the same picture: another value of the same encoder.
+    // A frame takes fewer embeddings of the same image: another value of the same encoder.
     let request = ask("emu2-chat", vec![video([png]), text("What is this?")], greedy(1));
     let usage = finished(&events(&mut client, request).await.unwrap()).usage.unwrap();
     assert_eq!((usage.images, usage.cached_images), (1, 0));

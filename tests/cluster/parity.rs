@@ -205,9 +205,9 @@ fn slot() -> LlmPart {
     LlmPart { kind: Some(llm_part::Kind::Image(stage::ImageSlot {})) }
 }
 
-/// Golden embeddings and golden noise through the decoder service give the golden picture.
+/// Golden embeddings and golden noise through the decoder service give the golden image.
 #[tokio::test]
-async fn pictures_equal_the_official_pipeline() {
+async fn images_equal_the_official_pipeline() {
     let golden = golden::file("pipeline.safetensors");
     let cases = golden::json("pipeline.json");
     for (name, case) in cases.as_object().unwrap() {
@@ -215,20 +215,20 @@ async fn pictures_equal_the_official_pipeline() {
         let negative = (embeds.size()[0] == 2).then(|| embeds.get(1));
         let latents = golden.tensor(&format!("{name}.latent_init"));
         let got = paint(case, &embeds.get(0), negative.as_ref(), &latents).await;
-        assert_same_picture(name, &got, &golden.tensor(&format!("{name}.image_u8")));
+        assert_same_image(name, &got, &golden.tensor(&format!("{name}.image_u8")));
     }
 }
 
-/// Encoder to llm to decoder, each through its service: the golden picture from the golden noise alone.
+/// Encoder to llm to decoder, each through its service: the golden image from the golden noise alone.
 #[tokio::test]
-async fn an_interleaved_prompt_becomes_the_official_picture() {
+async fn an_interleaved_prompt_becomes_the_official_image() {
     let golden = golden::file("pipeline.safetensors");
     let case = &golden::json("pipeline.json")["inter_20"];
     let positive = regress(vec![words("a photo of "), slot(), words(" on the beach")], 1).await;
     let negative = regress(vec![], 0).await;
     golden::assert_close("positive", &positive, &golden.tensor("inter_20.prompt_embeds").get(0), 1e-4);
     let got = paint(case, &positive, Some(&negative), &golden.tensor("inter_20.latent_init")).await;
-    assert_same_picture("inter_20", &got, &golden.tensor("inter_20.image_u8"));
+    assert_same_image("inter_20", &got, &golden.tensor("inter_20.image_u8"));
 }
 
 async fn paint(
@@ -263,17 +263,17 @@ async fn paint(
     let requests = requests.into_iter().map(|message| DecodeRequest { message: Some(message) });
     let mut decoder = shared().decoder("emu2-gen").await;
     let mut events = decoder.decode(iter(requests)).await.unwrap().into_inner();
-    let mut picture = None;
+    let mut decoded = None;
     while let Some(event) = events.message().await.unwrap() {
         if let Some(decode_event::Event::Image(image)) = event.event {
-            picture = Some(decode(&image.png));
+            decoded = Some(decode(&image.png));
         }
     }
-    picture.expect("an image event")
+    decoded.expect("an image event")
 }
 
 /// At most one level, on fewer than 0.2 % of the values.
-fn assert_same_picture(name: &str, got: &image::RgbImage, want: &Tensor) {
+fn assert_same_image(name: &str, got: &image::RgbImage, want: &Tensor) {
     let want = decode(&png(want));
     assert_eq!(got.dimensions(), want.dimensions(), "{name}");
     let differences: Vec<u8> = got.iter().zip(want.iter()).map(|(a, b)| a.abs_diff(*b)).collect();

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use emu2_fuzz::{cache_value, picture, request, tensor};
+use emu2_fuzz::{cache_value, image, request, tensor};
 
 fn replay(folder: &str, target: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
@@ -20,8 +20,8 @@ fn replay_seeds(name: &str, target: fn(&[u8])) {
 
 #[test]
 fn seeds_and_findings_are_read_without_harm() {
-    replay("../fixtures/images", picture);
-    replay_seeds("picture", picture);
+    replay("../fixtures/images", image);
+    replay_seeds("image", image);
     replay_seeds("request", request);
     replay_seeds("tensor", tensor);
     replay_seeds("cache_value", cache_value);

@@ -16,8 +16,8 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 binaries=${CARGO_TARGET_DIR:-$here/../../target}/$host/release
 
 # Longest input of each target: room for every kind of header, little for pixels and payloads.
-declare -A longest=([picture]=4096 [request]=4096 [tensor]=1024 [cache_value]=1024)
-targets=(picture request tensor cache_value)
+declare -A longest=([image]=4096 [request]=4096 [tensor]=1024 [cache_value]=1024)
+targets=(image request tensor cache_value)
 # Of one input. Seconds of a wall clock, so that a busy machine finds nothing by itself; megabytes resident, and of
 # addresses: an allocation beyond them fails, which ends the process and is a finding as well.
 seconds=20
@@ -35,7 +35,7 @@ build() {
 # Where a target's seeds lie, beside what was learnt.
 seeds() {
     echo "$here/seeds/$1"
-    [[ $1 != picture ]] || echo "$here/../fixtures/images"
+    [[ $1 != image ]] || echo "$here/../fixtures/images"
 }
 
 fuzz() {

@@ -3,7 +3,7 @@
 //!
 //! | target | bytes are | who reads them |
 //! |---|---|---|
-//! | [`picture`] | an encoded picture | the encoder: format, header, pixels |
+//! | [`image`] | an encoded image | the encoder: format, header, pixels |
 //! | [`request`] | a public request's protobuf | the router's checks |
 //! | [`tensor`] | a tensor's protobuf | every stage |
 //! | [`cache_value`] | what Redis answered | the router's cache |
@@ -30,11 +30,11 @@ use preprocess::decode::{ImageLimits, decode};
 const LIMITS: ImageLimits = ImageLimits { max_pixels: 1 << 12, max_side: 1 << 10 };
 
 /// Whatever is accepted has the pixels that it says, and no more than the limits allow.
-pub fn picture(bytes: &[u8]) {
-    if let Ok(picture) = decode(bytes, &LIMITS) {
-        assert_eq!(picture.data.len(), picture.width * picture.height * 3);
-        assert!((picture.width * picture.height) as u64 <= LIMITS.max_pixels);
-        assert!(picture.width.max(picture.height) <= LIMITS.max_side as usize);
+pub fn image(bytes: &[u8]) {
+    if let Ok(image) = decode(bytes, &LIMITS) {
+        assert_eq!(image.data.len(), image.width * image.height * 3);
+        assert!((image.width * image.height) as u64 <= LIMITS.max_pixels);
+        assert!(image.width.max(image.height) <= LIMITS.max_side as usize);
     }
 }
 

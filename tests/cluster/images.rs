@@ -1,4 +1,4 @@
-//! Every kind of picture that Pillow reads is read as Pillow reads it, through gRPC: its embeddings are those of
+//! Every kind of image that Pillow reads is read as Pillow reads it, through gRPC: its embeddings are those of
 //! Pillow's pixels. (Formats that decoders round differently are held to Pillow's pixels in the encoder's own tests.)
 
 use std::{fs, path::PathBuf};
@@ -21,7 +21,7 @@ async fn embeddings(bytes: Vec<u8>) -> Result<Vec<f32>, tonic::Status> {
 }
 
 #[tokio::test]
-async fn pictures_of_every_kind_are_read_as_pillow_reads_them() {
+async fn images_of_every_kind_are_read_as_pillow_reads_them() {
     let manifest: Value = serde_json::from_slice(&fixture("manifest.json")).unwrap();
     let cases = manifest["decode"].as_array().unwrap();
     let exact: Vec<_> = cases.iter().filter(|case| case["tolerance"] == "exact").collect();
