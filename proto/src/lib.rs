@@ -11,8 +11,6 @@
 //!
 //! No tch here, so that the router builds without libtorch.
 
-#![warn(missing_docs)]
-
 pub mod array;
 pub mod capable;
 pub mod codec;

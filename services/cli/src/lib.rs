@@ -7,8 +7,6 @@
 //! | `ask`, `draw`, `embed`, `models` | the commands that ask a cluster |
 //! | `local` | executes `emu2-local`, which needs libtorch and therefore starts slowly |
 
-#![warn(missing_docs)]
-
 use anyhow::Result;
 
 mod args;

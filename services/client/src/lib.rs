@@ -7,8 +7,6 @@
 //! | [`parts`] | texts and image files as parts of a prompt |
 //! | [`answer`] | the events of a request → its answer, with progress on a terminal |
 
-#![warn(missing_docs)]
-
 pub mod answer;
 pub mod args;
 pub mod client;

@@ -16,8 +16,6 @@
 //!
 //! [`run`] is the service: `main` calls it, and so does a test, on port 0.
 
-#![warn(missing_docs)]
-
 use anyhow::Context;
 use emu2_engine::load::LoadMetrics;
 use emu2_nn::checkpoint::Progress;

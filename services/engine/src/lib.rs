@@ -75,8 +75,6 @@
 //! # }
 //! ```
 
-#![warn(missing_docs)]
-
 pub mod engine;
 pub mod error;
 pub mod line;

@@ -20,8 +20,6 @@
 //! A request's way: `service` → `prompt` → `engine` → (`scheduler` → `sequence` → `step` → `llama` → `search`)* →
 //! `service`.
 
-#![warn(missing_docs)]
-
 mod budget;
 pub mod config;
 pub mod engine;

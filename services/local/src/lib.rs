@@ -10,8 +10,6 @@
 //! | `convert` | `emu2 convert`: published weights to what is served |
 //! | `inspect` | `emu2 inspect`: what a folder holds, and whether it can be served |
 
-#![warn(missing_docs)]
-
 use anyhow::Result;
 
 mod args;

@@ -15,8 +15,6 @@
 //! Words for shapes, used in every model: batch, tokens, width, heads, head_width, queries (embeddings of one
 //! image, 64), channels, height, width_px.
 
-#![warn(missing_docs)]
-
 pub mod array;
 pub mod attention;
 pub mod checkpoint;

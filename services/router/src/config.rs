@@ -13,26 +13,34 @@ use crate::cache::Address;
 /// What precedes the scheme of an endpoint whose name stands for all its addresses.
 pub(crate) const RESOLVED: &str = "dns+";
 
-/// What runs here and how far it goes.
+/// The configuration of the router: what runs here and how far it goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Models by name, each with the replicas of its stages. Default: `emu2` on the services' default ports.
+    /// The models by name, each with the replicas of its stages. Default: `emu2` on the services' default ports.
     pub models: Vec<ModelConfig>,
+    /// The bounds on one request.
     pub limits: LimitsConfig,
+    /// Who is let in when there is much to do.
     pub admission: AdmissionConfig,
+    /// Where embeddings are kept.
     pub cache: CacheConfig,
+    /// How replicas are watched, and whose certificates are trusted.
     pub pool: PoolConfig,
+    /// Which tokens callers must have, and what their tenants may use.
     pub auth: AuthConfig,
+    /// How the service listens, sheds load and stops.
     pub server: ServerConfig,
+    /// Where logs and traces go.
     pub telemetry: TelemetryConfig,
 }
 
-/// One model that clients may name. Models that name the same replicas of a stage share its pool; with the same
-/// visual weights they also share the embeddings of pictures, which are kept by the weights' digest.
+/// One model that clients may name. Models that name the same replicas of a stage share its pool; with the same visual
+/// weights they also share the embeddings of images, which are kept by the weights' digest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
+    /// The name that requests call it by.
     pub name: String,
     /// Replicas as `http://host:port`, or `dns+http://name:port` for one at each address of a name; at least one.
     pub encoder: Vec<String>,
@@ -356,17 +364,18 @@ impl ModelConfig {
     }
 }
 
-/// A Redis URL, which may hold a password: never printed.
+/// A Redis URL, which may hold a password: it is never printed.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RedisUrl(String);
 
 impl RedisUrl {
+    /// Wraps a URL.
     pub fn new(url: impl Into<String>) -> Self {
         Self(url.into())
     }
 
-    /// The secret itself.
+    /// Returns the URL, the secret included.
     pub fn reveal(&self) -> &str {
         &self.0
     }

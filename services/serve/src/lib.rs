@@ -27,8 +27,6 @@
 //!
 //! A service is `config → telemetry → run(config, listeners, shutdown)`; see [`server`].
 
-#![warn(missing_docs)]
-
 pub mod admission;
 pub mod client;
 pub mod config;

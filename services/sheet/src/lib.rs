@@ -6,8 +6,6 @@
 //! | [`sheet`] | the contact sheet: a row for each prompt with its answer |
 //! | [`demo`] | the prompts of `emu2 demo`: those of a model folder (demo.toml), or prompts about photographs |
 
-#![warn(missing_docs)]
-
 pub mod canvas;
 pub mod demo;
 pub mod sheet;

@@ -6,8 +6,6 @@
 //! | [`plan`] | which stages of which models it consists of, on which devices, checked before anything starts |
 //! | [`models_file`] | a file of models by name, with their folders and devices |
 
-#![warn(missing_docs)]
-
 pub mod cluster;
 pub mod models_file;
 pub mod plan;

@@ -17,8 +17,6 @@
 //! | [`tour`] | what `emu2 demo` shows of it |
 //! | [`eval`], [`judge`] | what a served model can do; what an image shows |
 
-#![warn(missing_docs)]
-
 pub mod args;
 pub mod checkpoint;
 pub mod data;

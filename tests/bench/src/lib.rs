@@ -13,8 +13,6 @@
 //!
 //! It links no torch.
 
-#![warn(missing_docs)]
-
 pub mod cluster;
 pub mod figures;
 pub mod load;
