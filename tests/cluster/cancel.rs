@@ -1,18 +1,14 @@
 //! A client that leaves, or whose time is up, frees every stage within a step: read from the stages' own metrics.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use emu2_nn::golden;
 use emu2_proto::v1::{self, generate_event::Event};
 use emu2_standalone::cluster::{Cluster, ClusterConfig};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 use tonic::{Code, Request};
 
-use crate::support::{ask, client, draw, fresh_png, greedy, image, start, text};
+use crate::support::{admin_page, ask, client, draw, fresh_png, greedy, image, start, text};
 
 /// Far longer than a step of a tiny model, far shorter than the work that is cancelled.
 const WITHIN: Duration = Duration::from_secs(2);
@@ -21,22 +17,14 @@ async fn cluster() -> Cluster {
     start(ClusterConfig::local(vec![golden::model_dir("emu2-gen")])).await
 }
 
-/// A request that would paint for minutes.
 const LLM_RUNNING: &str = "emu2_stage_running{stage=\"llm\"}";
 const DECODER_RUNNING: &str = "emu2_stage_running{stage=\"decoder\"}";
 
+/// A request that would paint for minutes.
 fn long_painting() -> v1::GenerateRequest {
     let output =
         v1::ImageOutput { steps: Some(250), height: Some(512), width: Some(512), ..Default::default() };
     draw(vec![image(fresh_png(100)), text("on the beach")], output)
-}
-
-async fn metrics(admin: SocketAddr) -> String {
-    let mut stream = TcpStream::connect(admin).await.unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n").await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    text
 }
 
 fn value(metrics: &str, name: &str) -> f64 {
@@ -48,7 +36,7 @@ fn value(metrics: &str, name: &str) -> f64 {
 async fn held(cluster: &Cluster) -> Vec<(&'static str, f64)> {
     let mut held = Vec::new();
     for member in &cluster.stages {
-        let metrics = metrics(member.admin.unwrap()).await;
+        let metrics = admin_page(member.admin.unwrap(), "/metrics").await;
         let gauges: &[&'static str] = match member.stage {
             "encoder" => &["emu2_rpc_in_flight_requests"],
             "llm" => &[LLM_RUNNING, "emu2_stage_waiting{stage=\"llm\"}"],

@@ -11,6 +11,7 @@
 //! | `convert.rs` | a published pickle, converted, is the same model |
 //! | `invariants.rs` | the architecture's rules, read from the sources |
 //! | `layouts.rs` | the same weights in another published layout are the same model |
+//! | `metrics.rs` | every metric names its part of the system and its unit |
 //! | `models.rs` | several models: what they share, and what each refuses |
 //! | `lifecycle.rs` | the real binaries: start, serve, SIGTERM |
 //! | `parity.rs` | the official model's numbers, through the wire |
@@ -29,6 +30,7 @@ mod images;
 mod invariants;
 mod layouts;
 mod lifecycle;
+mod metrics;
 mod models;
 mod parity;
 mod processes;

@@ -10,16 +10,12 @@ use std::{
 
 use emu2_bench::processes::free_address;
 use emu2_nn::golden;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::support::binary;
+use crate::support::{admin_page, binary};
 
 /// One running service; killed when dropped.
 pub(crate) struct Process {
@@ -110,10 +106,7 @@ impl Process {
 
     /// A gauge or counter by its name with its labels, if it has any; 0 while it is not told.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
-        let mut stream = TcpStream::connect(self.admin).await.unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
+        let answer = admin_page(self.admin, "/metrics").await;
         let value = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.map_or(0.0, |value| value.trim().parse().unwrap())
     }

@@ -18,6 +18,10 @@ use emu2_proto::{
 };
 use emu2_standalone::cluster::{Cluster, ClusterConfig};
 use tch::Tensor;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
@@ -84,6 +88,15 @@ impl Shared {
 
 pub(crate) async fn channel(addr: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("http://{addr}")).unwrap().connect().await.unwrap()
+}
+
+/// An admin page: its status line, headers and body.
+pub(crate) async fn admin_page(admin: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(admin).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
 }
 
 pub(crate) async fn client(addr: SocketAddr) -> Emu2Client<Channel> {

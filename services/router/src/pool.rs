@@ -6,7 +6,6 @@
 //! | `load` | how busy a replica is |
 //! | `replica` | one replica: what it says of itself, its health, the leases of calls on it |
 //! | `pace` | the best pace at which the stage was seen to work |
-//! | `retries` | how often the pool may be asked again |
 //! | `stage` | what a stage says of itself, and its client |
 //!
 //! Every replica reports its load as it changes, the work of all routers in it; what this router has sent it since is
@@ -17,7 +16,6 @@ mod load;
 mod members;
 mod pace;
 mod replica;
-mod retries;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -31,11 +29,11 @@ use std::{
 use rand::seq::IndexedRandom;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
+use tower::retry::budget::{Budget, TpsBudget};
 
 use self::{
     members::{Members, Target},
     replica::Replica,
-    retries::Retries,
 };
 pub(crate) use self::{
     pace::{BestPace, PaceSample},
@@ -48,10 +46,20 @@ use crate::{config::PoolConfig, field_hasher::FieldHasher};
 /// prefill, which a queue soon costs.
 const HINT_MAX_LOAD: f64 = 1.25;
 
+/// How long a call's share of a retry counts, and a spent retry with it.
+const RETRIES_COUNT: Duration = Duration::from_secs(10);
+/// Retries a second that no call has to earn: 260 in ten seconds, since the streams of one lost replica all go on
+/// elsewhere, and a router has 256.
+const RETRIES_RESERVED: u32 = 26;
+/// What a call earns of a retry.
+const RETRIES_EARNED: f32 = 0.2;
+
 /// Replicas, and the tasks that watch them; dropping the pool ends those.
 pub(crate) struct Pool<S: Stage> {
     members: Arc<Members<S>>,
-    retries: Retries,
+    /// How often the pool may be asked again: one that is merely missing a replica never notices, and one that is sick is
+    /// not stormed.
+    retries: TpsBudget,
     best_pace: Arc<BestPace>,
     config: PoolConfig,
     _follower: Option<AbortOnDropHandle<()>>,
@@ -124,7 +132,7 @@ impl<S: Stage> Pool<S> {
         };
         Ok(Self {
             members,
-            retries: Retries::default(),
+            retries: TpsBudget::new(RETRIES_COUNT, RETRIES_RESERVED, RETRIES_EARNED),
             best_pace: Arc::default(),
             config: config.clone(),
             _follower: follower,
@@ -174,16 +182,16 @@ impl<S: Stage> Pool<S> {
 
     /// A replica for a first try.
     pub(crate) fn lease(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
-        self.retries.earn();
+        self.retries.deposit();
         self.pick(wanted)
     }
 
     /// A replica for another try.
     pub(crate) fn lease_again(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
-        if self.retries.spend() { self.pick(wanted) } else { Err(NoReplica::TooManyRetries) }
+        if self.retries.withdraw() { self.pick(wanted) } else { Err(NoReplica::TooManyRetries) }
     }
 
-    /// As if every replica had been asked and had answered this.
+    /// Makes every replica one that was asked and answered this.
     #[cfg(test)]
     pub(crate) fn say(&self, info: &S::Info)
     where
@@ -227,7 +235,7 @@ fn choose<S: Stage>(fitting: &[Arc<Replica<S>>], hint: Option<u64>) -> Option<Ar
     less_busy.map(|(replica, _)| Arc::clone(replica))
 }
 
-/// By rendezvous hashing, so that a replica that comes or goes moves only its own share of the hints.
+/// Names a replica for a hint by rendezvous hashing, so that a replica that comes or goes moves only its own share of the hints.
 fn hinted<'a, S: Stage>(candidates: &[&'a Arc<Replica<S>>], hint: u64) -> Option<&'a Arc<Replica<S>>> {
     let score = |replica: &Arc<Replica<S>>| {
         let mut hasher = FieldHasher::default();

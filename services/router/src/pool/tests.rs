@@ -1,6 +1,6 @@
 use std::net::TcpListener;
 
-use emu2_proto::stage::EncoderInfo;
+use emu2_proto::stage::{EncoderInfo, Load};
 use tokio::time::advance;
 
 use super::*;
@@ -111,12 +111,30 @@ async fn a_replica_whose_calls_fail_is_set_aside_for_a_while_but_never_most_of_a
     assert_eq!(taken(), BTreeSet::from([0, 1, 2]));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn retries_are_spent_and_earned() {
     let quiet = Quiet::new(&["d"]);
     let again = || quiet.pool.lease_again(wanted(&[])).map(drop);
-    while again().is_ok() {}
+    assert_eq!(std::iter::repeat_with(again).take_while(Result::is_ok).count(), 260);
     assert_eq!(again(), Err(NoReplica::TooManyRetries));
     (0..5).for_each(|_| drop(quiet.pool.lease(wanted(&[])).unwrap()));
     assert_eq!(again(), Ok(()));
+    assert_eq!(again(), Err(NoReplica::TooManyRetries));
+    advance(Duration::from_secs(11)).await;
+    assert_eq!(again(), Ok(()), "what was spent is forgotten");
+}
+
+/// As an autoscaler's new replica among busy ones.
+#[tokio::test]
+async fn a_call_goes_where_fewer_seconds_of_work_are_reported() {
+    let quiet = Quiet::new(&["d", "d"]);
+    let says = |index: usize, backlog_seconds| {
+        let load = Some(Load { running: 2, backlog_seconds, ..Default::default() });
+        quiet.replica(index).says(EncoderInfo { weights_digest: "d".into(), load, ..Default::default() });
+    };
+    says(0, 20.0);
+    says(1, 1.0);
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([1]));
+    says(1, 60.0);
+    assert_eq!(quiet.taken(wanted(&[])), BTreeSet::from([0]));
 }
