@@ -3,7 +3,7 @@
 
 use crate::{
     stage::{DecoderInfo, EncoderInfo, LlmInfo, Load},
-    v1::Dtype,
+    v1::{Dtype, ParameterLimit},
 };
 
 /// Describes an encoder of the published size, in float32.
@@ -32,16 +32,18 @@ pub fn llm() -> LlmInfo {
         v_query: 64,
         max_positions: 2048,
         instruct: true,
-        max_new_tokens: 1024,
-        max_beams: 16,
-        min_length_penalty: -10.0,
-        max_length_penalty: 10.0,
-        min_temperature: 0.001,
-        max_temperature: 100.0,
-        min_repetition_penalty: 0.1,
-        max_repetition_penalty: 10.0,
         max_text_bytes: 1 << 16,
         load: Some(Load::default()),
+        parameter_limits: vec![
+            ParameterLimit::new("text.max_new_tokens", 1..=1024, Some(64)),
+            ParameterLimit::new("text.min_length", 0..=1025, Some(1)),
+            ParameterLimit::new("text.num_beams", 1..=16, Some(5)),
+            ParameterLimit::new("text.length_penalty", -10.0..=10.0, Some(-1.0)),
+            ParameterLimit::new("text.temperature", 0.001_f32..=100.0, Some(1.0)),
+            ParameterLimit::new("text.top_k", 1..=u32::MAX, None),
+            ParameterLimit::new("text.top_p", 0.0..=1.0, None).above_min(),
+            ParameterLimit::new("text.repetition_penalty", 0.1_f32..=10.0, Some(1.0)),
+        ],
     }
 }
 
@@ -51,13 +53,18 @@ pub fn decoder() -> DecoderInfo {
         weights_digest: "d1".into(),
         dtype: Dtype::F32.into(),
         width: 1792,
-        default_height: 1024,
-        default_width: 1024,
         scale_factor: 8,
-        max_image_side: 2048,
-        max_steps: 250,
-        max_guidance_scale: 100.0,
         max_queries: 1024,
         load: Some(Load::default()),
+        parameter_limits: vec![
+            ParameterLimit::new("image.height", 8..=2048, Some(1024)).multiple_of(8),
+            ParameterLimit::new("image.width", 8..=2048, Some(1024)).multiple_of(8),
+            ParameterLimit::new("image.steps", 1..=250, Some(50)),
+            ParameterLimit::new("image.guidance_scale", 0.0..=100.0, Some(3.0)),
+            ParameterLimit::new("image.original_height", 0..=u32::MAX, Some(1024)),
+            ParameterLimit::new("image.original_width", 0..=u32::MAX, Some(1024)),
+            ParameterLimit::new("image.crop_top", 0..=u32::MAX, Some(0)),
+            ParameterLimit::new("image.crop_left", 0..=u32::MAX, Some(0)),
+        ],
     }
 }

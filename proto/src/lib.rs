@@ -6,6 +6,7 @@
 //! | [`stage`] | router to stage, package `emu2.stage.v1` |
 //! | [`mod@array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
 //! | [`capable`] | stages of the published sizes, for whatever stands in for them |
+//! | `parameter_limit` | how a stage states the limit of a parameter |
 //! | [`pooling`] | how many embeddings an image can become |
 //! | [`codec`] | how a message becomes the bytes of a stream |
 //!
@@ -14,6 +15,7 @@
 pub mod array;
 pub mod capable;
 pub mod codec;
+mod parameter_limit;
 pub mod pooling;
 
 pub use emu2::{stage::v1 as stage, v1};

@@ -349,6 +349,7 @@ async fn regress_with(slot: u32, embeddings: Option<v1::Tensor>) -> Status {
         input: Some(llm_start::Input::Prompt(LlmPrompt { parts: vec![part] })),
         output: Some(llm_start::Output::Regression(RegressionParameters {})),
         resume: None,
+        seed: 0,
     };
     let slot = SlotEmbeddings { slot, embeddings };
     let messages = [llm_request::Message::Start(start), llm_request::Message::Embeddings(slot)];
@@ -359,21 +360,15 @@ async fn regress_with(slot: u32, embeddings: Option<v1::Tensor>) -> Status {
     }
 }
 
-fn decode_start() -> DecodeStart {
-    DecodeStart {
-        height: 64,
-        width: 64,
-        steps: 2,
-        guidance_scale: 1.0,
-        original_height: 1024,
-        original_width: 1024,
-        queries: 16,
-        ..Default::default()
-    }
+fn decode_start(image: v1::ImageOutput) -> DecodeStart {
+    let image = v1::ImageOutput { height: Some(64), width: Some(64), ..image };
+    DecodeStart { image: Some(image), queries: 16, ..Default::default() }
 }
 
 fn started(guidance_scale: f32, initial_latents: Option<v1::Tensor>) -> decode_request::Message {
-    decode_request::Message::Start(DecodeStart { guidance_scale, initial_latents, ..decode_start() })
+    let image =
+        v1::ImageOutput { steps: Some(2), guidance_scale: Some(guidance_scale), ..Default::default() };
+    decode_request::Message::Start(DecodeStart { initial_latents, ..decode_start(image) })
 }
 
 fn rows(embeddings: Option<v1::Tensor>) -> RegressedEmbeddings {
@@ -400,12 +395,12 @@ async fn stage_calls_that_make_no_sense() {
     let unwanted = vec![started(1.0, None), decode_request::Message::Negative(rows(Some(halves(&[16, 64]))))];
     let unwanted = decode_with(unwanted).await.unwrap_err();
     assert_invalid("negative without guidance", unwanted, ("negative", &["guidance_scale", "1"])).await;
-    let steps = DecodeStart { steps: 10_000, ..decode_start() };
+    let steps = decode_start(v1::ImageOutput { steps: Some(10_000), ..Default::default() });
     let steps = decode_with(vec![decode_request::Message::Start(steps)]).await.unwrap_err();
-    assert_invalid("steps", steps, ("start.steps", &["1", "250", "10000"])).await;
+    assert_invalid("steps", steps, ("image.steps", &["1", "250", "10000"])).await;
     for n_query in [0, 1_000_000] {
         let source = Some(encode_request::Source::Image(golden_png(0).into()));
-        let request = EncodeRequest { id: 0, source, n_query };
+        let request = EncodeRequest { source, n_query };
         let status = match shared().encoder("emu2").await.encode(iter([request])).await {
             Ok(response) => to_its_end(response.into_inner()).await.unwrap_err(),
             Err(status) => status,

@@ -171,6 +171,7 @@ async fn regress(parts: Vec<LlmPart>, slots: usize) -> Tensor {
         input: Some(llm_start::Input::Prompt(LlmPrompt { parts })),
         output: Some(llm_start::Output::Regression(RegressionParameters {})),
         resume: None,
+        seed: 0,
     };
     let mut requests = vec![llm_request::Message::Start(start)];
     for slot in 0..slots {
@@ -243,15 +244,18 @@ async fn paint(
     };
     let [original_height, original_width] = pair("original_size", [1024, 1024]);
     let [crop_top, crop_left] = pair("crop_info", [0, 0]);
+    let image = v1::ImageOutput {
+        height: Some(count(&case["height"])),
+        width: Some(count(&case["width"])),
+        steps: Some(count(&case["num_inference_steps"])),
+        guidance_scale: Some(case["guidance_scale"].as_f64().unwrap() as f32),
+        original_height: Some(original_height),
+        original_width: Some(original_width),
+        crop_top: Some(crop_top),
+        crop_left: Some(crop_left),
+    };
     let start = DecodeStart {
-        height: count(&case["height"]),
-        width: count(&case["width"]),
-        steps: count(&case["num_inference_steps"]),
-        guidance_scale: case["guidance_scale"].as_f64().unwrap() as f32,
-        original_height,
-        original_width,
-        crop_top,
-        crop_left,
+        image: Some(image),
         seed: 0,
         queries: positive.size()[0] as u32,
         initial_latents: Some(wire(&latents.get(0))),

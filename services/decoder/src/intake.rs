@@ -3,10 +3,10 @@
 use bytes::BytesMut;
 use emu2_proto::{
     array::{Array, ArrayError},
-    stage::{DecodeRequest, DecodeStart, RegressedEmbeddings, decode_request::Message},
-    v1::Tensor,
+    stage::{DecodeRequest, RegressedEmbeddings, decode_request::Message},
+    v1::{ImageOutput, ParameterLimit, Tensor},
 };
-use emu2_serve::status::Violation;
+use emu2_serve::{parameters, status::Violation};
 
 use crate::{
     config::Config,
@@ -15,6 +15,9 @@ use crate::{
 
 #[cfg(test)]
 mod tests;
+
+/// Upstream's size condition of SDXL when none is given, in pixels.
+const ORIGINAL_SIDE: u32 = 1024;
 
 /// What requests are checked against: the service's limits and the model's dimensions.
 #[derive(Clone, Debug)]
@@ -39,10 +42,36 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// The limits as the router is told them, which refuses by them before it asks.
+    pub(crate) fn stated(&self) -> Vec<ParameterLimit> {
+        // Dimensions and configured limits are far below 2^32.
+        let (factor, side) = (self.model.scale_factor as u32, self.max_image_side as u32);
+        let (steps, default_side) = (self.max_steps as u32, self.model.default_side as u32);
+        let limit = |field, values, default| ParameterLimit::new(field, values, Some(default));
+        vec![
+            limit("image.height", factor..=side, default_side).multiple_of(factor),
+            limit("image.width", factor..=side, default_side).multiple_of(factor),
+            limit("image.steps", 1..=steps, steps.min(50)),
+            ParameterLimit::new(
+                "image.guidance_scale",
+                0.0..=self.max_guidance_scale,
+                Some(self.max_guidance_scale.min(3.0)),
+            ),
+            limit("image.original_height", 0..=u32::MAX, ORIGINAL_SIDE),
+            limit("image.original_width", 0..=u32::MAX, ORIGINAL_SIDE),
+            limit("image.crop_top", 0..=u32::MAX, 0),
+            limit("image.crop_left", 0..=u32::MAX, 0),
+        ]
+    }
+}
+
 /// A request that is still coming in.
 #[derive(Debug)]
 pub(crate) struct Intake {
-    start: DecodeStart,
+    /// With every default filled in.
+    image: ImageOutput,
+    seed: u64,
     initial_latents: Option<Array>,
     positive: Rows,
     /// The embeddings that guidance leads away from; under guidance only.
@@ -66,9 +95,13 @@ impl Intake {
             }
             None => return Err(vec![Violation::new("start", "must be the first message, got none")]),
         };
-        let mut violations = start_violations(&start, limits);
+        let asked = start.image.take().unwrap_or_default();
+        let (image, mut violations) = parameters::image(&asked, &limits.stated());
+        if !(1..=limits.max_queries).contains(&(start.queries as usize)) {
+            violations.push(Violation::out_of_range("start.queries", 1, limits.max_queries, start.queries));
+        }
         let initial_latents = start.initial_latents.take();
-        let initial_latents = initial_latents.map(|tensor| latents(tensor, &start, limits)).transpose();
+        let initial_latents = initial_latents.map(|tensor| latents(tensor, &image, limits)).transpose();
         let initial_latents = initial_latents.unwrap_or_else(|violation| {
             violations.push(violation);
             None
@@ -77,8 +110,8 @@ impl Intake {
             return Err(violations);
         }
         let rows = |field| Rows::new(field, start.queries as usize, limits);
-        let negative = (start.guidance_scale > 1.0).then(|| rows("negative"));
-        Ok(Self { initial_latents, positive: rows("positive"), negative, start })
+        let negative = (image.guidance_scale() > 1.0).then(|| rows("negative"));
+        Ok(Self { initial_latents, positive: rows("positive"), negative, image, seed: start.seed })
     }
 
     /// Takes one more message.
@@ -88,7 +121,7 @@ impl Intake {
             (Some(Message::Negative(chunk)), Some(negative)) => negative.push(chunk),
             (Some(Message::Negative(_)), None) => {
                 let description = "must not be sent when guidance_scale is 1 or below, got";
-                Err(Violation::new("negative", format!("{description} {}", self.start.guidance_scale)))
+                Err(Violation::new("negative", format!("{description} {}", self.image.guidance_scale())))
             }
             (Some(Message::Start(_)), _) => Err(Violation::new("start", "must come once, got another")),
             (None, _) => Err(Violation::new("message", "must be start, positive or negative, got none")),
@@ -110,19 +143,19 @@ impl Intake {
         if !missing.is_empty() {
             return Err(missing);
         }
-        let start = self.start;
+        let image = self.image;
         Ok(DenoiseRequest {
-            height: start.height as usize,
-            width: start.width as usize,
-            steps: start.steps as usize,
-            guidance_scale: start.guidance_scale,
+            height: image.height() as usize,
+            width: image.width() as usize,
+            steps: image.steps() as usize,
+            guidance_scale: image.guidance_scale(),
             conditions: SizeConditions {
-                original_height: start.original_height,
-                original_width: start.original_width,
-                crop_top: start.crop_top,
-                crop_left: start.crop_left,
+                original_height: image.original_height(),
+                original_width: image.original_width(),
+                crop_top: image.crop_top(),
+                crop_left: image.crop_left(),
             },
-            seed: start.seed,
+            seed: self.seed,
             positive: self.positive.into_array(),
             negative: self.negative.map(Rows::into_array),
             initial_latents: self.initial_latents,
@@ -134,34 +167,10 @@ impl Intake {
     }
 }
 
-fn start_violations(start: &DecodeStart, limits: &Limits) -> Vec<Violation> {
-    let mut violations = Vec::new();
+fn latents(tensor: Tensor, image: &ImageOutput, limits: &Limits) -> Result<Array, Violation> {
     let factor = limits.model.scale_factor;
-    for (field, side) in [("start.height", start.height), ("start.width", start.width)] {
-        let max = limits.max_image_side;
-        if !(factor..=max).contains(&(side as usize)) || !(side as usize).is_multiple_of(factor) {
-            let description = format!("must be a multiple of {factor} from {factor} to {max}, got {side}");
-            violations.push(Violation::new(field, description));
-        }
-    }
-    for (field, max, value) in
-        [("start.steps", limits.max_steps, start.steps), ("start.queries", limits.max_queries, start.queries)]
-    {
-        if !(1..=max).contains(&(value as usize)) {
-            violations.push(Violation::out_of_range(field, 1, max, value));
-        }
-    }
-    // NaN is in no range.
-    let (max, guidance) = (limits.max_guidance_scale, start.guidance_scale);
-    if !(0.0..=max).contains(&guidance) {
-        violations.push(Violation::out_of_range("start.guidance_scale", 0, max, guidance));
-    }
-    violations
-}
-
-fn latents(tensor: Tensor, start: &DecodeStart, limits: &Limits) -> Result<Array, Violation> {
-    let factor = limits.model.scale_factor;
-    let shape = [limits.model.latent_channels, start.height as usize / factor, start.width as usize / factor];
+    let side = |pixels: u32| pixels as usize / factor;
+    let shape = [limits.model.latent_channels, side(image.height()), side(image.width())];
     // Both dtypes hold standard normal noise well enough; it becomes float32 here.
     let checked = Array::try_from(tensor).and_then(|array| {
         let dtype = array.dtype();

@@ -146,19 +146,16 @@ impl VisualDecoder for Service {
     }
 
     async fn info(&self, _: Request<DecoderInfoRequest>) -> Result<Response<DecoderInfo>, Status> {
-        let Limits { model, max_image_side, max_steps, max_guidance_scale, max_queries } = self.limits()?;
+        let limits = self.limits()?;
+        let model = &limits.model;
         Ok(Response::new(DecoderInfo {
             weights_digest: model.weights_digest.clone(),
             dtype: v1::Dtype::from(model.dtype).into(),
             // Model dimensions and configured limits are far below 2^32.
             width: model.width as u32,
-            default_height: model.default_side as u32,
-            default_width: model.default_side as u32,
             scale_factor: model.scale_factor as u32,
-            max_image_side: *max_image_side as u32,
-            max_steps: *max_steps as u32,
-            max_guidance_scale: *max_guidance_scale,
-            max_queries: *max_queries as u32,
+            max_queries: limits.max_queries as u32,
+            parameter_limits: limits.stated(),
             load: Some(self.engine.wire_load()),
         }))
     }

@@ -26,11 +26,9 @@ pub struct Config {
     /// How many images one forward takes at most: at 448² a batch of 8 keeps a GPU busy, and more would only add
     /// latency.
     pub max_batch_images: usize,
-    /// How many images may be accepted and not yet answered at a time, over all streams; one more is refused. Each
+    /// How many images may be accepted and not yet answered at a time, over all calls; one more is refused. Each
     /// waits as 2.4 MB of pixels.
     pub max_images: usize,
-    /// How many of these may be of one stream; the stream is not read on while that many are under way.
-    pub max_images_per_stream: usize,
     /// How many images are decoded at a time, each with the memory that `image` allows.
     pub preprocess_threads: usize,
     /// How large an image may be.
@@ -49,7 +47,6 @@ impl Default for Config {
             cores: 0,
             max_batch_images: 8,
             max_images: 128,
-            max_images_per_stream: 16,
             preprocess_threads: 2,
             image: ImageLimits::default(),
             server: ServerConfig::on_port(PORT),
@@ -70,7 +67,6 @@ impl Validate for Config {
         range("cores", 0, 4_096, self.cores as u64);
         range("max_batch_images", 1, 1_024, self.max_batch_images as u64);
         range("max_images", 1, 65_536, self.max_images as u64);
-        range("max_images_per_stream", 1, self.max_images as u64, self.max_images_per_stream as u64);
         range("preprocess_threads", 1, 256, self.preprocess_threads as u64);
         // The longest side that JPEG and GIF can state; a gigapixel would need 16 GB to decode.
         range("image.max_side", 1, 65_535, self.image.max_side.into());
@@ -89,14 +85,9 @@ mod tests {
     #[test]
     fn defaults_are_valid_and_mistakes_are_told_at_once() {
         assert_eq!(Config::default().problems(), Vec::<String>::new());
-        let wrong = Config {
-            max_batch_images: 0,
-            max_images_per_stream: 1000,
-            devices: Vec::new(),
-            ..Config::default()
-        };
+        let wrong = Config { max_batch_images: 0, max_images: 0, devices: Vec::new(), ..Config::default() };
         let problems = wrong.problems();
         assert_eq!(problems.len(), 3, "{problems:?}");
-        assert!(problems[1].contains("max_images_per_stream must be 1 to 128, got 1000"), "{problems:?}");
+        assert!(problems[1].contains("max_images must be 1 to "), "{problems:?}");
     }
 }

@@ -33,8 +33,11 @@ pub enum EncodeError {
     /// The file could not be decoded, or is beyond a limit.
     #[error("image {0}")]
     Image(#[from] ImageError),
-    /// The request names neither an image nor the mean colour.
-    #[error("source must be image or mean_colour, got nothing")]
+    /// The edges of a box are out of order or out of the image.
+    #[error("box is no region of an image")]
+    Box(Vec<Violation>),
+    /// The request names nothing to encode.
+    #[error("source must be image, mean_colour or box, got nothing")]
     NoSource,
     /// Pooling cannot leave that many embeddings; it holds the reason.
     #[error("n_query {0}")]
@@ -64,8 +67,9 @@ impl From<EncodeError> for Status {
         let message = error.to_string();
         match error {
             EncodeError::Image(error) => Violation::new("image", error.to_string()).into(),
+            EncodeError::Box(wrong) => status::invalid(wrong),
             EncodeError::NoSource => {
-                Violation::new("source", "must be image or mean_colour, got nothing").into()
+                Violation::new("source", "must be image, mean_colour or box, got nothing").into()
             }
             EncodeError::Queries(problem) => Violation::new("n_query", problem).into(),
             EncodeError::Full { .. } => status::exhausted(message, RETRY_AFTER),

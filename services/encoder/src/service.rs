@@ -17,11 +17,10 @@ use emu2_proto::{
 };
 use emu2_serve::{
     deadline::Deadline,
-    message,
+    message, parameters,
     priority::Priority,
     stream::{self, Events, Sender},
 };
-use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
@@ -32,7 +31,7 @@ use crate::{
     error::EncodeError,
     metrics::Metrics,
     preprocess::{
-        PREPROCESSING_VERSION,
+        PREPROCESSING_VERSION, Subject,
         pool::{Preprocessed, Preprocessor},
     },
 };
@@ -94,28 +93,15 @@ impl Service {
         sender.run(self.answer(requests, priority, &sender)).await;
     }
 
-    /// Images of one stream go side by side, so that they meet in a batch; answers come as they are ready.
     async fn answer(
         &self,
         mut requests: Streaming<EncodeRequest>,
         priority: Priority,
         sender: &Sender<EncodeResponse>,
     ) -> Result<(), Status> {
-        let mut under_way = FuturesUnordered::new();
-        let mut more = true;
-        while more || !under_way.is_empty() {
-            let room = under_way.len() < self.config.max_images_per_stream;
-            tokio::select! {
-                request = message::next(&mut requests), if more && room => match request? {
-                    Some(request) => under_way.push(self.encode_one(request, priority)),
-                    None => more = false,
-                },
-                Some(answer) = under_way.next() => {
-                    sender.send(Ok(answer?)).await.map_err(|_| sender.closed_status())?;
-                }
-            }
-        }
-        Ok(())
+        let request = message::next(&mut requests).await?.ok_or(EncodeError::NoSource)?;
+        let answer = self.encode_one(request, priority).await?;
+        sender.send(Ok(answer)).await.map_err(|_| sender.closed_status())
     }
 
     async fn encode_one(
@@ -135,7 +121,6 @@ impl Service {
         let encoded = submitted.next().await.ok_or(EngineError::Stopped)??;
         let Encoded { embeddings, queued, took: encode } = encoded;
         Ok(EncodeResponse {
-            id: request.id,
             embeddings: Some(embeddings.into()),
             weights_digest: model.weights_digest.clone(),
             queue_ms: milliseconds(waited + queued),
@@ -147,19 +132,22 @@ impl Service {
 
     /// Prepares the pixels of a source; no pixels stand for the mean colour.
     async fn prepare(&self, source: Option<Source>, model: &ModelInfo) -> Result<Preprocessed, EncodeError> {
-        match source.ok_or(EncodeError::NoSource)? {
+        let subject = match source.ok_or(EncodeError::NoSource)? {
             Source::MeanColour(_) => {
-                Ok(Preprocessed { pixels: Vec::new(), waited: Duration::ZERO, took: Duration::ZERO })
+                return Ok(Preprocessed { pixels: Vec::new(), waited: Duration::ZERO, took: Duration::ZERO });
             }
-            Source::Image(encoded) => {
-                let prepared = self.preprocessor.run(encoded, model.image_size).await;
-                match &prepared {
-                    Ok(prepared) => self.metrics.preprocess_duration.observe(prepared.took.as_secs_f64()),
-                    Err(_) => drop(self.metrics.refused.inc()),
-                }
-                Ok(prepared?)
-            }
+            Source::Image(encoded) => Subject::Encoded(encoded),
+            Source::Box(region) => match parameters::region("box", &region) {
+                wrong if wrong.is_empty() => Subject::Box(region),
+                wrong => return Err(EncodeError::Box(wrong)),
+            },
+        };
+        let prepared = self.preprocessor.run(subject, model.image_size).await;
+        match &prepared {
+            Ok(prepared) => self.metrics.preprocess_duration.observe(prepared.took.as_secs_f64()),
+            Err(_) => drop(self.metrics.refused.inc()),
         }
+        Ok(prepared?)
     }
 }
 

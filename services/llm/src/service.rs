@@ -81,8 +81,8 @@ impl Service {
         };
         let (output, keep_special, layout) = match start.output {
             Some(llm_start::Output::Text(text)) => {
-                let (grounding, keep) = (text.grounding, text.keep_special_tokens);
-                let parameters = self.limits.check(&text)?;
+                let (text, parameters) = self.limits.check(&text, start.seed)?;
+                let (grounding, keep) = (text.grounding, text.keep_special_tokens());
                 let layout = prompt::Output::Text { grounding, max_new_tokens: parameters.max_new_tokens };
                 (request::Output::Text(parameters), keep, layout)
             }
@@ -127,7 +127,7 @@ impl LanguageModel for Service {
             instruct: loaded.tokenizer.instruct(),
             max_text_bytes: loaded.tokenizer.max_text_bytes(loaded.max_positions) as u64,
             load: Some(self.engine.wire_load()),
-            ..self.limits.info()
+            parameter_limits: self.limits.stated(),
         }))
     }
 

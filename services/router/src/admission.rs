@@ -39,7 +39,7 @@ use crate::{
     request::{Generation, Task},
 };
 
-/// For a permit: nobody knows when one is given back.
+/// When to ask again for a permit: nobody knows when one is given back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The router's door behind the door.
@@ -61,7 +61,7 @@ pub(crate) struct Admitted {
     decoder: Option<PaceSample>,
     /// Whether each token is told as it comes; a beam search's come together at its end.
     tells_tokens: bool,
-    /// Of one denoising step.
+    /// Units of work of one denoising step.
     step_units: f64,
     _permit: Permit,
 }
@@ -107,7 +107,7 @@ impl Admission {
         let start = generation.task.start();
         let (llm_units, tells_tokens) = match &generation.task {
             Task::Write { parameters, .. } => {
-                (Some(f64::from(parameters.max_new_tokens)), parameters.num_beams <= 1)
+                (Some(f64::from(parameters.max_new_tokens())), parameters.num_beams() <= 1)
             }
             Task::Paint { start, .. } => (Some(f64::from(start.queries)), false),
             Task::Autoencode { .. } => (None, false),
@@ -131,7 +131,7 @@ impl Admission {
         match task {
             Task::Write { parameters, .. } => {
                 // The invisible leading id counts as one.
-                let tokens = parameters.min_length.saturating_sub(1);
+                let tokens = parameters.min_length().saturating_sub(1);
                 let needed = model.llm.best_pace().at_best(f64::from(tokens)).unwrap_or_default();
                 in_time(needed, deadline, || format!("the {tokens} tokens of text.min_length"))
             }
@@ -181,7 +181,8 @@ pub(crate) fn check_painting(
     let denoising = model.decoder.as_ref().and_then(|pool| pool.best_pace().at_best(units_of(start)));
     let needed = regressing.unwrap_or_default().saturating_add(denoising.unwrap_or_default());
     in_time(needed, deadline, || {
-        let DecodeStart { steps, width, height, .. } = start;
+        let image = start.image.unwrap_or_default();
+        let (steps, width, height) = (image.steps(), image.width(), image.height());
         let rows = if rows > 0 { format!("{rows} embeddings to regress and ") } else { String::new() };
         format!("{rows}{steps} denoising steps of {width} x {height} pixels")
     })
@@ -197,12 +198,13 @@ fn in_time(needed: Duration, deadline: Deadline, what: impl Fn() -> String) -> R
 
 /// Megapixels that the decoder computes in a step: under guidance twice those of the image.
 fn step_units(start: &DecodeStart) -> f64 {
-    let rows = if start.guidance_scale > 1.0 { 2.0 } else { 1.0 };
-    rows * f64::from(start.width) * f64::from(start.height) / 1e6
+    let image = start.image.unwrap_or_default();
+    let rows = if image.guidance_scale() > 1.0 { 2.0 } else { 1.0 };
+    rows * f64::from(image.width()) * f64::from(image.height()) / 1e6
 }
 
 fn units_of(start: &DecodeStart) -> f64 {
-    f64::from(start.steps) * step_units(start)
+    f64::from(start.image.unwrap_or_default().steps()) * step_units(start)
 }
 
 impl Admitted {

@@ -34,7 +34,6 @@ use crate::{
     admission,
     cache::{Cache, Computed, Found, Key, Kind, Recipe, is_whole},
     context::RequestContext,
-    drawing,
     error::{self, Stop},
     metrics::Outcome,
     request::{PromptImage, Subject},
@@ -51,10 +50,12 @@ pub(crate) struct EmbeddingStore {
     max_backlog: Duration,
 }
 
-/// An image as the cache is asked for it: drawn and hashed once, however often it is asked for.
+/// An image as the cache is asked for it: hashed once, however often it is asked for.
 #[derive(Clone)]
 pub(crate) struct Lookup {
+    kind: Kind,
     key: Key,
+    /// What its embeddings depend on.
     content: Bytes,
     /// What the cache held; none where it held nothing or has not been asked.
     pub(crate) found: Option<Found>,
@@ -67,9 +68,12 @@ impl EmbeddingStore {
 
     /// An image, before the cache is asked for it.
     pub(crate) fn lookup(&self, image: &PromptImage) -> Lookup {
-        let content = encoded_image(image);
-        let key = self.recipe(Kind::Image, &content, image.n_query).key();
-        Lookup { key, content, found: None }
+        let (kind, content) = match &image.subject {
+            Subject::Image(data) => (Kind::Image, data.clone()),
+            Subject::Box(region) => (Kind::Box, edges(region)),
+        };
+        let key = self.recipe(kind, &content, image.n_query).key();
+        Lookup { kind, key, content, found: None }
     }
 
     /// What the cache holds of these images; nothing is computed for it.
@@ -78,7 +82,7 @@ impl EmbeddingStore {
             let mut lookup = self.lookup(&images[index]);
             // One that is not there is counted when it is asked for again.
             if let Ok(found) = self.cache.peek(lookup.key).await {
-                self.cache.count(Kind::Image, found.outcome);
+                self.cache.count(lookup.kind, found.outcome);
                 lookup.found = Some(self.held(found)?);
             }
             Ok(lookup)
@@ -88,16 +92,21 @@ impl EmbeddingStore {
 
     /// An image's embeddings, [n_query, width]; computed where the cache does not hold them.
     pub(crate) async fn image(&self, image: &PromptImage, lookup: Lookup) -> Result<Found, Stop> {
-        let Lookup { key, content, found } = lookup;
+        let Lookup { kind, key, content, found } = lookup;
         if let Some(found) = found {
             return Ok(found);
         }
-        let source = Source::Image(content.clone());
-        let found = self.encoded(Kind::Image, key, source, content, image.n_query).await;
+        let source = match &image.subject {
+            Subject::Image(data) => Source::Image(data.clone()),
+            Subject::Box(region) => Source::Box(region.clone()),
+        };
+        let found = self.encoded(kind, key, source, content, image.n_query).await;
         let found = found.map_err(|stop| {
-            // "image", "image.width" and so on are the image; the rest we filled in.
-            let public =
-                |field: &str| field.strip_prefix("image").map(|rest| format!("{}{rest}", image.field));
+            // "image", "box.left" and so on are the image; the rest we filled in.
+            let public = |field: &str| {
+                let rest = field.strip_prefix("image").or_else(|| field.strip_prefix("box"));
+                rest.map(|rest| format!("{}{rest}", image.field))
+            };
             error::in_public_terms("encoder", stop, public)
         })?;
         self.held(found)
@@ -159,7 +168,7 @@ impl EmbeddingStore {
         n_query: u32,
     ) -> Result<Found, Stop> {
         let store = self.clone();
-        let request = EncodeRequest { id: 0, source: Some(source), n_query };
+        let request = EncodeRequest { source: Some(source), n_query };
         let compute = || store.encode(kind, request, content, key).instrument(Span::current()).boxed();
         self.cache.fetch(kind, key, compute).await
     }
@@ -217,7 +226,7 @@ impl EmbeddingStore {
         }
     }
 
-    /// By what the llm that regressed it called itself.
+    /// The key of what was regressed, by what the llm that regressed it called itself.
     fn key_of_regressed(&self, accepted: &LlmAccepted, prompt: SentPrompt<'_>, dtype: v1::Dtype) -> Key {
         let LlmAccepted { weights_digest, tokenizer_digest, template_version, .. } = accepted.clone();
         let known = (*self.context.profile.llm).clone();
@@ -245,6 +254,7 @@ async fn regress_text(context: &RequestContext, input: Input) -> Result<(LlmAcce
         input: Some(input),
         output: Some(llm_start::Output::Regression(RegressionParameters {})),
         resume: None,
+        seed: 0,
     };
     let (_, mut session) = Session::new(LlmCall::new(start, &llm.weights_digest), context.llm_route(None));
     while !matches!(session.next().await?.event, Some(Event::Finished(_))) {}
@@ -259,11 +269,10 @@ async fn regress_text(context: &RequestContext, input: Input) -> Result<(LlmAcce
     Ok((accepted, regressed))
 }
 
-fn encoded_image(image: &PromptImage) -> Bytes {
-    match &image.subject {
-        Subject::Image(data) => data.clone(),
-        Subject::Box(region) => drawing::outline_png(region),
-    }
+/// A region's edges: what the drawing of it depends on.
+fn edges(region: &v1::Box) -> Bytes {
+    let v1::Box { left, top, right, bottom, .. } = region;
+    [left, top, right, bottom].map(|edge| edge.to_le_bytes()).concat().into()
 }
 
 fn too_slow() -> Status {

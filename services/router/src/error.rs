@@ -1,6 +1,9 @@
 //! Why a request ends early, and what a stage's refusal means to the client.
 
-use emu2_serve::status::{self, Violation};
+use emu2_serve::{
+    parameters,
+    status::{self, Violation},
+};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -105,6 +108,11 @@ pub(crate) fn in_public_terms(stage: &str, stop: Stop, public: impl Fn(&str) -> 
     }
 }
 
+/// The same for the llm and the decoder, whose messages hold the request's own under its own names.
+pub(crate) fn in_terms_of_request(stage: &str, stop: Stop) -> Stop {
+    in_public_terms(stage, stop, |field| parameters::is_of_request(field).then(|| field.to_owned()))
+}
+
 fn refusal(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
     let fields = status.get_details_bad_request().map(|details| details.field_violations).unwrap_or_default();
     let translate = |field: &str| public(field).ok_or_else(|| field.to_owned());
@@ -129,13 +137,12 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_public_field() {
-        let refused =
-            status::invalid(vec![Violation::new("image", "must be a picture, got 3 bytes of text")]);
+        let refused = status::invalid(vec![Violation::new("image", "must be an image, got 3 bytes of text")]);
         let translated = of_stage("encoder", &refused, public);
         assert_eq!(translated.code(), Code::InvalidArgument);
         let fields = translated.get_details_bad_request().unwrap().field_violations;
         assert_eq!(fields[0].field, "prompt.parts[3].image");
-        assert_eq!(fields[0].description, "must be a picture, got 3 bytes of text");
+        assert_eq!(fields[0].description, "must be an image, got 3 bytes of text");
     }
 
     #[test]
@@ -146,6 +153,24 @@ mod tests {
             of_stage("encoder", &Status::invalid_argument("no details"), public).code(),
             Code::Internal
         );
+    }
+
+    /// Every parameter that a stage states a limit of is one that a client can set, and hears of.
+    #[test]
+    fn what_a_stage_refuses_of_a_requests_parameters_is_told_to_the_client() {
+        let (llm, decoder) = (emu2_proto::capable::llm(), emu2_proto::capable::decoder());
+        for (stage, limits) in [("llm", llm.parameter_limits), ("decoder", decoder.parameter_limits)] {
+            for limit in limits {
+                let refused =
+                    Stop::Failed(status::invalid(vec![Violation::new(&limit.field, "must be else")]));
+                let Stop::Failed(told) = in_terms_of_request(stage, refused) else { panic!("it failed") };
+                assert_eq!(told.code(), Code::InvalidArgument, "{}", limit.field);
+                assert_eq!(told.get_details_bad_request().unwrap().field_violations[0].field, limit.field);
+            }
+        }
+        let ours = Stop::Failed(status::invalid(vec![Violation::new("start.queries", "must be 1 to 4")]));
+        let Stop::Failed(told) = in_terms_of_request("decoder", ours) else { panic!("it failed") };
+        assert_eq!(told.code(), Code::Internal);
     }
 
     #[test]

@@ -15,7 +15,6 @@
 //! | `field_hasher` | several fields as one hash, for keys and hints |
 //! | `model`, `pool` | a model's stages, and the replicas of each |
 //! | `stages`, `stage_call`, `rows` | the calls to the stages, and how they outlive a replica |
-//! | [`drawing`] | a box as the picture that upstream draws of it |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
 //! | `fuzz` | doors for the fuzz targets, no interface |
@@ -23,7 +22,6 @@
 //! It builds without libtorch.
 
 pub mod config;
-pub mod drawing;
 #[doc(hidden)]
 pub mod fuzz;
 

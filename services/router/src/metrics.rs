@@ -17,9 +17,9 @@ use crate::cache::Kind;
 /// What became of one lookup; each lookup counts once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// In this process's memory.
+    /// The value was in this process's memory.
     L1Hit,
-    /// In Redis.
+    /// The value was in Redis.
     L2Hit,
     /// Nowhere: computed.
     Miss,

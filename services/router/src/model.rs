@@ -7,7 +7,7 @@ use emu2_proto::{
     stage::{DecoderInfo, EncoderInfo, LlmInfo},
     v1::{self, Capability},
 };
-use emu2_serve::status;
+use emu2_serve::{parameters, status};
 use tonic::Status;
 
 use crate::{
@@ -114,10 +114,17 @@ impl Model {
         }
     }
 
-    /// As `ListModels` tells it.
+    /// Describes the model as `ListModels` tells it.
     pub(crate) fn describe(&self, config: &Config) -> v1::Model {
         let (encoder, llm) = (self.encoder.info().unwrap_or_default(), self.llm.info().unwrap_or_default());
         let decoder = self.decoder.as_ref().and_then(|pool| pool.info()).unwrap_or_default();
+        let mut parameter_limits = llm.parameter_limits.clone();
+        parameter_limits.extend(decoder.parameter_limits.iter().cloned());
+        let limit = |field| parameters::limit(&parameter_limits, field).cloned().unwrap_or_default();
+        let (beams, tokens) = (limit("text.num_beams"), limit("text.max_new_tokens"));
+        let (penalty, repetition) = (limit("text.length_penalty"), limit("text.repetition_penalty"));
+        let (temperature, guidance) = (limit("text.temperature"), limit("image.guidance_scale"));
+        let (height, width) = (limit("image.height"), limit("image.width"));
         let has = [
             (Capability::Embed, true),
             (Capability::Text, true),
@@ -131,30 +138,31 @@ impl Model {
             v_query: llm.v_query,
             embedding_width: llm.embedding_width,
             max_positions: llm.max_positions,
-            default_height: decoder.default_height,
-            default_width: decoder.default_width,
+            default_height: height.default() as u32,
+            default_width: width.default() as u32,
             limits: Some(v1::Limits {
                 max_message_bytes: config.server.max_message_bytes as u64,
                 max_parts: config.limits.max_parts,
                 max_images: config.limits.max_images,
                 max_image_pixels: encoder.max_image_pixels,
-                max_new_tokens: llm.max_new_tokens,
-                max_beams: llm.max_beams,
-                max_steps: decoder.max_steps,
-                max_image_side: decoder.max_image_side,
-                max_guidance_scale: decoder.max_guidance_scale,
+                max_new_tokens: tokens.max as u32,
+                max_beams: beams.max as u32,
+                max_steps: limit("image.steps").max as u32,
+                max_image_side: height.max as u32,
+                max_guidance_scale: guidance.max as f32,
                 max_text_bytes: llm.max_text_bytes,
-                min_length_penalty: llm.min_length_penalty,
-                max_length_penalty: llm.max_length_penalty,
-                min_temperature: llm.min_temperature,
-                max_temperature: llm.max_temperature,
-                min_repetition_penalty: llm.min_repetition_penalty,
-                max_repetition_penalty: llm.max_repetition_penalty,
+                min_length_penalty: penalty.min as f32,
+                max_length_penalty: penalty.max as f32,
+                min_temperature: temperature.min as f32,
+                max_temperature: temperature.max as f32,
+                min_repetition_penalty: repetition.min as f32,
+                max_repetition_penalty: repetition.max as f32,
             }),
             encoder_digest: encoder.weights_digest.clone(),
             llm_digest: llm.weights_digest.clone(),
             decoder_digest: decoder.weights_digest.clone(),
             ready: self.is_ready() && self.profile(true).is_ok(),
+            parameter_limits,
         }
     }
 }

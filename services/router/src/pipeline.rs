@@ -13,12 +13,12 @@ use std::{
 use emu2_proto::{
     stage::{
         DecodeFinished, DecodeRequest, DecodeStart, LlmAccepted, LlmFinished, LlmRequest, LlmStart,
-        RegressedEmbeddings, RegressionParameters, SlotEmbeddings, TextParameters, decode_event,
-        decode_request, llm_event, llm_request, llm_start,
+        RegressedEmbeddings, RegressionParameters, SlotEmbeddings, decode_event, decode_request, llm_event,
+        llm_request, llm_start,
     },
     v1::{
         self, Accepted, DenoiseProgress, EmbeddingProgress, FinishReason, GenerateEvent, ImageResult,
-        TextDelta, finished::Parameters, generate_event::Event,
+        TextDelta, TextOutput, finished::Parameters, generate_event::Event,
     },
 };
 use emu2_serve::{status, stream};
@@ -35,7 +35,7 @@ use crate::{
     error::{self, Stop},
     pool::Stage,
     report::{ImageCounts, Report},
-    request::{Generation, Task, effective_text},
+    request::{Generation, Task},
     stage_call::Session,
     stages::{self, DecodeCall, LlmCall},
 };
@@ -98,7 +98,7 @@ impl Job {
     async fn write(
         &self,
         input: &llm_start::Input,
-        parameters: &TextParameters,
+        parameters: &TextOutput,
         report: &mut Report,
         client: &Client,
     ) -> Result<(), Stop> {
@@ -108,7 +108,7 @@ impl Job {
             try_join!(self.fill_slots(slots, &[]), self.read_text(llm, report, client).instrument(span))?;
         report.images(counts);
         let reason = if finished.complete { FinishReason::EndOfText } else { FinishReason::MaxNewTokens };
-        report.result(reason, Parameters::Text(effective_text(parameters)));
+        report.result(reason, Parameters::Text(*parameters));
         Ok(())
     }
 
@@ -170,7 +170,7 @@ impl Job {
         Ok(())
     }
 
-    /// From what the llm regressed for the same prompt before.
+    /// Paints from what the llm regressed for the same prompt before.
     async fn paint_again(
         &self,
         regressed: v1::Tensor,
@@ -216,7 +216,8 @@ impl Job {
 
     /// Where embeddings of the prompt's slots go, and what comes of them.
     fn ask_llm(&self, input: &llm_start::Input, output: llm_start::Output) -> (Sender<LlmRequest>, Llm) {
-        let start = LlmStart { input: Some(input.clone()), output: Some(output), resume: None };
+        let (input, output, seed) = (Some(input.clone()), Some(output), self.generation.seed);
+        let start = LlmStart { input, output, resume: None, seed };
         let call = LlmCall::new(start, &self.store.context.profile.llm.weights_digest);
         Session::new(call, self.store.context.llm_route(Some(self.generation.beginning())))
     }
@@ -276,7 +277,7 @@ impl Job {
         start: &DecodeStart,
         conditions: &Sender<DecodeRequest>,
     ) -> Result<(), Stop> {
-        if start.guidance_scale <= 1.0 {
+        if start.image.unwrap_or_default().guidance_scale() <= 1.0 {
             return Ok(());
         }
         let span = info_span!("negative");
@@ -341,7 +342,12 @@ impl Job {
     async fn read_image(&self, mut decoder: Decoder, client: &Client) -> Result<DecodeFinished, Stop> {
         let mut result = None;
         loop {
-            match decoder.next().await.map_err(of_decoder)?.event {
+            match decoder
+                .next()
+                .await
+                .map_err(|stop| error::in_terms_of_request(stages::Decoder::NAME, stop))?
+                .event
+            {
                 Some(decode_event::Event::Step(step)) => {
                     let progress = DenoiseProgress { step: step.step, steps: step.steps };
                     client.progress(Event::DenoiseProgress(progress)).await?;
@@ -362,7 +368,7 @@ impl Job {
 
 /// The llm's next event, and what it says for the report.
 async fn next_of_llm(llm: &mut Llm, report: &mut Report) -> Result<Option<llm_event::Event>, Stop> {
-    let event = llm.next().await.map_err(of_llm)?.event;
+    let event = llm.next().await.map_err(|stop| error::in_terms_of_request(stages::Llm::NAME, stop))?.event;
     match &event {
         Some(llm_event::Event::Accepted(accepted)) => report.prompt(accepted.prompt_positions),
         Some(llm_event::Event::Finished(finished)) => report.llm(finished),
@@ -391,33 +397,4 @@ impl Client {
 
 fn positive(rows: RegressedEmbeddings) -> DecodeRequest {
     DecodeRequest { message: Some(decode_request::Message::Positive(rows)) }
-}
-
-/// The llm's prompt has the request's own names; embeddings are ours.
-fn of_llm(stop: Stop) -> Stop {
-    let public = |field: &str| {
-        let field = field.strip_prefix("start.").unwrap_or(field);
-        let top = field.split(['.', '[']).next().unwrap_or(field);
-        ["prompt", "chat", "text", "input"].contains(&top).then(|| field.to_owned())
-    };
-    error::in_public_terms(stages::Llm::NAME, stop, public)
-}
-
-/// The decoder's start is flat; the request has it under `image`.
-fn of_decoder(stop: Stop) -> Stop {
-    const SHARED: [&str; 8] = [
-        "height",
-        "width",
-        "steps",
-        "guidance_scale",
-        "original_height",
-        "original_width",
-        "crop_top",
-        "crop_left",
-    ];
-    let public = |field: &str| {
-        let field = field.strip_prefix("start.").unwrap_or(field);
-        SHARED.contains(&field).then(|| format!("image.{field}"))
-    };
-    error::in_public_terms(stages::Decoder::NAME, stop, public)
 }

@@ -7,9 +7,9 @@ use emu2_proto::{
     v1::{FinishReason, Finished, Timings, Usage, finished::Parameters},
 };
 
-use crate::{cache::Found, request::effective_image};
+use crate::cache::Found;
 
-/// Filled in by the stages as they end.
+/// The last event as the stages fill it in.
 #[derive(Debug)]
 pub(crate) struct Report {
     began: Instant,
@@ -23,7 +23,7 @@ pub(crate) struct Report {
 pub(crate) struct ImageCounts {
     images: u32,
     cached: u32,
-    /// From the first lookup to the last image that the cache did not hold.
+    /// Milliseconds from the first lookup to the last image that the cache did not hold.
     encode_ms: f64,
 }
 
@@ -82,7 +82,7 @@ impl Report {
         self.timings.decoder_queue_ms = decoder.queue_ms;
         self.timings.denoise_ms = decoder.denoise_ms;
         self.timings.vae_ms = decoder.vae_ms;
-        self.result(FinishReason::Image, Parameters::Image(effective_image(start)));
+        self.result(FinishReason::Image, Parameters::Image(start.image.unwrap_or_default()));
     }
 
     pub(crate) fn result(&mut self, reason: FinishReason, parameters: Parameters) {

@@ -10,23 +10,17 @@ mod tests;
 use bytes::Bytes;
 use emu2_proto::{
     pooling,
-    stage::{
-        DecodeStart, ImageSlot, LlmBox, LlmChat, LlmPart, LlmPrompt, TextParameters, VideoSlots, llm_part,
-        llm_start,
-    },
+    stage::{DecodeStart, ImageSlot, LlmChat, LlmPart, LlmPrompt, VideoSlots, llm_part, llm_start},
     v1::{
         self, EmbedRequest, GenerateRequest, ImageOutput, TextOutput,
         generate_request::{Input, Output},
         part,
     },
 };
-use emu2_serve::status::Violation;
+use emu2_serve::{parameters, status::Violation};
 
 use self::checks::Checks;
 use crate::{config::LimitsConfig, field_hasher::FieldHasher, model::Profile};
-
-/// Upstream's size condition of SDXL when none is given, in pixels.
-const ORIGINAL_SIDE: u32 = 1024;
 
 /// A request that was found right.
 #[derive(Debug, PartialEq)]
@@ -40,7 +34,7 @@ pub(crate) struct Generation {
 #[derive(Debug, PartialEq)]
 pub(crate) enum Task {
     /// Text from the llm.
-    Write { input: llm_start::Input, parameters: TextParameters },
+    Write { input: llm_start::Input, parameters: TextOutput },
     /// An image from embeddings that the llm regresses.
     Paint { input: llm_start::Input, start: DecodeStart },
     /// An image from the embeddings of the only image.
@@ -56,7 +50,7 @@ impl Task {
         }
     }
 
-    /// As metrics name it.
+    /// The task's name in metrics.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Write { .. } => "text",
@@ -110,7 +104,7 @@ pub(crate) struct PromptImage {
 pub(crate) enum Subject {
     /// An encoded image, as the client sent it.
     Image(Bytes),
-    /// A box, to be drawn.
+    /// A region, which the encoder draws.
     Box(v1::Box),
 }
 
@@ -135,11 +129,11 @@ pub(crate) fn check(
     checker.counts(limits, input.as_ref());
     let task = match (request.output, input) {
         (Some(Output::Text(text)), input) => {
-            let parameters = checker.text(&text, seed);
+            let parameters = checker.text(&text);
             input.map(|input| Task::Write { input, parameters })
         }
         (Some(Output::Image(image)), input) => {
-            let start = checker.image(&image, seed, profile.llm.n_query);
+            let start = DecodeStart { seed, queries: profile.llm.n_query, ..checker.image(&image) };
             input.map(
                 |input| if autoencodes { Task::Autoencode { start } } else { Task::Paint { input, start } },
             )
@@ -170,37 +164,6 @@ pub(crate) fn check_embed(request: EmbedRequest, profile: &Profile) -> Result<Pr
             Ok(PromptImage { subject: Subject::Image(data), n_query, field: "image".into() })
         }
         violations => Err(violations),
-    }
-}
-
-/// The parameters of a text request as they took effect.
-pub(crate) fn effective_text(parameters: &TextParameters) -> TextOutput {
-    TextOutput {
-        max_new_tokens: Some(parameters.max_new_tokens),
-        min_length: Some(parameters.min_length),
-        num_beams: Some(parameters.num_beams),
-        length_penalty: Some(parameters.length_penalty),
-        do_sample: parameters.do_sample,
-        temperature: Some(parameters.temperature),
-        top_k: (parameters.top_k > 0).then_some(parameters.top_k),
-        top_p: (parameters.top_p > 0.0).then_some(parameters.top_p),
-        repetition_penalty: Some(parameters.repetition_penalty),
-        grounding: parameters.grounding,
-        keep_special_tokens: Some(parameters.keep_special_tokens),
-    }
-}
-
-/// The parameters of an image request as they took effect.
-pub(crate) fn effective_image(start: &DecodeStart) -> ImageOutput {
-    ImageOutput {
-        height: Some(start.height),
-        width: Some(start.width),
-        steps: Some(start.steps),
-        guidance_scale: Some(start.guidance_scale),
-        original_height: Some(start.original_height),
-        original_width: Some(start.original_width),
-        crop_top: Some(start.crop_top),
-        crop_left: Some(start.crop_left),
     }
 }
 
@@ -301,27 +264,18 @@ impl Checker<'_> {
         VideoSlots { frames }
     }
 
-    fn region(&mut self, field: String, region: v1::Box) -> LlmBox {
-        let v1::Box { left, top, right, bottom, ref phrase } = region;
-        let edges = [("left", left, "right", right), ("top", top, "bottom", bottom)];
-        for (low_name, low, high_name, high) in edges {
-            // Written so that NaN is refused.
-            if !(0.0 <= low && low < high && high <= 1.0) {
-                let rule = format!("must be 0 <= {low_name} < {high_name} <= 1, got {low} and {high}");
-                self.checks.wrong(format!("{field}.box.{low_name}"), rule);
-            }
-        }
-        self.text_bytes += phrase.len();
-        let slot = LlmBox { left, top, right, bottom, phrase: phrase.clone() };
+    fn region(&mut self, field: String, region: v1::Box) -> v1::Box {
+        self.checks.extend(parameters::region(&format!("{field}.box"), &region));
+        self.text_bytes += region.phrase.len();
         if self.paints {
             let n_query = self.profile.llm.n_query;
             self.images.push(PromptImage {
-                subject: Subject::Box(region),
+                subject: Subject::Box(region.clone()),
                 n_query,
                 field: format!("{field}.box"),
             });
         }
-        slot
+        region
     }
 
     fn prompt_image(&mut self, field: String, data: Bytes, n_query: u32) {
@@ -345,93 +299,23 @@ impl Checker<'_> {
         }
     }
 
-    fn text(&mut self, text: &TextOutput, seed: u64) -> TextParameters {
+    fn text(&mut self, asked: &TextOutput) -> TextOutput {
         let llm = &self.profile.llm;
-        if text.grounding && !llm.instruct {
+        if asked.grounding && !llm.instruct {
             self.checks.wrong("text.grounding", "needs a model with a chat template, this one has none");
         }
-        let checks = &mut self.checks;
-        let max_new_tokens = {
-            let default = llm.max_new_tokens.min(64);
-            checks.within("text.max_new_tokens", text.max_new_tokens, default, 1, llm.max_new_tokens)
-        };
-        let beams = if text.do_sample { 1 } else { llm.max_beams.min(5) };
-        let num_beams = checks.within("text.num_beams", text.num_beams, beams, 1, llm.max_beams);
-        if text.do_sample && num_beams > 1 {
-            checks.wrong("text.num_beams", format!("must be 1 with do_sample, got {num_beams}"));
-        }
-        TextParameters {
-            max_new_tokens,
-            // The invisible leading id counts, so that the longest output has one more.
-            min_length: checks.within(
-                "text.min_length",
-                text.min_length,
-                1,
-                0,
-                max_new_tokens.saturating_add(1),
-            ),
-            num_beams,
-            length_penalty: checks.within(
-                "text.length_penalty",
-                text.length_penalty,
-                -1.0,
-                llm.min_length_penalty,
-                llm.max_length_penalty,
-            ),
-            do_sample: text.do_sample,
-            temperature: checks.within(
-                "text.temperature",
-                text.temperature,
-                1.0,
-                llm.min_temperature,
-                llm.max_temperature,
-            ),
-            top_k: text.top_k.map_or(0, |k| checks.within("text.top_k", Some(k), 0, 1, u32::MAX)),
-            top_p: checks.probability("text.top_p", text.top_p),
-            repetition_penalty: checks.within(
-                "text.repetition_penalty",
-                text.repetition_penalty,
-                1.0,
-                llm.min_repetition_penalty,
-                llm.max_repetition_penalty,
-            ),
-            grounding: text.grounding,
-            keep_special_tokens: text.keep_special_tokens.unwrap_or(text.grounding),
-            seed,
-        }
+        let (text, violations) = parameters::text(asked, &llm.parameter_limits);
+        self.checks.extend(violations);
+        text
     }
 
-    fn image(&mut self, image: &ImageOutput, seed: u64, queries: u32) -> DecodeStart {
+    fn image(&mut self, asked: &ImageOutput) -> DecodeStart {
         let Some(decoder) = &self.profile.decoder else {
             self.checks.wrong("image", "needs a model with an image decoder, this one has none");
             return DecodeStart::default();
         };
-        let checks = &mut self.checks;
-        let mut side = |field, asked, default| {
-            let side = checks.within(field, asked, default, decoder.scale_factor, decoder.max_image_side);
-            if !side.is_multiple_of(decoder.scale_factor) {
-                checks.wrong(field, format!("must be a multiple of {}, got {side}", decoder.scale_factor));
-            }
-            side
-        };
-        DecodeStart {
-            height: side("image.height", image.height, decoder.default_height),
-            width: side("image.width", image.width, decoder.default_width),
-            steps: checks.within("image.steps", image.steps, decoder.max_steps.min(50), 1, decoder.max_steps),
-            guidance_scale: checks.within(
-                "image.guidance_scale",
-                image.guidance_scale,
-                decoder.max_guidance_scale.min(3.0),
-                0.0,
-                decoder.max_guidance_scale,
-            ),
-            original_height: image.original_height.unwrap_or(ORIGINAL_SIDE),
-            original_width: image.original_width.unwrap_or(ORIGINAL_SIDE),
-            crop_top: image.crop_top.unwrap_or(0),
-            crop_left: image.crop_left.unwrap_or(0),
-            seed,
-            queries,
-            initial_latents: None,
-        }
+        let (image, violations) = parameters::image(asked, &decoder.parameter_limits);
+        self.checks.extend(violations);
+        DecodeStart { image: Some(image), ..DecodeStart::default() }
     }
 }

@@ -35,7 +35,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// A stage ends its stream right after its last answer.
 const END_TIMEOUT: Duration = Duration::from_millis(100);
-/// In metadata, for logs and traces: 1 for the first.
+/// The metadata key of an attempt's number, for logs and traces: 1 for the first.
 const ATTEMPT: &str = "x-emu2-attempt";
 
 /// What is asked of a stage, and what has been answered.
@@ -98,7 +98,7 @@ pub(crate) struct Session<C: Call> {
 
 /// One replica's stream.
 struct Attempt<C: Call> {
-    /// Until everything has been sent.
+    /// Where messages go, until everything has been sent.
     requests: Option<mpsc::Sender<C::In>>,
     sent: usize,
     answers: Streaming<C::Out>,

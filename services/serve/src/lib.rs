@@ -13,6 +13,7 @@
 //! | [`admission`] | permits for requests and their bytes: full is answered at once, never waited for unseen |
 //! | [`tenant`] | API tokens, and the tenant that a caller's token is bound to |
 //! | [`priority`] | classes of requests, and how a line of waiting work honours them |
+//! | [`parameters`] | parameters of a request: defaults filled in, limits checked |
 //! | [`message`] | what tonic says of bad or oversized messages, put in the API's terms |
 //! | [`status`] | errors as `google.rpc.Status` with details |
 //! | [`client`] | the channel that a caller inside the cluster opens |
@@ -33,6 +34,7 @@ pub mod config;
 pub mod deadline;
 pub mod message;
 pub mod metrics;
+pub mod parameters;
 pub mod priority;
 pub mod readiness;
 pub mod server;

@@ -1,4 +1,4 @@
-use emu2_proto::array::Dtype;
+use emu2_proto::{array::Dtype, stage::DecodeStart};
 
 use super::*;
 
@@ -15,15 +15,26 @@ fn limits() -> Limits {
     Limits::new(&Config::default(), model)
 }
 
-fn start() -> DecodeStart {
-    DecodeStart {
-        height: 64,
-        width: 32,
-        steps: 10,
-        guidance_scale: 3.0,
-        queries: 3,
-        ..DecodeStart::default()
+fn image() -> ImageOutput {
+    ImageOutput {
+        height: Some(64),
+        width: Some(32),
+        steps: Some(10),
+        guidance_scale: Some(3.0),
+        ..ImageOutput::default()
     }
+}
+
+fn of(image: ImageOutput) -> DecodeStart {
+    DecodeStart { image: Some(image), queries: 3, ..DecodeStart::default() }
+}
+
+fn start() -> DecodeStart {
+    of(image())
+}
+
+fn without_guidance() -> DecodeStart {
+    of(ImageOutput { guidance_scale: Some(1.0), ..image() })
 }
 
 fn message(message: Message) -> DecodeRequest {
@@ -47,7 +58,9 @@ fn open(start: DecodeStart) -> Result<Intake, String> {
 
 #[test]
 fn rows_come_in_chunks_and_both_sides_interleave() {
-    let mut intake = open(DecodeStart { seed: 9, crop_top: 1, crop_left: 2, ..start() }).unwrap();
+    let mut intake =
+        open(DecodeStart { seed: 9, ..of(ImageOutput { crop_top: Some(1), crop_left: Some(2), ..image() }) })
+            .unwrap();
     for (side, at, rows) in [('+', 0, 1), ('-', 0, 2), ('+', 1, 2), ('-', 2, 1)] {
         assert!(!intake.is_complete());
         let chunk = chunk(at, &[rows, 4]);
@@ -64,7 +77,7 @@ fn rows_come_in_chunks_and_both_sides_interleave() {
 
 #[test]
 fn rows_keep_their_order() {
-    let mut intake = open(DecodeStart { guidance_scale: 1.0, queries: 2, ..start() }).unwrap();
+    let mut intake = open(DecodeStart { queries: 2, ..without_guidance() }).unwrap();
     for row in 0..2_u32 {
         let data: Vec<u8> = (0..4).flat_map(|i| ((10 * row + i) as f32).to_le_bytes()).collect();
         let embeddings = Some(Tensor { data: data.into(), ..zeros(&[1, 4]) });
@@ -77,34 +90,33 @@ fn rows_keep_their_order() {
 
 #[test]
 fn every_mistake_of_a_start_names_field_limit_and_value() {
-    let wrong = DecodeStart {
-        height: 65,
-        width: 4096,
-        steps: 0,
-        guidance_scale: f32::NAN,
-        queries: 1025,
-        initial_latents: Some(zeros(&[4, 8, 4])),
-        ..start()
+    let wrong = ImageOutput {
+        height: Some(65),
+        width: Some(4096),
+        steps: Some(0),
+        guidance_scale: Some(f32::NAN),
+        ..image()
     };
+    let wrong = DecodeStart { queries: 1025, initial_latents: Some(zeros(&[4, 8, 4])), ..of(wrong) };
     let text = open(wrong).unwrap_err();
     for violation in [
-        "start.height must be a multiple of 8 from 8 to 2048, got 65",
-        "start.width must be a multiple of 8 from 8 to 2048, got 4096",
-        "start.steps must be 1 to 100, got 0",
+        "image.height must be a multiple of 8, got 65",
+        "image.width must be 8 to 2048, got 4096",
+        "image.steps must be 1 to 100, got 0",
         "start.queries must be 1 to 1024, got 1025",
-        "start.guidance_scale must be 0 to 100, got NaN",
+        "image.guidance_scale must be 0 to 100, got NaN",
         "start.initial_latents must be a valid tensor: shape must be [4, 8, 512], got [4, 8, 4]",
     ] {
         assert!(text.contains(violation), "{violation} not in:\n{text}");
     }
     for (start, field) in [
-        (DecodeStart { height: 0, ..start() }, "start.height"),
-        (DecodeStart { width: u32::MAX, ..start() }, "start.width"),
-        (DecodeStart { steps: 101, ..start() }, "start.steps"),
+        (of(ImageOutput { height: Some(0), ..image() }), "image.height"),
+        (of(ImageOutput { width: Some(u32::MAX), ..image() }), "image.width"),
+        (of(ImageOutput { steps: Some(101), ..image() }), "image.steps"),
         (DecodeStart { queries: 0, ..start() }, "start.queries"),
-        (DecodeStart { guidance_scale: -0.1, ..start() }, "start.guidance_scale"),
-        (DecodeStart { guidance_scale: 100.5, ..start() }, "start.guidance_scale"),
-        (DecodeStart { guidance_scale: f32::INFINITY, ..start() }, "start.guidance_scale"),
+        (of(ImageOutput { guidance_scale: Some(-0.1), ..image() }), "image.guidance_scale"),
+        (of(ImageOutput { guidance_scale: Some(100.5), ..image() }), "image.guidance_scale"),
+        (of(ImageOutput { guidance_scale: Some(f32::INFINITY), ..image() }), "image.guidance_scale"),
         (DecodeStart { initial_latents: Some(zeros(&[4, 8])), ..start() }, "start.initial_latents"),
     ] {
         let text = open(start).unwrap_err();
@@ -142,7 +154,7 @@ fn every_mistake_of_a_chunk_names_its_field() {
 
 #[test]
 fn no_negative_without_guidance_and_none_missing_with_it() {
-    let mut intake = open(DecodeStart { guidance_scale: 1.0, ..start() }).unwrap();
+    let mut intake = open(without_guidance()).unwrap();
     let violation = intake.push(message(Message::Negative(chunk(0, &[3, 4])))).unwrap_err();
     assert!(violation.to_string().contains("guidance_scale is 1 or below, got 1"), "{violation}");
     let mut intake = open(start()).unwrap();

@@ -9,6 +9,7 @@ use emu2_proto::{
 };
 use emu2_serve::{
     client::endpoint,
+    parameters,
     server::{Listeners, ServerConfig},
     shutdown::Shutdown,
 };
@@ -61,15 +62,18 @@ impl Running {
 }
 
 fn start_of(request: &DenoiseRequest) -> DecodeStart {
+    let image = v1::ImageOutput {
+        height: Some(request.height as u32),
+        width: Some(request.width as u32),
+        steps: Some(request.steps as u32),
+        guidance_scale: Some(request.guidance_scale),
+        original_height: Some(request.conditions.original_height),
+        original_width: Some(request.conditions.original_width),
+        crop_top: Some(request.conditions.crop_top),
+        crop_left: Some(request.conditions.crop_left),
+    };
     DecodeStart {
-        height: request.height as u32,
-        width: request.width as u32,
-        steps: request.steps as u32,
-        guidance_scale: request.guidance_scale,
-        original_height: request.conditions.original_height,
-        original_width: request.conditions.original_width,
-        crop_top: request.conditions.crop_top,
-        crop_left: request.conditions.crop_left,
+        image: Some(image),
         seed: request.seed,
         queries: request.positive.shape()[0] as u32,
         initial_latents: request.initial_latents.clone().map(Into::into),
@@ -100,7 +104,9 @@ fn messages(request: &DenoiseRequest) -> Vec<DecodeRequest> {
 async fn images_over_the_wire_are_the_official_ones() {
     let (golden, service) = (golden::file("pipeline.safetensors"), run(8).await);
     let info = service.client.clone().info(DecoderInfoRequest {}).await.unwrap().into_inner();
-    assert_eq!((info.width, info.default_height, info.scale_factor, info.max_steps), (64, 64, 8, 250));
+    assert_eq!((info.width, info.scale_factor), (64, 8));
+    let limit = |field| parameters::limit(&info.parameter_limits, field).unwrap();
+    assert_eq!((limit("image.height").default(), limit("image.steps").max), (64.0, 250.0));
     for run in ["text_4", "inter_4_rect", "inter_20", "noguidance_4"] {
         let request = golden_request(&golden, run);
         let mut events = service.decode(iter(messages(&request))).await.unwrap();
@@ -127,24 +133,32 @@ fn start(messages: &mut [DecodeRequest]) -> &mut DecodeStart {
     start
 }
 
+fn asked(messages: &mut [DecodeRequest]) -> &mut v1::ImageOutput {
+    start(messages).image.as_mut().unwrap()
+}
+
 fn tensor(messages: &mut [DecodeRequest]) -> &mut v1::Tensor {
     let Some(Message::Negative(chunk)) = &mut messages[1].message else { panic!("negative comes second") };
     chunk.embeddings.as_mut().unwrap()
 }
 
 const BAD_INPUTS: &[BadInput] = &[
-    ("no steps", |m| start(m).steps = 0, &["start.steps", "1 to 250", "got 0"]),
-    ("too many steps", |m| start(m).steps = 10_000, &["start.steps", "250", "10000"]),
+    ("no steps", |m| asked(m).steps = Some(0), &["image.steps", "1 to 250", "got 0"]),
+    ("too many steps", |m| asked(m).steps = Some(10_000), &["image.steps", "250", "10000"]),
     (
         "guidance is no number",
-        |m| start(m).guidance_scale = f32::NAN,
-        &["start.guidance_scale", "100", "NaN"],
+        |m| asked(m).guidance_scale = Some(f32::NAN),
+        &["image.guidance_scale", "100", "NaN"],
     ),
-    ("guidance is negative", |m| start(m).guidance_scale = -1.0, &["start.guidance_scale", "0 to", "-1"]),
-    ("guidance is huge", |m| start(m).guidance_scale = 101.0, &["start.guidance_scale", "100", "101"]),
-    ("height is odd", |m| start(m).height = 65, &["start.height", "multiple of 8", "65"]),
-    ("width is zero", |m| start(m).width = 0, &["start.width", "from 8", "got 0"]),
-    ("width is huge", |m| start(m).width = 4096, &["start.width", "2048", "4096"]),
+    (
+        "guidance is negative",
+        |m| asked(m).guidance_scale = Some(-1.0),
+        &["image.guidance_scale", "0 to", "-1"],
+    ),
+    ("guidance is huge", |m| asked(m).guidance_scale = Some(101.0), &["image.guidance_scale", "100", "101"]),
+    ("height is odd", |m| asked(m).height = Some(65), &["image.height", "multiple of 8", "65"]),
+    ("width is zero", |m| asked(m).width = Some(0), &["image.width", "8 to 2048", "got 0"]),
+    ("width is huge", |m| asked(m).width = Some(4096), &["image.width", "2048", "4096"]),
     ("no queries", |m| start(m).queries = 0, &["start.queries", "1 to 1024", "got 0"]),
     ("too many queries", |m| start(m).queries = 2000, &["start.queries", "1024", "2000"]),
     (

@@ -6,18 +6,23 @@
 //! |---|---|
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
 //! | `bmp` | the one format that is decoded here rather than by a crate |
+//! | [`outline`] | a region drawn as an image |
 //! | `pixels` | what the formats share: pixels, limits, errors |
 //! | `pool` | the threads that do it |
 //! | [`resize`] | Pillow's antialiased bicubic in 8-bit fixed point |
 
 mod bmp;
 pub mod decode;
+pub mod outline;
 mod pixels;
 pub(crate) mod pool;
 pub mod resize;
 
 #[cfg(test)]
 mod tests;
+
+use bytes::Bytes;
+use emu2_proto::v1;
 
 use pixels::{ImageError, ImageLimits, Rgb};
 
@@ -32,14 +37,26 @@ pub const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
 #[expect(clippy::excessive_precision, reason = "written as upstream writes them")]
 pub const STANDARD_DEVIATION: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
 
-/// Decodes an image, resizes it to a square of `side` pixels and normalises it: values in row-major order,
+/// What is to be preprocessed.
+#[derive(Clone, Debug)]
+pub enum Subject {
+    /// An encoded image.
+    Encoded(Bytes),
+    /// A region, to be drawn.
+    Box(v1::Box),
+}
+
+/// Decodes or draws an image, resizes it to a square of `side` pixels and normalises it: values in row-major order,
 /// [3, side, side].
 ///
 /// # Errors
 ///
 /// The bytes are no image that can be decoded, or the image is beyond a limit.
-pub fn preprocess(encoded: &[u8], side: usize, limits: &ImageLimits) -> Result<Vec<f32>, ImageError> {
-    let image = decode::decode(encoded, limits)?;
+pub fn preprocess(subject: &Subject, side: usize, limits: &ImageLimits) -> Result<Vec<f32>, ImageError> {
+    let image = match subject {
+        Subject::Encoded(encoded) => decode::decode(encoded, limits)?,
+        Subject::Box(region) => outline::outline(region),
+    };
     Ok(normalise(&resize::resize(image, side)))
 }
 

@@ -5,11 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tracing::Span;
 
 use super::{
+    Subject,
     decode::{ImageError, ImageLimits},
     preprocess,
 };
@@ -50,16 +50,16 @@ impl Preprocessor {
     /// # Errors
     ///
     /// Those of [`preprocess`]; a decoder that panicked counts as an image that cannot be decoded.
-    pub(crate) async fn run(&self, encoded: Bytes, side: usize) -> Result<Preprocessed, ImageError> {
+    pub(crate) async fn run(&self, subject: Subject, side: usize) -> Result<Preprocessed, ImageError> {
         let arrived = Instant::now();
         let thread = Arc::clone(&self.threads).acquire_owned().await.expect("the semaphore is never closed");
         let waited = arrived.elapsed();
         let (span, limits) = (Span::current(), self.limits.clone());
         let work = move || {
             let _thread = thread;
-            let _stage = tracing::info_span!(parent: &span, "preprocess", bytes = encoded.len()).entered();
+            let _stage = tracing::info_span!(parent: &span, "preprocess").entered();
             let begun = Instant::now();
-            let pixels = preprocess(&encoded, side, &limits)?;
+            let pixels = preprocess(&subject, side, &limits)?;
             Ok(Preprocessed { pixels, waited, took: begun.elapsed() })
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {

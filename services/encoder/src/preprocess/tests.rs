@@ -158,7 +158,7 @@ fn the_official_transform_is_met() {
 fn a_whole_file_becomes_pixels() {
     let golden = golden::file("preprocess.safetensors");
     let png = fixtures::png(&golden_image(&golden, "img1.rgb_u8"));
-    let pixels = preprocess(&png, 56, &ImageLimits::default()).unwrap();
+    let pixels = preprocess(&super::Subject::Encoded(png.into()), 56, &ImageLimits::default()).unwrap();
     let pixels = Tensor::from_slice(&pixels).view([3, 56, 56]).to_kind(Kind::Float);
     golden::assert_close("img1", &pixels, &golden.tensor("img1.pixels56"), 1e-6);
 }

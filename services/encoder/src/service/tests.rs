@@ -21,7 +21,10 @@ use tonic::{Code, transport::Channel};
 use tonic_types::StatusExt;
 
 use super::*;
-use crate::{fixtures, preprocess::decode::Rgb};
+use crate::{
+    fixtures,
+    preprocess::{decode::Rgb, outline},
+};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -54,21 +57,21 @@ impl Running {
         Self { client, shutdown, served }
     }
 
-    /// All answers of one stream, by id.
-    async fn encode(&self, requests: Vec<EncodeRequest>) -> Result<Vec<EncodeResponse>, Status> {
+    async fn encode(&self, request: EncodeRequest) -> Result<EncodeResponse, Status> {
         let mut client = self.client.clone();
-        let mut answers = client.encode(futures::stream::iter(requests)).await?.into_inner();
-        let mut all = Vec::new();
-        while let Some(answer) = answers.message().await? {
-            all.push(answer);
-        }
-        all.sort_by_key(|answer| answer.id);
-        Ok(all)
+        let mut answers = client.encode(futures::stream::iter([request])).await?.into_inner();
+        let answer = answers.message().await?.expect("one answer");
+        assert_eq!(answers.message().await?, None, "and no other");
+        Ok(answer)
+    }
+
+    /// The answers of calls at the same time, in the order of the requests.
+    async fn encode_all(&self, requests: Vec<EncodeRequest>) -> Result<Vec<EncodeResponse>, Status> {
+        futures::future::try_join_all(requests.into_iter().map(|request| self.encode(request))).await
     }
 
     async fn assert_healthy(&self) {
-        let answers = self.encode(vec![mean_colour(7, 4)]).await.unwrap();
-        assert_eq!(answers.len(), 1);
+        self.encode(mean_colour(4)).await.unwrap();
     }
 
     async fn stop(self) {
@@ -77,12 +80,12 @@ impl Running {
     }
 }
 
-fn image(id: u32, encoded: Vec<u8>, n_query: u32) -> EncodeRequest {
-    EncodeRequest { id, source: Some(Source::Image(encoded.into())), n_query }
+fn image(encoded: Vec<u8>, n_query: u32) -> EncodeRequest {
+    EncodeRequest { source: Some(Source::Image(encoded.into())), n_query }
 }
 
-fn mean_colour(id: u32, n_query: u32) -> EncodeRequest {
-    EncodeRequest { id, source: Some(Source::MeanColour(MeanColour {})), n_query }
+fn mean_colour(n_query: u32) -> EncodeRequest {
+    EncodeRequest { source: Some(Source::MeanColour(MeanColour {})), n_query }
 }
 
 /// The golden images as PNG.
@@ -104,10 +107,8 @@ async fn images_become_upstreams_embeddings() {
     assert_eq!((info.width, info.image_size, info.grid_side), (64, 56, 4));
     assert_eq!((info.preprocessing_version, info.max_image_pixels), (PREPROCESSING_VERSION, 1 << 26));
     let (first, second) = (golden_png("img0"), golden_png("img1"));
-    let requests =
-        vec![image(1, first.clone(), 4), image(2, second, 16), image(3, first, 1), mean_colour(4, 1)];
-    let answers = running.encode(requests).await.unwrap();
-    assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let requests = vec![image(first.clone(), 4), image(second, 16), image(first, 1), mean_colour(1)];
+    let answers = running.encode_all(requests).await.unwrap();
     let golden = golden::file("vision.safetensors");
     for (answer, name, index) in [(0, "nq4", 0), (1, "nq16", 1), (2, "nq1", 0)] {
         let want = golden.tensor(&format!("encode_image.{name}")).get(index);
@@ -136,16 +137,15 @@ async fn bad_input_is_the_callers_fault_and_the_service_goes_on() {
         ("huge_header.png", "at most 67108864 pixels, got 60000 x 60000"),
     ];
     for (file, words) in files {
-        let status = running.encode(vec![image(1, fixtures::file(file), 4)]).await.unwrap_err();
+        let status = running.encode(image(fixtures::file(file), 4)).await.unwrap_err();
         assert_refused(&status, "image", words);
         running.assert_healthy().await;
     }
-    let no_source = EncodeRequest { id: 1, source: None, n_query: 4 };
-    let status = running.encode(vec![no_source]).await.unwrap_err();
+    let status = running.encode(EncodeRequest { source: None, n_query: 4 }).await.unwrap_err();
     assert_refused(&status, "source", "nothing");
     // Pooling for 8 would give 16.
     for n_query in [0, 8, 17, u32::MAX] {
-        let status = running.encode(vec![mean_colour(1, n_query)]).await.unwrap_err();
+        let status = running.encode(mean_colour(n_query)).await.unwrap_err();
         assert_refused(&status, "n_query", &format!("can leave (1, 4, 16), got {n_query}"));
     }
     running.assert_healthy().await;
@@ -163,18 +163,40 @@ fn assert_refused(status: &Status, field: &str, words: &str) {
 async fn every_accepted_format_is_encoded() {
     let running = Running::start(Config::default()).await;
     let files = ["rgb8.png", "rgb420.jpg", "lossy.webp", "bgr24.bmp", "plain.gif", "cmyk.jpg", "grey16.png"];
-    let requests = files.iter().zip(1..).map(|(file, id)| image(id, fixtures::file(file), 4)).collect();
-    assert_eq!(running.encode(requests).await.unwrap().len(), files.len());
+    let requests = files.iter().map(|file| image(fixtures::file(file), 4)).collect();
+    running.encode_all(requests).await.unwrap();
+    running.stop().await;
+}
+
+/// A region is encoded as the drawing of it that a client might send.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_box_is_encoded_as_its_drawing() {
+    let running = Running::start(Config::default()).await;
+    let region = v1::Box { left: 0.25, top: 0.5, right: 0.75, bottom: 1.0, phrase: "a dog".into() };
+    let drawn = image(fixtures::png(&outline::outline(&region)), 4);
+    let asked = EncodeRequest { source: Some(Source::Box(region.clone())), n_query: 4 };
+    let answers = running.encode_all(vec![drawn, asked]).await.unwrap();
+    assert_eq!(embeddings(&answers[0]), embeddings(&answers[1]));
+    let turned = v1::Box { left: 0.75, right: 0.25, ..region };
+    let turned = EncodeRequest { source: Some(Source::Box(turned)), n_query: 4 };
+    let refused = running.encode(turned).await.unwrap_err();
+    assert_refused(&refused, "box.left", "0 <= left < right <= 1, got 0.75 and 0.25");
     running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_images_than_a_stream_may_have_under_way_are_taken_in_turn() {
-    let config = Config { max_images: 3, max_images_per_stream: 3, max_batch_images: 2, ..Config::default() };
+async fn one_image_more_than_there_are_places_is_refused_and_the_others_are_encoded() {
+    let config = Config { max_images: 3, max_batch_images: 2, ..Config::default() };
     let running = Running::start(config).await;
-    let requests = (0..50).map(|id| mean_colour(id, 4)).collect();
-    let answers = running.encode(requests).await.unwrap();
-    assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), (0..50).collect::<Vec<_>>());
+    let answers = futures::future::join_all((0..50).map(|_| running.encode(mean_colour(4)))).await;
+    let (encoded, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(Result::is_ok);
+    assert!(encoded.len() >= 3, "{} were encoded", encoded.len());
+    for refusal in refused {
+        let refusal = refusal.unwrap_err();
+        assert_eq!(refusal.code(), Code::ResourceExhausted);
+        assert!(refusal.message().contains("all 3 places for images are taken"), "{refusal}");
+    }
+    running.assert_healthy().await;
     running.stop().await;
 }
 
@@ -192,10 +214,8 @@ async fn a_deadline_and_a_dropped_stream_end_the_call() {
     assert!(matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled), "{status:?}");
 
     // A call ends for the server when its caller drops both directions; it must not hold the end of the service up.
-    let (mut requests, queued) = futures::channel::mpsc::channel(200);
-    let mut answers = client.encode(queued).await.unwrap().into_inner();
-    (0..200).for_each(|id| requests.try_send(mean_colour(id, 4)).unwrap());
-    answers.message().await.unwrap().unwrap();
+    let (requests, queued) = futures::channel::mpsc::channel::<EncodeRequest>(1);
+    let answers = client.encode(queued).await.unwrap().into_inner();
     drop((answers, requests));
     running.assert_healthy().await;
     running.stop().await;

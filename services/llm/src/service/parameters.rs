@@ -2,10 +2,14 @@
 
 use std::ops::RangeInclusive;
 
-use emu2_proto::stage::{
-    self as stage, LlmInfo, LlmPart, LlmPrompt, TextParameters as Message, llm_part::Kind, llm_start,
+use emu2_proto::{
+    stage::{self as stage, LlmPart, LlmPrompt, llm_part::Kind, llm_start},
+    v1::{self, ParameterLimit, TextOutput},
 };
-use emu2_serve::status::{self, Violation};
+use emu2_serve::{
+    parameters,
+    status::{self, Violation},
+};
 use tonic::Status;
 
 use crate::{
@@ -28,83 +32,55 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// States these limits for the router, which refuses by them before it asks.
-    pub(super) fn info(&self) -> LlmInfo {
-        LlmInfo {
-            max_new_tokens: self.max_new_tokens,
-            max_beams: self.max_beams,
-            min_length_penalty: *LENGTH_PENALTY.start(),
-            max_length_penalty: *LENGTH_PENALTY.end(),
-            min_temperature: *TEMPERATURE.start(),
-            max_temperature: *TEMPERATURE.end(),
-            min_repetition_penalty: *REPETITION_PENALTY.start(),
-            max_repetition_penalty: *REPETITION_PENALTY.end(),
-            ..LlmInfo::default()
-        }
+    /// The limits as the router is told them, which refuses by them before it asks.
+    pub(super) fn stated(&self) -> Vec<ParameterLimit> {
+        let Self { max_new_tokens, max_beams } = *self;
+        let limit = |field, values, default| ParameterLimit::new(field, values, default);
+        vec![
+            limit("text.max_new_tokens", 1..=max_new_tokens, Some(max_new_tokens.min(64))),
+            // The unseen first id counts, so that the longest output has one more.
+            limit("text.min_length", 0..=max_new_tokens.saturating_add(1), Some(1)),
+            limit("text.num_beams", 1..=max_beams, Some(max_beams.min(5))),
+            ParameterLimit::new("text.length_penalty", LENGTH_PENALTY, Some(-1.0)),
+            ParameterLimit::new("text.temperature", TEMPERATURE, Some(1.0)),
+            limit("text.top_k", 1..=u32::MAX, None),
+            ParameterLimit::new("text.top_p", 0.0..=1.0, None).above_min(),
+            ParameterLimit::new("text.repetition_penalty", REPETITION_PENALTY, Some(1.0)),
+        ]
     }
 
-    /// Checks the parameters of a text.
-    ///
-    /// # Errors
-    ///
-    /// All mistakes at once.
-    pub(super) fn check(&self, text: &Message) -> Result<TextParameters, Status> {
-        let mut wrong = Vec::new();
-        let mut whole = |field, max: u32, value: u32| {
-            if !(1..=max).contains(&value) {
-                wrong.push(Violation::out_of_range(field, 1, max, value));
-            }
-        };
-        whole("text.max_new_tokens", self.max_new_tokens, text.max_new_tokens);
-        whole("text.num_beams", self.max_beams, text.num_beams);
-        // The unseen first id counts, so that the longest output has one more.
-        let longest = text.max_new_tokens.saturating_add(1);
-        if text.min_length > longest {
-            wrong.push(Violation::out_of_range("text.min_length", 0, longest, text.min_length));
-        }
-        let mut real = |field, range: RangeInclusive<f32>, value: f32| {
-            // A NaN is in no range.
-            if !range.contains(&value) {
-                wrong.push(Violation::out_of_range(field, range.start(), range.end(), value));
-            }
-        };
-        real("text.length_penalty", LENGTH_PENALTY, text.length_penalty);
-        real("text.repetition_penalty", REPETITION_PENALTY, text.repetition_penalty);
-        if text.do_sample {
-            real("text.temperature", TEMPERATURE, text.temperature);
-            // 0 is off.
-            real("text.top_p", 0.0..=1.0, text.top_p);
-            if text.num_beams > 1 {
-                wrong.push(Violation::new(
-                    "text.num_beams",
-                    format!("must be 1 with do_sample, got {}", text.num_beams),
-                ));
-            }
-        }
+    /// The parameters as the engine takes them, or all mistakes at once.
+    pub(super) fn check(
+        &self,
+        asked: &TextOutput,
+        seed: u64,
+    ) -> Result<(TextOutput, TextParameters), Status> {
+        let (text, wrong) = parameters::text(asked, &self.stated());
         if !wrong.is_empty() {
             return Err(status::invalid(wrong));
         }
-        Ok(TextParameters {
-            max_new_tokens: text.max_new_tokens as usize,
-            min_length: text.min_length as usize,
-            repetition_penalty: text.repetition_penalty,
-            strategy: strategy(text),
-        })
+        let parameters = TextParameters {
+            max_new_tokens: text.max_new_tokens() as usize,
+            min_length: text.min_length() as usize,
+            repetition_penalty: text.repetition_penalty(),
+            strategy: strategy(&text, seed),
+        };
+        Ok((text, parameters))
     }
 }
 
-fn strategy(text: &Message) -> Strategy {
+fn strategy(text: &TextOutput, seed: u64) -> Strategy {
     if text.do_sample {
         let warpers = Warpers {
-            temperature: text.temperature,
-            top_k: (text.top_k > 0).then_some(text.top_k as usize),
-            top_p: (text.top_p > 0.0).then_some(text.top_p),
+            temperature: text.temperature(),
+            top_k: text.top_k.map(|k| k as usize),
+            top_p: text.top_p,
         };
-        return Strategy::Sample { warpers, seed: text.seed };
+        return Strategy::Sample { warpers, seed };
     }
-    match text.num_beams {
+    match text.num_beams() {
         1 => Strategy::Greedy,
-        beams => Strategy::Beam { num_beams: beams as usize, length_penalty: text.length_penalty.into() },
+        beams => Strategy::Beam { num_beams: beams as usize, length_penalty: text.length_penalty().into() },
     }
 }
 
@@ -126,7 +102,7 @@ fn parts(prompt: LlmPrompt, field: &str) -> Result<Vec<Part>, Status> {
         Some(Kind::Text(text)) => Ok(Part::Text(text)),
         Some(Kind::Image(stage::ImageSlot {})) => Ok(Part::Image),
         Some(Kind::Video(stage::VideoSlots { frames })) => Ok(Part::Video { frames }),
-        Some(Kind::Box(stage::LlmBox { left, top, right, bottom, phrase })) => {
+        Some(Kind::Box(v1::Box { left, top, right, bottom, phrase })) => {
             Ok(Part::Box { left, top, right, bottom, phrase })
         }
         None => {
@@ -145,59 +121,65 @@ mod tests {
 
     const LIMITS: Limits = Limits { max_new_tokens: 100, max_beams: 5 };
 
-    fn valid() -> Message {
-        Message {
-            max_new_tokens: 10,
-            min_length: 1,
-            num_beams: 5,
-            length_penalty: -1.0,
-            temperature: 1.0,
-            repetition_penalty: 1.0,
-            ..Message::default()
-        }
-    }
-
     #[test]
     fn each_strategy_is_read() {
-        let strategy = |text| LIMITS.check(&text).unwrap().strategy;
-        assert_eq!(strategy(valid()), Strategy::Beam { num_beams: 5, length_penalty: -1.0 });
-        assert_eq!(strategy(Message { num_beams: 1, ..valid() }), Strategy::Greedy);
-        let sampled = Message { num_beams: 1, do_sample: true, top_k: 3, seed: 9, ..valid() };
+        let strategy = |text| LIMITS.check(&text, 9).unwrap().1.strategy;
+        let default = TextOutput::default();
+        assert_eq!(strategy(default), Strategy::Beam { num_beams: 5, length_penalty: -1.0 });
+        assert_eq!(strategy(TextOutput { num_beams: Some(1), ..default }), Strategy::Greedy);
+        let sampled = TextOutput { do_sample: true, top_k: Some(3), ..default };
         let warpers = Warpers { temperature: 1.0, top_k: Some(3), top_p: None };
         assert_eq!(strategy(sampled), Strategy::Sample { warpers, seed: 9 });
     }
 
     #[test]
+    fn defaults_stay_within_a_small_services_limits() {
+        let small = Limits { max_new_tokens: 16, max_beams: 2 };
+        let (text, _) = small.check(&TextOutput::default(), 1).unwrap();
+        assert_eq!((text.max_new_tokens, text.num_beams), (Some(16), Some(2)));
+    }
+
+    #[test]
     fn every_bad_value_is_named_with_its_limit() {
-        let sampled = Message { do_sample: true, num_beams: 1, ..valid() };
+        let valid = TextOutput { max_new_tokens: Some(10), ..TextOutput::default() };
         let cases = [
-            (Message { max_new_tokens: 0, ..valid() }, "text.max_new_tokens must be 1 to 100, got 0"),
-            (Message { max_new_tokens: 101, ..valid() }, "text.max_new_tokens must be 1 to 100, got 101"),
-            (Message { num_beams: 6, ..valid() }, "text.num_beams must be 1 to 5, got 6"),
+            (TextOutput { max_new_tokens: Some(0), ..valid }, "text.max_new_tokens must be 1 to 100, got 0"),
             (
-                Message { length_penalty: f32::NAN, ..valid() },
+                TextOutput { max_new_tokens: Some(101), ..valid },
+                "text.max_new_tokens must be 1 to 100, got 101",
+            ),
+            (TextOutput { num_beams: Some(6), ..valid }, "text.num_beams must be 1 to 5, got 6"),
+            (
+                TextOutput { length_penalty: Some(f32::NAN), ..valid },
                 "text.length_penalty must be -10 to 10, got NaN",
             ),
             (
-                Message { repetition_penalty: 0.0, ..valid() },
+                TextOutput { repetition_penalty: Some(0.0), ..valid },
                 "text.repetition_penalty must be 0.1 to 10, got 0",
             ),
-            (Message { min_length: 12, ..valid() }, "text.min_length must be 0 to 11, got 12"),
+            (TextOutput { min_length: Some(12), ..valid }, "text.min_length must be 0 to 11, got 12"),
             (
-                Message { temperature: f32::INFINITY, ..sampled },
+                TextOutput { temperature: Some(f32::INFINITY), ..valid },
                 "text.temperature must be 0.001 to 100, got inf",
             ),
-            (Message { temperature: 1e-4, ..sampled }, "text.temperature must be 0.001 to 100, got 0.0001"),
-            (Message { top_p: 1.5, ..sampled }, "text.top_p must be 0 to 1, got 1.5"),
-            (Message { top_p: f32::NAN, ..sampled }, "text.top_p must be 0 to 1, got NaN"),
-            (Message { num_beams: 2, ..sampled }, "text.num_beams must be 1 with do_sample, got 2"),
+            (
+                TextOutput { temperature: Some(1e-4), ..valid },
+                "text.temperature must be 0.001 to 100, got 0.0001",
+            ),
+            (TextOutput { top_k: Some(0), ..valid }, "text.top_k must be 1 to 4294967295, got 0"),
+            (TextOutput { top_p: Some(1.5), ..valid }, "text.top_p must be above 0 to 1, got 1.5"),
+            (TextOutput { top_p: Some(f32::NAN), ..valid }, "text.top_p must be above 0 to 1, got NaN"),
+            (
+                TextOutput { do_sample: true, num_beams: Some(2), ..valid },
+                "text.num_beams must be 1 with do_sample, got 2",
+            ),
         ];
         for (text, message) in cases {
-            let status = LIMITS.check(&text).unwrap_err();
+            let status = LIMITS.check(&text, 1).unwrap_err();
             assert_eq!((status.code(), status.message()), (Code::InvalidArgument, message));
         }
-        let all = Message { max_new_tokens: 0, num_beams: 0, ..valid() };
-        assert!(LIMITS.check(&all).unwrap_err().message().ends_with("(and 1 more)"));
+        let all = TextOutput { max_new_tokens: Some(0), num_beams: Some(0), ..valid };
+        assert!(LIMITS.check(&all, 1).unwrap_err().message().ends_with("(and 1 more)"));
     }
 
     #[test]

@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use emu2_nn::golden;
-use emu2_proto::stage::{
-    LlmChat, LlmFinished, LlmPart, LlmPrompt, RegressionParameters, SlotEmbeddings, TextParameters,
-    language_model_client::LanguageModelClient, llm_part::Kind,
+use emu2_proto::{
+    stage::{
+        LlmChat, LlmFinished, LlmPart, LlmPrompt, RegressionParameters, SlotEmbeddings,
+        language_model_client::LanguageModelClient, llm_part::Kind,
+    },
+    v1::TextOutput,
 };
 use emu2_serve::{
     server::{Listeners, ServerConfig},
@@ -114,23 +117,16 @@ fn image() -> LlmPart {
     part(Kind::Image(stage::ImageSlot {}))
 }
 
-fn greedy(max_new_tokens: u32) -> TextParameters {
-    TextParameters {
-        max_new_tokens,
-        min_length: 1,
-        num_beams: 1,
-        length_penalty: -1.0,
-        repetition_penalty: 1.0,
-        ..TextParameters::default()
-    }
+fn greedy(max_new_tokens: u32) -> TextOutput {
+    TextOutput { max_new_tokens: Some(max_new_tokens), num_beams: Some(1), ..TextOutput::default() }
 }
 
 fn start(input: llm_start::Input, output: llm_start::Output) -> LlmRequest {
-    let start = LlmStart { input: Some(input), output: Some(output), resume: None };
+    let start = LlmStart { input: Some(input), output: Some(output), resume: None, seed: 7 };
     LlmRequest { message: Some(Message::Start(start)) }
 }
 
-fn ask(parts: &[LlmPart], text: TextParameters) -> LlmRequest {
+fn ask(parts: &[LlmPart], text: TextOutput) -> LlmRequest {
     start(llm_start::Input::Prompt(LlmPrompt { parts: parts.to_vec() }), llm_start::Output::Text(text))
 }
 
@@ -158,10 +154,13 @@ async fn info_says_what_is_served() {
     let info = running.client.clone().info(LlmInfoRequest {}).await.unwrap().into_inner();
     assert_eq!((info.n_query, info.v_query, info.embedding_width, info.max_positions), (16, 4, 64, 2048));
     assert!(info.instruct && info.weights_digest.len() == 64 && info.tokenizer_digest.len() == 64);
-    assert_eq!((info.dtype(), info.max_beams, info.max_new_tokens), (v1::Dtype::F32, 8, 1024));
-    assert_eq!((info.min_length_penalty, info.max_length_penalty), (-10.0, 10.0));
-    assert_eq!((info.min_temperature, info.max_temperature), (0.001, 100.0));
-    assert_eq!((info.min_repetition_penalty, info.max_repetition_penalty), (0.1, 10.0));
+    assert_eq!(info.dtype(), v1::Dtype::F32);
+    let limit = |field| emu2_serve::parameters::limit(&info.parameter_limits, field).unwrap();
+    let range = |field| (limit(field).min as f32, limit(field).max as f32);
+    assert_eq!((range("text.num_beams"), range("text.max_new_tokens")), ((1.0, 8.0), (1.0, 1024.0)));
+    assert_eq!(range("text.length_penalty"), (-10.0, 10.0));
+    assert_eq!(range("text.temperature"), (0.001, 100.0));
+    assert_eq!(range("text.repetition_penalty"), (0.1, 10.0));
     assert_eq!(info.max_text_bytes, 98_304);
     let accepted = running.answer(vec![ask(&[written("hi")], greedy(1))]).await.unwrap().accepted;
     assert_eq!(accepted.weights_digest, info.weights_digest);
@@ -182,7 +181,7 @@ async fn greedy_text_streams_and_beam_text_comes_at_once() {
     let tokenizer = crate::tokenizer::Tokenizer::parse(&golden::tokenizer("emu2-base"), false).unwrap();
     assert_eq!(greedy.texts.concat(), tokenizer.decode(&greedy.ids, true));
 
-    let beams = TextParameters { num_beams: 5, length_penalty: 2.0, ..self::greedy(12) };
+    let beams = TextOutput { num_beams: Some(5), length_penalty: Some(2.0), ..self::greedy(12) };
     let beams = running.answer(vec![ask(&prompt, beams), slot]).await.unwrap();
     let with_text = beams.texts.iter().filter(|text| !text.is_empty()).count();
     assert!(with_text <= 2 && beams.ids.len() > 2, "whole, and what was held back: {beams:?}");
@@ -220,19 +219,19 @@ async fn a_text_goes_on_where_another_replica_left_it() {
     let running = Running::start("emu2-base").await;
     let prompt = [image(), written("Describe the image in details:")];
     let slot = place(0, &[4, 64], 0.25);
-    let sampled = TextParameters { do_sample: true, temperature: 1.5, seed: 7, ..greedy(12) };
-    let penalised = TextParameters { repetition_penalty: 1.5, min_length: 9, ..greedy(12) };
-    let beams = TextParameters { num_beams: 3, ..greedy(12) };
+    let sampled = TextOutput { do_sample: true, temperature: Some(1.5), ..greedy(12) };
+    let penalised = TextOutput { repetition_penalty: Some(1.5), min_length: Some(9), ..greedy(12) };
+    let beams = TextOutput { num_beams: Some(3), ..greedy(12) };
     for text in [greedy(12), sampled, penalised, beams] {
         let request = ask(&prompt, text);
         let whole = running.answer(vec![request.clone(), slot.clone()]).await.unwrap();
-        let cuts = if text.num_beams > 1 { whole.ids.len()..=whole.ids.len() } else { 0..=whole.ids.len() };
+        let cuts = if text.num_beams() > 1 { whole.ids.len()..=whole.ids.len() } else { 0..=whole.ids.len() };
         for cut in cuts {
             let rest =
                 running.answer(vec![resumed(&request, &whole.ids[..cut], &[]), slot.clone()]).await.unwrap();
             assert_eq!(rest.ids, whole.ids[cut..], "{text:?} cut at {cut}");
             // One event an id, or one for all of a beam search's; then what was held back.
-            let said = if text.num_beams > 1 { 1 } else { cut };
+            let said = if text.num_beams() > 1 { 1 } else { cut };
             assert_eq!(rest.texts.concat(), whole.texts[said..].concat(), "{text:?} cut at {cut}");
             let counted = |answer: &StepOutput| (answer.finished.complete, answer.finished.generated_tokens);
             assert_eq!(counted(&rest), counted(&whole));

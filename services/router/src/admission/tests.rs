@@ -1,8 +1,8 @@
 use std::{net::TcpListener, time::Duration};
 
 use emu2_proto::{
-    stage::{DecodeStart, DecoderInfo, EncoderInfo, LlmInfo, Load, TextParameters, llm_start},
-    v1,
+    stage::{DecodeStart, DecoderInfo, EncoderInfo, LlmInfo, Load, llm_start},
+    v1::{self, ImageOutput, TextOutput},
 };
 use emu2_serve::{admission::MemoryReservation, priority::Priority, tenant::Tenant};
 use tokio::time::advance;
@@ -68,13 +68,19 @@ fn generation(task: Task) -> Generation {
 }
 
 fn paints() -> Generation {
-    let (width, height, steps, queries) = (1000, 1000, 50, 64);
-    let start = DecodeStart { width, height, steps, queries, guidance_scale: 3.0, ..Default::default() };
+    let image = ImageOutput {
+        width: Some(1000),
+        height: Some(1000),
+        steps: Some(50),
+        guidance_scale: Some(3.0),
+        ..Default::default()
+    };
+    let start = DecodeStart { image: Some(image), queries: 64, ..Default::default() };
     generation(Task::Paint { input: llm_start::Input::Prompt(Default::default()), start })
 }
 
 fn writes() -> Generation {
-    let parameters = TextParameters { max_new_tokens: 100, ..Default::default() };
+    let parameters = TextOutput { max_new_tokens: Some(100), ..Default::default() };
     generation(Task::Write { input: llm_start::Input::Prompt(Default::default()), parameters })
 }
 
@@ -149,7 +155,7 @@ async fn tokens_that_a_text_must_have_are_refused_when_there_is_no_time_for_them
     let text = |min_length| {
         let mut generation = writes();
         let Task::Write { parameters, .. } = &mut generation.task else { unreachable!() };
-        (parameters.num_beams, parameters.min_length) = (1, min_length);
+        (parameters.num_beams, parameters.min_length) = (Some(1), Some(min_length));
         generation
     };
     let mut admitted = door.enter(&text(1), &caller(Priority::Normal)).unwrap();

@@ -13,9 +13,11 @@ const FORMAT_VERSION: u32 = 3;
 /// What kind of thing is cached; also a label of metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
-    /// A picture's embeddings.
+    /// An image's embeddings.
     Image,
-    /// The all-zero picture's embeddings: the negative of autoencoding.
+    /// Embeddings of a region drawn as an image.
+    Box,
+    /// The all-zero image's embeddings: the negative of autoencoding.
     MeanColour,
     /// The regression of a whole prompt; of the empty one it is the negative of image generation.
     Regressed,
@@ -25,6 +27,7 @@ impl Kind {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Image => "image",
+            Self::Box => "box",
             Self::MeanColour => "mean_colour",
             Self::Regressed => "regressed",
         }
@@ -35,15 +38,15 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Recipe<'a> {
     pub(crate) kind: Kind,
-    /// Of the weights that computed the value.
+    /// The digest of the weights that computed the value.
     pub(crate) weights_digest: &'a str,
-    /// Of the encoder's preprocessing, or of the llm's templates.
+    /// The version of the encoder's preprocessing, or of the llm's templates.
     pub(crate) preprocessing_version: u32,
     pub(crate) n_query: u32,
     pub(crate) dtype: v1::Dtype,
     /// Whose value it is: nobody learns from a quick answer what another tenant has sent.
     pub(crate) tenant: &'a str,
-    /// The picture's bytes; for a prompt, the hash of its parts and of the tokenizer's digest.
+    /// The image's bytes; a region's edges; for a prompt, the hash of its parts and of the tokenizer's digest.
     pub(crate) content: &'a [u8],
 }
 
@@ -72,7 +75,7 @@ impl Key {
     }
 }
 
-/// Hexadecimal.
+/// A key in hexadecimal, as Redis has it.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&blake3::Hash::from_bytes(self.0).to_hex())

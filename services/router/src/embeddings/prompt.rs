@@ -90,7 +90,7 @@ fn digest(embeddings: &v1::Tensor) -> [u8; blake3::OUT_LEN] {
 mod tests {
     use std::collections::HashSet;
 
-    use emu2_proto::stage::{ImageSlot, LlmBox, LlmChat, VideoSlots, llm_part::Kind as Part};
+    use emu2_proto::stage::{ImageSlot, LlmChat, VideoSlots, llm_part::Kind as Part};
 
     use super::*;
 
@@ -103,7 +103,7 @@ mod tests {
     }
 
     fn region(left: f32, phrase: &str) -> Part {
-        Part::Box(LlmBox { left, top: 0.0, right: 1.0, bottom: 1.0, phrase: phrase.into() })
+        Part::Box(v1::Box { left, top: 0.0, right: 1.0, bottom: 1.0, phrase: phrase.into() })
     }
 
     fn prompt(parts: &[Part]) -> LlmPrompt {

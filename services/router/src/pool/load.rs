@@ -24,7 +24,7 @@ struct State {
     reported: Load,
     /// Calls of this router that were open when the report came.
     outstanding_then: usize,
-    /// Since when every report has said that requests wait.
+    /// The time since which every report has said that requests wait.
     waiting_since: Option<Instant>,
 }
 

@@ -79,7 +79,7 @@ impl<S: Stage> Members<S> {
         })
     }
 
-    /// By endpoint.
+    /// Returns the replicas in the order of their endpoints.
     pub(super) fn replicas(&self) -> Vec<Arc<Replica<S>>> {
         let members = self.by_endpoint.read().unwrap_or_else(PoisonError::into_inner);
         members.values().map(|member| Arc::clone(&member.replica)).collect()

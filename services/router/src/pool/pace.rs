@@ -11,7 +11,7 @@ use std::{
 
 use tokio::time::Instant;
 
-/// By how much the best pace is forgotten with each request that was slower.
+/// The factor by which the best pace is forgotten with each request that was slower.
 const FORGOTTEN: f64 = 1.05;
 
 /// Seconds a unit took the fastest request of late; none before any was measured.

@@ -108,7 +108,7 @@ impl<S: Stage> Replica<S> {
         self.load.behind(patience)
     }
 
-    /// As if it had been asked and had answered this.
+    /// Makes it a replica that was asked and answered this.
     #[cfg(test)]
     pub(super) fn says(&self, info: S::Info) {
         self.load.report(S::load(&info));

@@ -5,7 +5,7 @@ use tonic::{Response, Status, Streaming, transport::Channel};
 
 /// One of the three stages: its client and what it says of itself.
 pub(crate) trait Stage: Send + Sync + 'static {
-    /// In messages, spans and labels.
+    /// The stage's name in messages, spans and labels.
     const NAME: &'static str;
     /// The stage's gRPC client.
     type Client: Clone + Send + Sync;

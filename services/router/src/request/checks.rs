@@ -1,7 +1,5 @@
 //! Mistakes, collected: each names its field, the limit and the value.
 
-use std::fmt::Display;
-
 use emu2_serve::status::Violation;
 
 #[derive(Default)]
@@ -16,28 +14,11 @@ impl Checks {
         self.0.push(Violation::new(field, description));
     }
 
-    /// What was asked for, else the default; refused outside min to max. NaN is outside.
-    pub(super) fn within<T>(&mut self, field: &str, asked: Option<T>, default: T, min: T, max: T) -> T
-    where
-        T: Copy + Display + PartialOrd,
-    {
-        let Some(value) = asked else { return default };
-        if !(min..=max).contains(&value) {
-            self.0.push(Violation::out_of_range(field, min, max, value));
-        }
-        value
+    pub(super) fn extend(&mut self, violations: Vec<Violation>) {
+        self.0.extend(violations);
     }
 
-    /// Above 0, which stands for off, to 1.
-    pub(super) fn probability(&mut self, field: &str, asked: Option<f32>) -> f32 {
-        let Some(value) = asked else { return 0.0 };
-        if !(value > 0.0 && value <= 1.0) {
-            self.wrong(field, format!("must be above 0 to 1, got {value}"));
-        }
-        value
-    }
-
-    /// Only what can be told without opening it. A URL in its place is worth a word of its own: other APIs fetch
+    /// Checks what can be told of an image without opening it. A URL in its place is worth a word of its own: other APIs fetch
     /// them.
     pub(super) fn image(&mut self, field: &str, data: &[u8]) {
         if data.is_empty() {

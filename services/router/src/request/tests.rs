@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use emu2_proto::{
     stage::{DecoderInfo, EncoderInfo, LlmInfo},
-    v1::{Chat, Image, Prompt, Role, Turn, Video},
+    v1::{Chat, Image, ParameterLimit, Prompt, Role, Turn, Video},
 };
 
 use super::*;
@@ -14,24 +14,30 @@ fn profile() -> Profile {
         n_query: 64,
         v_query: 16,
         instruct: true,
-        max_new_tokens: 1024,
-        max_beams: 8,
-        min_length_penalty: -10.0,
-        max_length_penalty: 10.0,
-        min_temperature: 0.001,
-        max_temperature: 50.0,
-        min_repetition_penalty: 0.1,
-        max_repetition_penalty: 5.0,
         max_text_bytes: 1000,
+        parameter_limits: vec![
+            ParameterLimit::new("text.max_new_tokens", 1..=1024, Some(64)),
+            ParameterLimit::new("text.min_length", 0..=1025, Some(1)),
+            ParameterLimit::new("text.num_beams", 1..=8, Some(5)),
+            ParameterLimit::new("text.length_penalty", -10.0..=10.0, Some(-1.0)),
+            ParameterLimit::new("text.temperature", 0.001_f32..=50.0, Some(1.0)),
+            ParameterLimit::new("text.top_k", 1..=u32::MAX, None),
+            ParameterLimit::new("text.top_p", 0.0..=1.0, None).above_min(),
+            ParameterLimit::new("text.repetition_penalty", 0.1_f32..=5.0, Some(1.0)),
+        ],
         ..Default::default()
     };
     let decoder = DecoderInfo {
-        default_height: 1024,
-        default_width: 768,
-        scale_factor: 8,
-        max_image_side: 2048,
-        max_steps: 1000,
-        max_guidance_scale: 20.0,
+        parameter_limits: vec![
+            ParameterLimit::new("image.height", 8..=2048, Some(1024)).multiple_of(8),
+            ParameterLimit::new("image.width", 8..=2048, Some(768)).multiple_of(8),
+            ParameterLimit::new("image.steps", 1..=1000, Some(50)),
+            ParameterLimit::new("image.guidance_scale", 0.0..=20.0, Some(3.0)),
+            ParameterLimit::new("image.original_height", 0..=u32::MAX, Some(1024)),
+            ParameterLimit::new("image.original_width", 0..=u32::MAX, Some(1024)),
+            ParameterLimit::new("image.crop_top", 0..=u32::MAX, Some(0)),
+            ParameterLimit::new("image.crop_left", 0..=u32::MAX, Some(0)),
+        ],
         ..Default::default()
     };
     Profile {
@@ -92,23 +98,20 @@ fn right(request: GenerateRequest) -> Generation {
 fn text_defaults_are_upstreams() {
     let generation = right(prompt(vec![text("a")], writes()));
     let Task::Write { parameters, .. } = generation.task else { panic!("{:?}", generation.task) };
-    let expected = TextParameters {
-        max_new_tokens: 64,
-        min_length: 1,
-        num_beams: 5,
-        length_penalty: -1.0,
+    let expected = TextOutput {
+        max_new_tokens: Some(64),
+        min_length: Some(1),
+        num_beams: Some(5),
+        length_penalty: Some(-1.0),
         do_sample: false,
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 0.0,
-        repetition_penalty: 1.0,
+        temperature: Some(1.0),
+        top_k: None,
+        top_p: None,
+        repetition_penalty: Some(1.0),
         grounding: false,
-        keep_special_tokens: false,
-        seed: generation.seed,
+        keep_special_tokens: Some(false),
     };
     assert_eq!(parameters, expected);
-    let effective = effective_text(&parameters);
-    assert_eq!((effective.num_beams, effective.top_k, effective.top_p), (Some(5), None, None));
 }
 
 #[test]
@@ -123,38 +126,27 @@ fn sampling_takes_one_beam_and_grounding_keeps_special_tokens() {
     let generation =
         right(GenerateRequest { seed: Some(7), ..prompt(vec![text("a")], Output::Text(output)) });
     let Task::Write { parameters, .. } = generation.task else { panic!("{:?}", generation.task) };
-    assert_eq!((parameters.num_beams, parameters.top_k, parameters.top_p), (1, 3, 0.9));
-    assert!(parameters.keep_special_tokens);
-    assert_eq!((generation.seed, parameters.seed), (7, 7));
-    assert_eq!(effective_text(&parameters).top_k, Some(3));
-}
-
-#[test]
-fn defaults_stay_within_a_small_models_limits() {
-    let llm = LlmInfo { max_new_tokens: 16, max_beams: 2, ..(*profile().llm).clone() };
-    let profile = Profile { llm: Arc::new(llm), ..profile() };
-    let generation = check(prompt(vec![text("a")], writes()), &LimitsConfig::default(), &profile).unwrap();
-    let Task::Write { parameters, .. } = generation.task else { panic!("{:?}", generation.task) };
-    assert_eq!((parameters.max_new_tokens, parameters.num_beams), (16, 2));
+    let TextOutput { num_beams, top_k, top_p, keep_special_tokens, .. } = parameters;
+    assert_eq!((num_beams, top_k, top_p, keep_special_tokens), (Some(1), Some(3), Some(0.9), Some(true)));
+    assert_eq!(generation.seed, 7);
 }
 
 #[test]
 fn image_defaults_are_upstreams_and_the_models() {
     let generation = right(prompt(vec![text("a dog")], paints()));
     let Task::Paint { start, .. } = generation.task else { panic!("{:?}", generation.task) };
-    let expected = DecodeStart {
-        height: 1024,
-        width: 768,
-        steps: 50,
-        guidance_scale: 3.0,
-        original_height: 1024,
-        original_width: 1024,
-        crop_top: 0,
-        crop_left: 0,
-        seed: generation.seed,
-        queries: 64,
-        initial_latents: None,
+    let image = ImageOutput {
+        height: Some(1024),
+        width: Some(768),
+        steps: Some(50),
+        guidance_scale: Some(3.0),
+        original_height: Some(1024),
+        original_width: Some(1024),
+        crop_top: Some(0),
+        crop_left: Some(0),
     };
+    let expected =
+        DecodeStart { image: Some(image), seed: generation.seed, queries: 64, initial_latents: None };
     assert_eq!(start, expected);
 }
 

@@ -309,16 +309,16 @@ async fn a_stages_refusal_names_the_public_field() {
     assert_eq!(refusal(&sandbox.embed(b"not a picture").await.unwrap_err()), expected);
     sandbox.encoder.fail(None);
 
-    for (field, public) in [("prompt.parts[0].text", "prompt.parts[0].text"), ("start.prompt", "prompt")] {
+    for field in ["prompt.parts[0].text", "prompt", "text.num_beams"] {
         sandbox.llm.fail(invalid(field));
-        let expected = (Code::InvalidArgument, vec![public.to_owned()]);
+        let expected = (Code::InvalidArgument, vec![field.to_owned()]);
         assert_eq!(refusal(&sandbox.events(ask(vec![text("a")])).await.unwrap_err()), expected);
     }
     sandbox.llm.fail(invalid("embeddings"));
     assert_eq!(sandbox.events(ask(vec![text("a")])).await.unwrap_err().code(), Code::Internal);
     sandbox.llm.fail(None);
 
-    sandbox.decoder.fail(invalid("height"));
+    sandbox.decoder.fail(invalid("image.height"));
     let expected = (Code::InvalidArgument, vec!["image.height".to_owned()]);
     assert_eq!(refusal(&sandbox.events(paint(vec![text("a")], 1.0)).await.unwrap_err()), expected);
     sandbox.decoder.fail(None);

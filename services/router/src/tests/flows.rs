@@ -12,7 +12,6 @@ use super::{
     mocks::{N_QUERY, PNG, SLOW, tensor},
     sandbox::{Sandbox, ask, ask_chat, collect, finished, image, paint, region, text, until, words},
 };
-use crate::drawing;
 
 #[tokio::test]
 async fn text_comes_as_deltas_and_ends_with_a_report() {
@@ -151,17 +150,14 @@ async fn one_image_alone_is_autoencoded_without_the_llm() {
 }
 
 #[tokio::test]
-async fn a_box_is_drawn_for_the_painter_and_told_to_the_reader() {
+async fn a_box_is_encoded_for_the_painter_and_told_to_the_reader() {
     let sandbox = Sandbox::start().await;
     sandbox.events(paint(vec![text("<grounding>"), region("a cat"), image("cat")], 1.0)).await.unwrap();
-    let drawn = match region("a cat").kind {
-        Some(emu2_proto::v1::part::Kind::Box(region)) => drawing::outline_png(&region),
-        _ => unreachable!(),
-    };
+    let Some(emu2_proto::v1::part::Kind::Box(asked)) = region("a cat").kind else { panic!("a box") };
     let encoded = std::mem::take(&mut *sandbox.encoder.encoded.lock().unwrap());
-    assert!(encoded.contains(&Source::Image(drawn.clone())));
+    assert!(encoded.contains(&Source::Box(asked)));
     let slots = std::mem::take(&mut *sandbox.llm.slots.lock().unwrap());
-    assert!(slots.contains(&(0, tensor("e1", &drawn, N_QUERY))) && slots.len() == 2);
+    assert!(slots.contains(&(0, tensor("e1", b"a cat", N_QUERY))) && slots.len() == 2);
 
     sandbox.events(ask(vec![region("a cat")])).await.unwrap();
     assert!(sandbox.encoder.encoded.lock().unwrap().is_empty());
@@ -197,6 +193,12 @@ async fn models_tell_what_they_can_do() {
     assert_eq!((limits.max_text_bytes, limits.max_guidance_scale), (10_000, 100.0));
     assert_eq!((painter.default_height, painter.n_query, painter.v_query), (64, N_QUERY, 1));
     assert!(painter.ready && reader.ready);
+    // As the stages that act on the parameters state them.
+    let names = |model: &emu2_proto::v1::Model| {
+        model.parameter_limits.iter().map(|limit| limit.field.clone()).collect::<Vec<_>>()
+    };
+    assert!(names(painter).contains(&"image.steps".to_owned()), "{:?}", names(painter));
+    assert!(names(reader).iter().all(|field| field.starts_with("text.")), "{:?}", names(reader));
 }
 
 /// One id and one trace reach every stage, and so does what is left of the caller's time.

@@ -103,10 +103,10 @@ async fn a_message_over_the_limit_is_exhaustion_that_names_the_limit() {
 
     let source = Some(stage::encode_request::Source::Image(data.into()));
     let large = stage::EncodeRequest { source, ..Default::default() };
-    let small = stage::EncodeRequest { id: 7, ..Default::default() };
+    let small = stage::EncodeRequest { n_query: 7, ..Default::default() };
     let mut client = VisualEncoderClient::new(server.channel());
     let mut answers = client.encode(futures::stream::iter([small, large])).await.unwrap().into_inner();
-    assert_eq!(answers.message().await.unwrap().unwrap().id, 7);
+    assert_eq!(answers.message().await.unwrap().unwrap().preprocessing_version, 7);
     check(answers.message().await.unwrap_err());
 
     server.client().list_models(v1::ListModelsRequest {}).await.unwrap();

@@ -149,14 +149,16 @@ impl VisualEncoder for Probe {
         Ok(Response::new(stage::EncoderInfo::default()))
     }
 
-    /// Acknowledges each message; a message that cannot be read ends the stream.
+    /// Acknowledges each message by its n_query; a message that cannot be read ends the stream.
     async fn encode(
         &self,
         request: Request<Streaming<stage::EncodeRequest>>,
     ) -> Result<Response<Self::EncodeStream>, Status> {
         let requests = futures::stream::try_unfold(request.into_inner(), async |mut requests| {
             let next = message::next(&mut requests).await?;
-            Ok(next.map(|request| (stage::EncodeResponse { id: request.id, ..Default::default() }, requests)))
+            let answer =
+                |preprocessing_version| stage::EncodeResponse { preprocessing_version, ..Default::default() };
+            Ok(next.map(|request| (answer(request.n_query), requests)))
         });
         Ok(Response::new(Box::pin(requests)))
     }

@@ -58,16 +58,17 @@ impl VisualDecoder for MockDecoder {
             else {
                 return Err(refused("the first message must be the start"));
             };
+            let asked = start.image.ok_or_else(|| refused("parameters are missing"))?;
             let [positive, negative] = read_conditions(&mut requests, &start).await?;
-            let mut running = replica.steps(start.steps).await;
-            for step in 1..=start.steps {
+            let mut running = replica.steps(asked.steps()).await;
+            for step in 1..=asked.steps() {
                 running.step().await;
-                let step = DenoiseStep { step, steps: start.steps };
+                let step = DenoiseStep { step, steps: asked.steps() };
                 send(&events, event(decode_event::Event::Step(step))).await;
             }
             drop(running);
             replica.work(options.vae_ms).await;
-            let DecodeStart { height, width, .. } = start;
+            let (height, width) = (asked.height(), asked.width());
             let seed = values::hash(&[
                 options.digest.as_bytes(),
                 &start.encode_to_vec(),
@@ -112,7 +113,10 @@ async fn read_conditions(
     requests: &mut Streaming<DecodeRequest>,
     start: &DecodeStart,
 ) -> Result<[Condition; 2], Status> {
-    let wanted = [start.queries, if start.guidance_scale > 1.0 { start.queries } else { 0 }];
+    let wanted = [
+        start.queries,
+        if start.image.unwrap_or_default().guidance_scale() > 1.0 { start.queries } else { 0 },
+    ];
     let mut conditions = [Condition::default(), Condition::default()];
     while conditions.each_ref().map(|condition| condition.rows) != wanted {
         let request = message::next(requests).await?;

@@ -59,11 +59,11 @@ impl VisualEncoder for MockEncoder {
                 let source = request.source.ok_or_else(|| refused("source is missing"))?;
                 let content = match &source {
                     Source::Image(data) => values::hash(&[options.digest.as_bytes(), b"image", data]),
+                    Source::Box(_) => return Err(refused("boxes are not encoded here")),
                     Source::MeanColour(_) => values::hash(&[options.digest.as_bytes(), b"mean colour"]),
                 };
                 let tensor = values::tensor(&content, request.n_query, options.width, options.dtype());
                 let answer = EncodeResponse {
-                    id: request.id,
                     embeddings: Some(tensor),
                     weights_digest: options.digest.clone(),
                     preprocessing_version: PREPROCESSING_VERSION,

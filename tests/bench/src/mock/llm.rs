@@ -8,10 +8,10 @@ use emu2_proto::{
     capable,
     stage::{
         LlmAccepted, LlmEvent, LlmFinished, LlmInfo, LlmInfoRequest, LlmPrompt, LlmRequest, LlmResume,
-        LlmStart, LlmText, LlmWatchLoadRequest, Load, RegressedEmbeddings, TextParameters,
+        LlmStart, LlmText, LlmWatchLoadRequest, Load, RegressedEmbeddings,
         language_model_server::LanguageModel, llm_event, llm_part, llm_request, llm_start,
     },
-    v1::Tensor,
+    v1::{Tensor, TextOutput},
 };
 use emu2_serve::{
     deadline::Deadline,
@@ -91,7 +91,7 @@ impl LanguageModel for MockLlm {
             let images = read_slots(&mut requests, slots).await?;
             let prompt = prompt_hash(options, &start, &images);
             let count = match &start.output {
-                Some(llm_start::Output::Text(parameters)) => parameters.max_new_tokens,
+                Some(llm_start::Output::Text(parameters)) => parameters.max_new_tokens(),
                 _ => options.queries,
             };
             let mut steps = replica.steps(count).await;
@@ -150,7 +150,9 @@ async fn read_slots(
 
 /// Everything that an answer depends on.
 fn prompt_hash(options: &Options, start: &LlmStart, images: &BTreeMap<u32, Tensor>) -> Hash {
-    let start = start.encode_to_vec();
+    // What is regressed does not depend on the seed.
+    let drawn = matches!(start.output, Some(llm_start::Output::Text(_)));
+    let start = LlmStart { seed: if drawn { start.seed } else { 0 }, ..start.clone() }.encode_to_vec();
     let mut parts: Vec<&[u8]> = vec![options.digest.as_bytes(), &start];
     parts.extend(images.values().map(|tensor| tensor.data.as_ref()));
     values::hash(&parts)
@@ -165,10 +167,10 @@ struct Answer<'a> {
 }
 
 impl Answer<'_> {
-    /// Writes as many ids as may be. A beam search's come together at its end.
-    async fn write(&self, parameters: &TextParameters, steps: &mut Steps<'_>) -> LlmFinished {
+    /// As many ids as may be. A beam search's come together at its end.
+    async fn write(&self, parameters: &TextOutput, steps: &mut Steps<'_>) -> LlmFinished {
         let mut text = Text { state: self.prompt, held_back: String::new() };
-        let total = parameters.max_new_tokens;
+        let total = parameters.max_new_tokens();
         let mut number = 0;
         for &id in &self.resume.token_ids {
             number += 1;
@@ -180,7 +182,7 @@ impl Answer<'_> {
             steps.step().await;
             let id = text.next();
             let added = text.take(id, number == total);
-            if parameters.num_beams > 1 {
+            if parameters.num_beams() > 1 {
                 whole.token_ids.push(id);
                 whole.text.push_str(&added);
             } else {

@@ -97,7 +97,7 @@ pub(super) async fn encode(
     image: Bytes,
 ) -> anyhow::Result<Duration> {
     let began = Instant::now();
-    let request = EncodeRequest { id: 0, source: Some(Source::Image(image)), n_query: 64 };
+    let request = EncodeRequest { source: Some(Source::Image(image)), n_query: 64 };
     let mut answers = client.encode(tokio_stream::once(request)).await?.into_inner();
     let answer = answers.message().await?.context("the stage did not answer")?;
     let took = began.elapsed();

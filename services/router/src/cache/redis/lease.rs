@@ -38,7 +38,7 @@ impl Lease {
         &self.key
     }
 
-    /// To whoever publishes the value, which ends it.
+    /// Gives the lease's token to whoever publishes the value, which ends the lease.
     pub(super) fn hand_over(mut self) -> Token {
         self.is_handed_over = true;
         self.token
@@ -53,7 +53,7 @@ impl Lease {
         }
     }
 
-    /// Thrice in its life, so that one renewal may fail.
+    /// Renews the lease thrice in its life, so that one renewal may fail.
     async fn renew(&self) -> Infallible {
         let third = self.duration / 3;
         loop {

@@ -26,7 +26,7 @@ use super::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Several may have to be tried: Sentinels or nodes that are gone.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// From one vain try to the next; drawn between half of it and one and a half, so that routers do not come together.
+/// The pause from one vain try to connect to the next; drawn between half of it and one and a half, so that routers do not come together.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Redirections of one question to a Cluster: after a failover one is usual.
 const CLUSTER_RETRIES: u32 = 3;
@@ -39,7 +39,7 @@ pub(crate) struct Link {
 #[derive(Clone)]
 enum State {
     Connecting,
-    /// With its number, by which one loss is told only once.
+    /// The connection with its number, by which one loss is told only once.
     Up(u64, Connection),
     /// The last try was in vain; the next one comes by itself.
     Down,
@@ -157,7 +157,7 @@ impl Connector {
         Ok(connector)
     }
 
-    /// With the certificates as they are at this moment. (A Cluster's client makes its nodes' connections again by
+    /// Connects with the certificates as they are at this moment. (A Cluster's client makes its nodes' connections again by
     /// itself, with those it has, until all of it is lost.)
     fn to(&self) -> RedisResult<To> {
         let certificates = self.certificates.read()?;

@@ -9,6 +9,7 @@ use emu2_proto::{
         DecoderWatchLoadRequest, DenoiseStep, decode_event, decode_request,
         visual_decoder_server::VisualDecoder,
     },
+    v1::ParameterLimit,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
@@ -34,11 +35,14 @@ impl VisualDecoder for MockDecoder {
             weights_digest: self.0.digest(),
             dtype: self.0.dtype(),
             width: WIDTH,
-            default_height: 64,
-            default_width: 64,
-            max_image_side: 128,
-            max_steps: 100,
             max_queries: 16,
+            parameter_limits: vec![
+                ParameterLimit::new("image.height", 8..=128, Some(64)).multiple_of(8),
+                ParameterLimit::new("image.width", 8..=128, Some(64)).multiple_of(8),
+                ParameterLimit::new("image.steps", 1..=100, Some(50)),
+                ParameterLimit::new("image.guidance_scale", 0.0..=100.0, Some(3.0)),
+                ParameterLimit::new("image.original_width", 0..=u32::MAX, Some(1024)),
+            ],
             load: self.0.load(),
             ..capable::decoder()
         }))
@@ -61,7 +65,8 @@ impl VisualDecoder for MockDecoder {
                 panic!("the first message is the start");
             };
             script.decodes.lock().unwrap().push(start.clone());
-            let mut missing = [start.queries, if start.guidance_scale > 1.0 { start.queries } else { 0 }];
+            let asked = start.image.expect("parameters");
+            let mut missing = [start.queries, if asked.guidance_scale() > 1.0 { start.queries } else { 0 }];
             while missing != [0, 0] {
                 let Ok(Some(DecodeRequest { message: Some(message) })) = requests.message().await else {
                     return false;
@@ -74,11 +79,11 @@ impl VisualDecoder for MockDecoder {
                 missing[index] -= rows.embeddings.as_ref().unwrap().shape[0];
                 kept.lock().unwrap().push(rows);
             }
-            for step in 1..=start.steps {
+            for step in 1..=asked.steps() {
                 script.gate().await;
-                send(decode_event::Event::Step(DenoiseStep { step, steps: start.steps })).await;
+                send(decode_event::Event::Step(DenoiseStep { step, steps: asked.steps() })).await;
             }
-            let image = DecodedImage { png: PNG.into(), height: start.height, width: start.width };
+            let image = DecodedImage { png: PNG.into(), height: asked.height(), width: asked.width() };
             send(decode_event::Event::Image(image)).await;
             let finished =
                 DecodeFinished { weights_digest: script.digest(), vae_ms: 2.5, ..Default::default() };

@@ -56,6 +56,7 @@ impl VisualEncoder for MockEncoder {
                 let content = match source {
                     Source::Image(data) => data,
                     Source::MeanColour(_) => Bytes::new(),
+                    Source::Box(region) => region.phrase.into(),
                 };
                 if content.starts_with(SLOW) {
                     script.gate().await;
@@ -63,7 +64,6 @@ impl VisualEncoder for MockEncoder {
                 let weights_digest = script.digest();
                 let embeddings = Some(tensor(&weights_digest, &content, request.n_query));
                 let answer = EncodeResponse {
-                    id: request.id,
                     embeddings,
                     weights_digest,
                     preprocessing_version: script.version(),

@@ -1,29 +1,20 @@
-//! A box as a picture: what upstream's `draw_box` (Emu2/README.md) draws for a grounded prompt, a white outline on
-//! black, which the visual encoder then reads like any other picture.
+//! A region as an image: what upstream's `draw_box` (Emu2/README.md) draws for a grounded prompt, a white outline on
+//! black, which the visual encoder then reads like any other image.
 
-use bytes::Bytes;
 use emu2_proto::v1;
-use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
-/// Pixels a side: the encoder's own input, so that resizing changes nothing.
-pub const SIDE: i32 = 448;
+use super::pixels::Rgb;
+
+/// Pixels a side, as upstream draws it: the published encoder's own input, so that resizing changes nothing there.
+const SIDE: i32 = 448;
 /// `cv2.rectangle` with thickness 3 paints every pixel within this many steps (along x plus along y) of the
 /// one-pixel outline: five pixels wide with clipped corners. Compared with OpenCV 4.8 on 4,000 boxes, some of them
 /// thinner than the stroke or touching the border.
 const REACH: i32 = 2;
 const WHITE: u8 = 255;
 
-/// The box drawn as a PNG; equal boxes give equal bytes.
-pub(crate) fn outline_png(region: &v1::Box) -> Bytes {
-    let mut png = Vec::new();
-    PngEncoder::new(&mut png)
-        .write_image(&outline(region), SIDE as u32, SIDE as u32, ExtendedColorType::Rgb8)
-        .expect("a buffer in memory of the right length is always writable");
-    png.into()
-}
-
-/// RGB rows of the drawing.
-pub fn outline(region: &v1::Box) -> Vec<u8> {
+/// Draws the outline of a region, whose edges are within 0 to 1: [448, 448, 3] bytes.
+pub fn outline(region: &v1::Box) -> Rgb {
     let pixel = |fraction: f32| (fraction * SIDE as f32).round() as i32;
     let (left, right) = (pixel(region.left), pixel(region.right));
     let (top, bottom) = (pixel(region.top), pixel(region.bottom));
@@ -37,7 +28,7 @@ pub fn outline(region: &v1::Box) -> Vec<u8> {
             rgb.extend([value; 3]);
         }
     }
-    rgb
+    Rgb { width: SIDE as usize, height: SIDE as usize, data: rgb }
 }
 
 #[cfg(test)]
@@ -46,7 +37,7 @@ mod tests {
 
     fn drawn(left: i32, top: i32, right: i32, bottom: i32) -> Vec<u8> {
         let [left, top, right, bottom] = [left, top, right, bottom].map(|pixel| pixel as f32 / SIDE as f32);
-        outline(&v1::Box { left, top, right, bottom, phrase: String::new() })
+        outline(&v1::Box { left, top, right, bottom, phrase: String::new() }).data
     }
 
     /// Rows of a window, `#` where white.
@@ -86,17 +77,7 @@ mod tests {
     fn the_stroke_is_cut_at_the_border() {
         let rgb = drawn(0, 0, SIDE, SIDE);
         assert_eq!(window(&rgb, 0..5, 0..5), ["#####", "#####", "#####", "###..", "###.."]);
-        // A right side at 448 lies one pixel outside the picture.
+        // A right side at 448 lies one pixel outside the image.
         assert_eq!(window(&rgb, 443..448, 443..448), ["...##", "...##", "...##", "#####", "#####"]);
-    }
-
-    #[test]
-    fn the_png_holds_the_drawing_and_is_the_same_every_time() {
-        let region = v1::Box { left: 0.25, top: 0.5, right: 0.75, bottom: 1.0, phrase: "a dog".into() };
-        let png = outline_png(&region);
-        let decoded = image::load_from_memory(&png).unwrap().into_rgb8();
-        assert_eq!(decoded.dimensions(), (448, 448));
-        assert_eq!(decoded.into_raw(), outline(&region));
-        assert_eq!(outline_png(&region), png);
     }
 }
