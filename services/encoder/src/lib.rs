@@ -24,11 +24,11 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod eva_vit;
-#[cfg(test)]
-mod fixtures;
 pub mod metrics;
 pub mod preprocess;
 mod service;
+#[cfg(test)]
+mod tests;
 
 pub use config::Config;
 use engine::Started;

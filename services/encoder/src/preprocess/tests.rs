@@ -9,7 +9,7 @@ use super::{
     normalise, preprocess,
     resize::resize,
 };
-use crate::fixtures;
+use crate::tests::fixtures;
 
 #[derive(Deserialize)]
 struct Manifest {

@@ -22,8 +22,8 @@ use tonic_types::StatusExt;
 
 use super::*;
 use crate::{
-    fixtures,
     preprocess::{decode::Rgb, outline},
+    tests::fixtures,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
