@@ -5,7 +5,7 @@
 //! | [`v1`] | the public interface, package `emu2.v1` |
 //! | [`stage`] | router to stage, package `emu2.stage.v1` |
 //! | [`mod@array`] | a tensor of the wire once it has been checked; what engines exchange with their edges |
-//! | [`capable`] | stages of the published sizes, for whatever stands in for them |
+//! | `capable` | stages of the published sizes, for whatever stands in for them in tests; feature `fixtures` |
 //! | `parameter_limit` | how a stage states the limit of a parameter |
 //! | [`pooling`] | how many embeddings an image can become |
 //! | [`codec`] | how a message becomes the bytes of a stream |
@@ -13,6 +13,7 @@
 //! No tch here, so that the router builds without libtorch.
 
 pub mod array;
+#[cfg(feature = "fixtures")]
 pub mod capable;
 pub mod codec;
 mod parameter_limit;

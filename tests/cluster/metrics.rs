@@ -44,8 +44,8 @@ async fn metrics(admin: SocketAddr) -> (BTreeSet<(String, String)>, String) {
 
 #[tokio::test]
 async fn every_metric_names_its_part_and_its_unit_and_every_stage_has_the_same() {
-    let cluster = start(ClusterConfig::local(vec![golden::model_dir("emu2-base")])).await;
-    events(&mut client(cluster.addr).await, ask("emu2-base", vec![text("a")], greedy(4))).await.unwrap();
+    let cluster = start(ClusterConfig::local(vec![golden::model_dir("emu2-gen")])).await;
+    events(&mut client(cluster.addr).await, ask("emu2-gen", vec![text("a")], greedy(4))).await.unwrap();
     let stages = cluster.stages.iter().map(|member| (member.stage, member.admin.unwrap()));
     let pages: Vec<_> = stages.chain([("router", cluster.admin.unwrap())]).collect();
     for (part, admin) in pages {

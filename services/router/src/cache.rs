@@ -16,6 +16,8 @@ use futures::{FutureExt, future::BoxFuture};
 use tonic::Code;
 use tracing::Instrument;
 
+#[cfg(feature = "fuzz")]
+pub(crate) use self::value::{decode, encode};
 use self::{
     flights::Flights,
     memory::Memory,
@@ -24,7 +26,7 @@ use self::{
 pub(crate) use self::{
     key::{Key, Kind, Recipe},
     redis::Address,
-    value::{Value, decode, encode, is_whole},
+    value::{Value, is_whole},
 };
 use crate::{
     config::CacheConfig,

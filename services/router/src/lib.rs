@@ -17,11 +17,12 @@
 //! | `stages`, `stage_call`, `rows` | the calls to the stages, and how they outlive a replica |
 //! | `report` | the last event of an answer |
 //! | `error`, `metrics` | what a stage's refusal means to the client; every metric name |
-//! | `fuzz` | doors for the fuzz targets, no interface |
+//! | `fuzz` | doors for the fuzz targets, no interface; feature `fuzz` |
 //!
 //! It builds without libtorch.
 
 pub mod config;
+#[cfg(feature = "fuzz")]
 #[doc(hidden)]
 pub mod fuzz;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use emu2_proto::v1;
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::key::Key;
 
@@ -21,7 +21,16 @@ impl Memory {
         let weigh = |_: &Key, tensor: &v1::Tensor| {
             u32::try_from(tensor.data.len() + ENTRY_OVERHEAD_BYTES).unwrap_or(u32::MAX)
         };
-        let values = || Cache::builder().max_capacity(budget_bytes).weigher(weigh).time_to_live(ttl).build();
+        // By recency: moka's default keeps whatever was asked for most often, so that values which are never asked for
+        // again can keep every newer one out.
+        let values = || {
+            Cache::builder()
+                .eviction_policy(EvictionPolicy::lru())
+                .max_capacity(budget_bytes)
+                .weigher(weigh)
+                .time_to_live(ttl)
+                .build()
+        };
         Self { values: (budget_bytes > 0).then(values) }
     }
 
@@ -52,6 +61,27 @@ mod tests {
         values.run_pending_tasks();
         assert!(values.weighted_size() <= 10 * 1024, "{}", values.weighted_size());
         assert!(values.entry_count() >= 7);
+    }
+
+    /// As moka's default policy would not: a hundred values were asked for thrice, and never again.
+    #[test]
+    fn the_newest_value_is_kept_however_often_older_ones_were_asked_for() {
+        let memory = Memory::new(100 * 1280, Duration::from_secs(60));
+        let tensor = v1::Tensor { data: vec![0; 1024].into(), ..Default::default() };
+        let settled = || memory.values.as_ref().unwrap().run_pending_tasks();
+        let old: Vec<_> = (0..100_u8).map(|index| key(&[index])).collect();
+        old.iter().for_each(|key| memory.put(*key, tensor.clone()));
+        settled();
+        for _ in 0..3 {
+            assert!(old.iter().all(|key| memory.get(key).is_some()));
+            settled();
+        }
+        for index in 0..100_u8 {
+            let new = key(&[1, index]);
+            memory.put(new, tensor.clone());
+            settled();
+            assert!(memory.get(&new).is_some(), "the image just sent, number {index}");
+        }
     }
 
     #[test]
