@@ -2,7 +2,7 @@
 
 use emu2_serve::{
     parameters,
-    status::{self, Violation},
+    status::{self, NotServing, Violation},
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -60,9 +60,35 @@ pub(crate) fn was_never_sent(status: &Status) -> bool {
     status.code() == Code::Cancelled && is_replica_lost(status)
 }
 
-/// How a replica was lost, for the client.
-pub(crate) fn of_loss(status: &Status) -> &str {
-    if was_never_sent(status) { "its connection was closed" } else { status.message() }
+/// Whether the replica's machine refused the connection: nothing listens there, as after the end of a process.
+pub(crate) fn is_refused(status: &Status) -> bool {
+    let mut causes = std::iter::successors(std::error::Error::source(status), |error| error.source());
+    causes.any(|error| {
+        let io = error.downcast_ref::<std::io::Error>();
+        io.is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    })
+}
+
+/// How a replica was lost, as logs and metrics name it.
+pub(crate) fn loss_name(status: &Status) -> &'static str {
+    match NotServing::of(status) {
+        Some(NotServing::NotReady) => "not_ready",
+        Some(NotServing::Draining) => "draining",
+        None if is_refused(status) => "refused",
+        None if never_arrived(status) => "unreachable",
+        None if std::error::Error::source(status).is_some() => "reset",
+        None => "lost",
+    }
+}
+
+/// How a replica of a stage was lost, for the client.
+pub(crate) fn of_loss(stage: &str, status: &Status) -> String {
+    match loss_name(status) {
+        "refused" => format!("the {stage} replica refuses connections"),
+        "unreachable" => format!("the {stage} replica cannot be reached"),
+        "reset" => format!("the connection to the {stage} replica broke"),
+        _ => status.message().to_owned(),
+    }
 }
 
 /// A status and all that led to it, for logs: what a connection broke by stands at the end of a chain of causes.
@@ -85,7 +111,11 @@ pub(crate) fn causes(status: &Status) -> String {
 /// a field without a public name was filled by us, so that its violation is our fault.
 pub(crate) fn of_stage(stage: &str, status: &Status, public: impl Fn(&str) -> Option<String>) -> Status {
     if is_replica_lost(status) {
-        return status::unavailable(format!("the {stage} stage was lost: {}", status.message()));
+        let text = format!("the {stage} stage was lost: {}", status.message());
+        return match status.get_details_retry_info().and_then(|info| info.retry_delay) {
+            Some(retry_after) => status::unavailable_for(text, retry_after),
+            None => status::unavailable(text),
+        };
     }
     match status.code() {
         Code::InvalidArgument => refusal(stage, status, public),
@@ -191,6 +221,21 @@ mod tests {
         assert!(!local(Box::new(tonic::TimeoutExpired(()))));
         assert!(is_replica_lost(&Status::unavailable("stopping")));
         assert!(!is_replica_lost(&Status::cancelled("by the stage")));
+    }
+
+    #[test]
+    fn a_loss_is_named_by_its_cause() {
+        let local = |error: std::io::Error| Status::from_error(Box::new(error));
+        for (status, name) in [
+            (local(std::io::ErrorKind::ConnectionRefused.into()), "refused"),
+            (local(std::io::ErrorKind::ConnectionReset.into()), "reset"),
+            (NotServing::NotReady.status("not ready: loading"), "not_ready"),
+            (NotServing::Draining.status("the server is shutting down"), "draining"),
+            (status::unavailable("stopping"), "lost"),
+        ] {
+            assert_eq!(loss_name(&status), name);
+            assert!(is_replica_lost(&status), "{name}");
+        }
     }
 
     #[test]

@@ -166,6 +166,11 @@ impl<S: Stage> Pool<S> {
         self.members.replicas().iter().any(|replica| replica.answers())
     }
 
+    /// Whether every replica refuses connections.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.members.replicas().iter().all(|replica| replica.refuses())
+    }
+
     /// What a replica says of itself, preferably one that answers.
     pub(crate) fn info(&self) -> Option<Arc<S::Info>> {
         let known: Vec<_> =
@@ -186,9 +191,10 @@ impl<S: Stage> Pool<S> {
         self.pick(wanted)
     }
 
-    /// A replica for another try.
+    /// A replica for another try; a retry is spent only where there is one.
     pub(crate) fn lease_again(&self, wanted: Wanted<'_>) -> Result<Lease<S>, NoReplica> {
-        if self.retries.withdraw() { self.pick(wanted) } else { Err(NoReplica::TooManyRetries) }
+        let lease = self.pick(wanted)?;
+        if self.retries.withdraw() { Ok(lease) } else { Err(NoReplica::TooManyRetries) }
     }
 
     /// Makes every replica one that was asked and answered this.

@@ -32,7 +32,12 @@ const WAITING_MESSAGES: usize = 2;
 /// Pauses between two tries: the first is short, since another replica is most likely well; they double, and are
 /// drawn between nothing and twice their length, so that the callers of a lost replica do not come in step.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// How long a call that has been answered waits while every replica refuses connections: long enough for a replica that
+/// is being added to become known, short enough that the client hears within two seconds.
+const REFUSED_WAIT: Duration = Duration::from_millis(1400);
+/// When a client may ask again after all replicas were lost: about when each has been asked anew.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// A stage ends its stream right after its last answer.
 const END_TIMEOUT: Duration = Duration::from_millis(100);
 /// The metadata key of an attempt's number, for logs and traces: 1 for the first.
@@ -295,7 +300,8 @@ impl<C: Call> Session<C> {
     async fn find(&mut self) -> Result<Lease<C::Stage>, Stop> {
         let patience = Duration::from_millis(self.route.pool.config().failover_wait_ms);
         loop {
-            if self.tries.lost_since.is_some_and(|since| since.elapsed() >= patience) {
+            let lost_for = self.tries.lost_since.map_or(Duration::ZERO, |since| since.elapsed());
+            if lost_for >= patience || (lost_for >= REFUSED_WAIT && self.route.pool.is_refused()) {
                 return Err(self.last_word());
             }
             let Tries { number, avoid, .. } = &self.tries;
@@ -327,14 +333,15 @@ impl<C: Call> Session<C> {
         let status = match self.tries.last.take() {
             None => {
                 let stage = C::Stage::NAME;
-                status::unavailable(format!("no {stage} replica with the request's weights is left"))
+                let text = format!("no {stage} replica with the request's weights is left");
+                status::unavailable_for(text, RETRY_AFTER)
             }
             Some(full) if full.code() == Code::ResourceExhausted => full,
             Some(lost) => {
-                let (how, answered) = (error::of_loss(&lost), self.tries.answered);
+                let (how, answered) = (error::of_loss(C::Stage::NAME, &lost), self.tries.answered);
                 let then =
                     if answered { "no other has gone on" } else { "nothing was answered yet, ask again" };
-                status::unavailable(format!("{how}; {then}"))
+                status::unavailable_for(format!("{how}; {then}"), RETRY_AFTER)
             }
         };
         status.into()
@@ -419,7 +426,7 @@ impl Loss {
 
     fn name(&self) -> &'static str {
         match self {
-            Self::Lost(_) => "lost",
+            Self::Lost(status) => error::loss_name(status),
             Self::Hung => "hung",
             Self::Full(_) => "full",
             Self::WeightsChanged => "rolled",

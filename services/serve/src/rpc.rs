@@ -38,7 +38,7 @@ use crate::{
     methods::{Method, Methods},
     metrics::RpcMetrics,
     readiness::{Readiness, State},
-    status,
+    status::{self, NotServing},
     tenant::{Guest, Tenants},
     trace::{REQUEST_ID, RequestId},
 };
@@ -159,7 +159,7 @@ impl Shared {
     fn admit(&self, request: &mut Request<Body>, guest: &Guest) -> Result<Option<Permit>, Status> {
         // While stopping, calls that were on their way when the connection was told to go are still served.
         if let State::NotReady(reason) = self.readiness.state() {
-            return Err(status::unavailable(format!("not ready: {reason}")));
+            return Err(NotServing::NotReady.status(format!("not ready: {reason}")));
         }
         let Some(method) = self.methods.get(method_of(request)) else { return Ok(None) };
         let Method { asks_nothing, streams_in, .. } = method;

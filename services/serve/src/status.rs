@@ -137,6 +137,45 @@ pub fn unavailable(message: impl Into<String>) -> Status {
     ErrorCode::Unavailable.status(message)
 }
 
+/// Returns UNAVAILABLE with RetryInfo: the caller may try again after so long.
+pub fn unavailable_for(message: impl Into<String>, retry_after: Duration) -> Status {
+    let details = ErrorDetails::with_retry_info(Some(retry_after));
+    Status::with_error_details(ErrorCode::Unavailable.code(), shorten(message.into()), details)
+}
+
+/// Why a service that answers does not serve: the `ErrorInfo.reason` of its UNAVAILABLE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotServing {
+    /// It is loading, or its engine has failed.
+    NotReady,
+    /// It is shutting down.
+    Draining,
+}
+
+impl NotServing {
+    const DOMAIN: &'static str = "emu2";
+
+    /// Returns the reason as ErrorInfo carries it.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NotReady => "NOT_READY",
+            Self::Draining => "DRAINING",
+        }
+    }
+
+    /// Returns UNAVAILABLE for this reason.
+    pub fn status(self, message: impl Into<String>) -> Status {
+        let details = ErrorDetails::with_error_info(self.reason(), Self::DOMAIN, []);
+        Status::with_error_details(ErrorCode::Unavailable.code(), shorten(message.into()), details)
+    }
+
+    /// Returns the reason that a status names, if it is one of these.
+    pub fn of(status: &Status) -> Option<Self> {
+        let info = status.get_details_error_info().filter(|info| info.domain == Self::DOMAIN)?;
+        [Self::NotReady, Self::Draining].into_iter().find(|it| it.reason() == info.reason)
+    }
+}
+
 /// Returns INTERNAL: the fault is the service's own. The message goes to the caller, so it names no paths and no
 /// inputs.
 pub fn internal(message: impl Into<String>) -> Status {
@@ -223,6 +262,15 @@ mod tests {
         let again = with_request_id(&status, "def");
         assert_eq!(again.get_error_details_vec().len(), 2);
         assert_eq!(again.get_details_request_info().unwrap().request_id, "def");
+    }
+
+    #[test]
+    fn why_a_service_does_not_serve_can_be_read_again() {
+        for reason in [NotServing::NotReady, NotServing::Draining] {
+            assert_eq!(NotServing::of(&reason.status("later")), Some(reason));
+        }
+        assert_eq!(NotServing::of(&unavailable("later")), None);
+        assert!(unavailable_for("later", Duration::from_secs(2)).get_details_retry_info().is_some());
     }
 
     #[test]

@@ -48,6 +48,8 @@ struct Known<I> {
     info: Option<Arc<I>>,
     /// Whether it answered when last asked.
     answers: bool,
+    /// Whether its machine refused the connection when it was last asked.
+    refuses: bool,
     silent: u32,
     /// Why it last did not answer, as the log has it: each reason is told once.
     told: Option<String>,
@@ -69,6 +71,7 @@ impl<S: Stage> Replica<S> {
             known: RwLock::new(Known {
                 info: None,
                 answers: false,
+                refuses: false,
                 silent: 0,
                 told: None,
                 ejections: 0,
@@ -88,6 +91,11 @@ impl<S: Stage> Replica<S> {
 
     pub(super) fn answers(&self) -> bool {
         self.read(|known| known.answers)
+    }
+
+    /// Whether nothing listens there, as far as it is known.
+    pub(super) fn refuses(&self) -> bool {
+        self.read(|known| known.refuses)
     }
 
     pub(super) async fn asked(&self) {
@@ -128,23 +136,24 @@ impl<S: Stage> Replica<S> {
         let limit = Duration::from_millis(self.config.info_timeout_ms);
         match timeout(limit, S::info(self.client.clone())).await {
             Ok(Ok(info)) => self.heard(info),
-            Ok(Err(status)) => self.unheard(error::causes(&status)),
-            Err(_) => self.unheard(format!("no answer in {limit:?}")),
+            Ok(Err(status)) => self.unheard(error::causes(&status), error::is_refused(&status)),
+            Err(_) => self.unheard(format!("no answer in {limit:?}"), false),
         }
     }
 
-    fn unheard(&self, reason: String) -> bool {
+    fn unheard(&self, reason: String, refuses: bool) -> bool {
         let silent = self.write(|known| {
             // One that was never heard of, too: nobody else knows why it is not used.
             if known.answers || known.told.as_ref() != Some(&reason) {
                 tracing::warn!(stage = S::NAME, endpoint = self.endpoint, reason, "replica does not answer");
             }
             known.told = Some(reason);
-            known.answers = false;
+            (known.answers, known.refuses) = (false, refuses);
             known.silent = known.silent.saturating_add(1);
             known.silent
         });
-        self.hangs(silent >= SILENT_AFTER);
+        // Where nothing listens nothing hangs: what ran there has been told so by its connection.
+        self.hangs(silent >= SILENT_AFTER && !refuses);
         false
     }
 
@@ -173,7 +182,7 @@ impl<S: Stage> Replica<S> {
             known.info = Some(Arc::new(info));
             known.silent = 0;
             known.told = None;
-            known.answers = !stuck;
+            (known.answers, known.refuses) = (!stuck, false);
         });
         self.hangs(stuck);
         !stuck

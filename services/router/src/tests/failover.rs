@@ -234,6 +234,32 @@ async fn a_call_that_has_begun_waits_for_its_replica_to_come_back() {
     assert_eq!(words(&collect(stream).await.unwrap()), ["text lo", "finished"]);
 }
 
+/// As after `kill -9` of the only llm.
+#[tokio::test]
+async fn a_call_whose_last_replica_refuses_connections_ends_within_two_seconds_and_says_so() {
+    let mut sandbox = Sandbox::start().await;
+    sandbox.llm.hold();
+    let mut stream = sandbox.client().generate(ask(vec![text("a")])).await.unwrap().into_inner();
+    stream.message().await.unwrap();
+    stream.message().await.unwrap();
+    let killed = std::time::Instant::now();
+    sandbox.llm.kill();
+    let lost = collect(stream).await.unwrap_err();
+    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
+    assert_eq!(lost.code(), Code::Unavailable);
+    assert_eq!(
+        lost.message(),
+        "the llm stage was lost: the llm replica refuses connections; no other has gone on"
+    );
+    assert!(lost.get_details_retry_info().is_some());
+    let metrics = sandbox.router.metrics().await;
+    for reason in ["reset", "refused"] {
+        let series = format!("emu2_router_attempts_lost_total{{stage=\"llm\",reason=\"{reason}\"}}");
+        assert!(metrics.contains(&series), "{metrics}");
+    }
+    assert!(!metrics.contains("reason=\"hung\""), "{metrics}");
+}
+
 /// What kills whoever takes it must not go through the whole pool.
 #[tokio::test]
 async fn a_call_that_loses_every_replica_is_given_up() {

@@ -5,7 +5,10 @@ use std::pin::Pin;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{deadline::Deadline, status};
+use crate::{
+    deadline::Deadline,
+    status::{self, NotServing},
+};
 
 /// A future that resolves once an RPC has to stop, to the status that says why.
 pub(super) type Stop = Pin<Box<dyn Future<Output = Status> + Send>>;
@@ -15,7 +18,7 @@ pub(super) fn stop(deadline: Deadline, cut: CancellationToken) -> Stop {
     Box::pin(async move {
         tokio::select! {
             () = deadline.passed() => status::deadline_exceeded(),
-            () = cut.cancelled_owned() => status::unavailable("the server is shutting down"),
+            () = cut.cancelled_owned() => NotServing::Draining.status("the server is shutting down"),
         }
     })
 }
