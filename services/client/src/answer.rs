@@ -12,7 +12,7 @@ use emu2_proto::v1::{self, generate_event::Event};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tonic::Streaming;
 
-use crate::client::explain;
+use crate::{client::explain, image::ChunkedPng};
 
 /// The answer to a finished request.
 #[derive(Debug, Default)]
@@ -53,7 +53,7 @@ impl Answer {
 /// The request failed, or its stream ended before the answer was finished.
 pub async fn follow(mut events: Streaming<v1::GenerateEvent>, echo: bool) -> Result<Answer> {
     let mut answer = Answer::default();
-    let mut progress = Progress::new();
+    let (mut progress, mut png) = (Progress::new(), ChunkedPng::default());
     while let Some(event) = events.message().await.map_err(explain)? {
         match event.event {
             Some(Event::TextDelta(delta)) => {
@@ -66,7 +66,8 @@ pub async fn follow(mut events: Streaming<v1::GenerateEvent>, echo: bool) -> Res
             }
             Some(Event::EmbeddingProgress(at)) => progress.advance("embeddings", at.done, at.total),
             Some(Event::DenoiseProgress(at)) => progress.advance("denoising", at.step, at.steps),
-            Some(Event::Image(image)) => answer.image = Some(image),
+            Some(Event::ImageChunk(chunk)) => png.push(&chunk)?,
+            Some(Event::Image(image)) => answer.image = Some(png.finish(image)),
             Some(Event::Finished(finished)) => {
                 progress.clear();
                 answer.finished = finished;

@@ -5,11 +5,13 @@
 //! | [`args`] | which cluster is called and how, as arguments of a command line |
 //! | [`client`] | the connection: requests with the caller's deadline and token, failures as a person reads them |
 //! | [`parts`] | texts and image files as parts of a prompt |
+//! | [`image`] | the chunks of a large image → its PNG |
 //! | [`answer`] | the events of a request → its answer, with progress on a terminal |
 
 pub mod answer;
 pub mod args;
 pub mod client;
+pub mod image;
 pub mod parts;
 
 pub use answer::{Answer, follow};

@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use bytes::Bytes;
 use emu2_proto::{
     stage::{
         DecodeFinished, DecodeRequest, DecodeStart, LlmAccepted, LlmFinished, LlmRequest, LlmStart,
@@ -17,8 +18,8 @@ use emu2_proto::{
         llm_request, llm_start,
     },
     v1::{
-        self, Accepted, DenoiseProgress, EmbeddingProgress, FinishReason, GenerateEvent, ImageResult,
-        TextDelta, TextOutput, finished::Parameters, generate_event::Event,
+        self, Accepted, DenoiseProgress, EmbeddingProgress, FinishReason, GenerateEvent, ImageChunk,
+        ImageResult, TextDelta, TextOutput, finished::Parameters, generate_event::Event,
     },
 };
 use emu2_serve::{status, stream};
@@ -39,6 +40,11 @@ use crate::{
     stage_call::Session,
     stages::{self, DecodeCall, LlmCall},
 };
+
+/// The largest PNG that goes out whole. An ordinary gRPC client takes messages of 4 MB.
+const WHOLE_PNG_BYTES_MAX: usize = 2 << 20;
+/// The bytes of a larger one that one event carries.
+const PNG_CHUNK_BYTES: usize = 1 << 20;
 
 type Llm = Session<LlmCall>;
 type Decoder = Session<DecodeCall>;
@@ -357,7 +363,9 @@ impl Job {
                 }
                 Some(decode_event::Event::Finished(finished)) => {
                     let result = result.ok_or_else(|| status::internal("the decoder sent no image"))?;
-                    client.progress(Event::Image(result)).await?;
+                    for event in image_events(result) {
+                        client.progress(event).await?;
+                    }
                     return Ok(finished);
                 }
                 None => {}
@@ -397,4 +405,20 @@ impl Client {
 
 fn positive(rows: RegressedEmbeddings) -> DecodeRequest {
     DecodeRequest { message: Some(decode_request::Message::Positive(rows)) }
+}
+
+/// An image as its client is sent it: in chunks before the event of the image where its PNG is large.
+fn image_events(image: ImageResult) -> Vec<Event> {
+    if image.png.len() <= WHOLE_PNG_BYTES_MAX {
+        return vec![Event::Image(image)];
+    }
+    let total = image.png.len();
+    let offsets = (0..total).step_by(PNG_CHUNK_BYTES);
+    let chunk = |offset: usize| {
+        let data = image.png.slice(offset..total.min(offset + PNG_CHUNK_BYTES));
+        Event::ImageChunk(ImageChunk { data, offset: offset as u64, total: total as u64 })
+    };
+    let mut events: Vec<_> = offsets.map(chunk).collect();
+    events.push(Event::Image(ImageResult { png: Bytes::new(), ..image }));
+    events
 }

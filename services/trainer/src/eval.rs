@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use emu2_client::{Client, ConnectionArgs, RouterArgs, explain};
+use emu2_client::{Client, ConnectionArgs, RouterArgs, explain, image::ChunkedPng};
 use emu2_proto::v1::{self, generate_event::Event};
 use emu2_standalone::cluster::{Cluster, ClusterConfig};
 use futures::{Stream, StreamExt, TryStreamExt, stream};
@@ -198,11 +198,12 @@ async fn answer(context: &EvalContext, mut client: Client, case: Case) -> Result
 async fn whole(
     mut events: impl Stream<Item = Result<v1::GenerateEvent>> + Unpin,
 ) -> Result<(String, Option<v1::ImageResult>)> {
-    let (mut text, mut image) = (String::new(), None);
+    let (mut text, mut image, mut png) = (String::new(), None, ChunkedPng::default());
     while let Some(event) = events.try_next().await? {
         match event.event {
             Some(Event::TextDelta(delta)) => text.push_str(&delta.text),
-            Some(Event::Image(result)) => image = Some(result),
+            Some(Event::ImageChunk(chunk)) => png.push(&chunk)?,
+            Some(Event::Image(result)) => image = Some(png.finish(result)),
             Some(Event::Finished(_)) => return Ok((text, image)),
             _ => {}
         }

@@ -212,6 +212,7 @@ impl Transcript {
             }
             Event::EmbeddingProgress(progress) => advance(&mut self.embeddings, progress.done, "embeddings")?,
             Event::DenoiseProgress(progress) => advance(&mut self.steps, progress.step, "steps")?,
+            Event::ImageChunk(chunk) => drop(self.hasher.update(&chunk.data)),
             Event::Image(image) => {
                 self.images += 1;
                 self.hasher.update(&image.png);

@@ -163,6 +163,26 @@ async fn a_box_is_encoded_for_the_painter_and_told_to_the_reader() {
     assert!(sandbox.encoder.encoded.lock().unwrap().is_empty());
 }
 
+/// An ordinary client takes messages of 4 MB; the PNG of 2,048² pixels may have 12.
+#[tokio::test]
+async fn a_large_image_comes_in_chunks_that_any_client_can_take() {
+    let sandbox = Sandbox::start().await;
+    let png: Vec<u8> = (0..5_000_000_u32).map(|index| (index % 251) as u8).collect();
+    *sandbox.decoder.png.lock().unwrap() = png.clone().into();
+    let events = sandbox.events(paint(vec![text("a")], 1.0)).await.unwrap();
+    let mut joined = Vec::new();
+    for event in &events {
+        if let Event::ImageChunk(chunk) = event {
+            assert_eq!((chunk.offset, chunk.total), (joined.len() as u64, png.len() as u64));
+            assert!(chunk.data.len() <= 1 << 20);
+            joined.extend_from_slice(&chunk.data);
+        }
+    }
+    assert_eq!(joined, png);
+    let [.., Event::Image(image), Event::Finished(_)] = &events[..] else { panic!("{:?}", words(&events)) };
+    assert!(image.png.is_empty() && (image.height, image.width) == (64, 64));
+}
+
 #[tokio::test]
 async fn an_embedding_says_its_weights_and_whether_it_was_known() {
     let sandbox = Sandbox::start().await;

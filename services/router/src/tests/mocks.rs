@@ -13,6 +13,7 @@ use std::{
     },
 };
 
+use bytes::Bytes;
 use emu2_proto::{
     stage::{
         DecodeStart, LlmStart, Load, RegressedEmbeddings, encode_request::Source,
@@ -59,6 +60,8 @@ pub(super) struct Shared {
     pub(super) fails: Mutex<Option<Status>>,
     /// Set, the stage neither says what it is nor moves.
     pub(super) hung: watch::Sender<bool>,
+    /// What the decoder paints.
+    pub(super) png: Mutex<Bytes>,
     /// What the stage tells of its load, at once to whoever watches it.
     pub(super) load: watch::Sender<Load>,
     /// Times that it was asked what it is.
@@ -93,6 +96,7 @@ impl Script {
             gate: watch::channel(true).0,
             fails: Mutex::default(),
             hung: watch::channel(false).0,
+            png: Mutex::new(Bytes::from_static(PNG)),
             load: watch::Sender::default(),
             asked: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),

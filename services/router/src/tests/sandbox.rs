@@ -219,6 +219,7 @@ pub(super) fn words(events: &[Event]) -> Vec<String> {
         Event::TextDelta(delta) => format!("text {}", delta.text),
         Event::EmbeddingProgress(progress) => format!("embedding {}/{}", progress.done, progress.total),
         Event::DenoiseProgress(progress) => format!("step {}/{}", progress.step, progress.steps),
+        Event::ImageChunk(chunk) => format!("chunk at {}", chunk.offset),
         Event::Image(image) => format!("image {}x{}", image.width, image.height),
         Event::Finished(_) => "finished".to_owned(),
     };

@@ -14,7 +14,7 @@ use emu2_proto::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
-use super::{LoadStream, PNG, Script, WIDTH};
+use super::{LoadStream, Script, WIDTH};
 
 pub(super) struct MockDecoder(pub(super) Script);
 
@@ -83,7 +83,11 @@ impl VisualDecoder for MockDecoder {
                 script.gate().await;
                 send(decode_event::Event::Step(DenoiseStep { step, steps: asked.steps() })).await;
             }
-            let image = DecodedImage { png: PNG.into(), height: asked.height(), width: asked.width() };
+            let image = DecodedImage {
+                png: script.png.lock().unwrap().clone(),
+                height: asked.height(),
+                width: asked.width(),
+            };
             send(decode_event::Event::Image(image)).await;
             let finished =
                 DecodeFinished { weights_digest: script.digest(), vae_ms: 2.5, ..Default::default() };
