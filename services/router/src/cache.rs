@@ -1,4 +1,4 @@
-//! Values that stages would only compute again: pictures' embeddings, what the llm regressed, guidance negatives.
+//! Values that stages would only compute again: images' embeddings, what the llm regressed, guidance negatives.
 //! Memory first, then Redis, then the stage: one flight per key in this process, and among routers one lease per key.
 //! Values are idempotent, so nothing here decides correctness: a cache that is empty, slow or gone costs work only.
 

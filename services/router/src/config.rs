@@ -102,10 +102,10 @@ pub struct CacheConfig {
     pub redis_cert_file: Option<PathBuf>,
     /// PEM: that certificate's private key.
     pub redis_key_file: Option<PathBuf>,
-    /// Seconds that a value is kept. One day: the same pictures come back within a session's or a job's length.
+    /// Seconds that a value is kept. One day: the same images come back within a session's or a job's length.
     pub ttl_seconds: u64,
-    /// Milliseconds that a picture's refusal is kept for other routers. 10,000: long enough for one burst of one bad
-    /// picture, short enough that an encoder with wider limits is soon asked.
+    /// Milliseconds that an image's refusal is kept for other routers. 10,000: long enough for one burst of one bad
+    /// image, short enough that an encoder with wider limits is soon asked.
     pub refusal_ttl_ms: u64,
     /// Milliseconds that a request waits for Redis in vain, connecting included. 20: far above a healthy answer
     /// (1 ms), far below encoding. A router that is itself so busy that its timers are late waits as much longer.

@@ -86,7 +86,7 @@ struct Families {
     lost: Family<LossLabels, Counter>,
 }
 
-/// 1 ms (a cached answer) to about 17 minutes (a large picture without a GPU).
+/// 1 ms (a cached answer) to about 17 minutes (a large image without a GPU).
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 21))
 }

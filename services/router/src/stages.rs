@@ -103,7 +103,7 @@ impl Stage for Decoder {
     }
 }
 
-/// Encodes one picture. Several of a request go side by side, each where there is room. The lease is of the replica
+/// Encodes one image. Several of a request go side by side, each where there is room. The lease is of the replica
 /// that did it.
 pub(crate) async fn encode(
     request: EncodeRequest,
@@ -214,7 +214,7 @@ impl Call for LlmCall {
     }
 }
 
-/// A picture of the decoder. Each attempt denoises from the seed; of its steps the reader sees those that are further
+/// An image of the decoder. Each attempt denoises from the seed; of its steps the reader sees those that are further
 /// than any before.
 pub(crate) struct DecodeCall {
     start: DecodeStart,

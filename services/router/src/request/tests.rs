@@ -375,7 +375,7 @@ fn an_embedding_takes_one_picture_and_a_possible_number() {
 }
 
 #[test]
-fn urls_are_not_accepted_wherever_a_picture_goes() {
+fn urls_are_not_accepted_wherever_an_image_goes() {
     for url in ["http://a/b.png", " HTTPS://a", "data:image/png;base64,AA", "file:///etc/passwd", "s3://a/b"]
     {
         let bytes: &'static [u8] = url.as_bytes();
