@@ -21,6 +21,8 @@ use prost::Message;
 mod preprocess {
     pub mod bmp;
     pub mod decode;
+    pub mod jpeg;
+    pub mod libjpeg;
     pub mod pixels;
 }
 

@@ -9,7 +9,7 @@ use std::io::Cursor;
 
 pub use super::pixels::{ImageError, ImageLimits, Rgb};
 use super::{
-    bmp,
+    bmp, jpeg,
     pixels::{colour_of, samples, undecodable},
 };
 
@@ -22,7 +22,7 @@ pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
     match encoded {
         [] => Err(ImageError::Empty),
         [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => decode_png(encoded, limits),
-        [0xFF, 0xD8, 0xFF, ..] => decode_jpeg(encoded, limits),
+        [0xFF, 0xD8, 0xFF, ..] => jpeg::decode(encoded, limits),
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => decode_webp(encoded, limits),
         [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => decode_gif(encoded, limits),
         [b'B', b'M', ..] => bmp::decode(encoded, limits),
@@ -105,60 +105,6 @@ impl PngRow {
             }
         }
     }
-}
-
-fn decode_jpeg(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
-    let whole = ends_after_scan(encoded);
-    let error = |error| if whole { undecodable("JPEG", error) } else { ImageError::Truncated("JPEG") };
-    let mut decoder = jpeg_decoder::Decoder::new(encoded);
-    decoder.read_info().map_err(error)?;
-    let info = decoder.info().ok_or_else(|| undecodable("JPEG", "it has no frame"))?;
-    let (width, height) = limits.check("JPEG", info.width.into(), info.height.into())?;
-    if !whole {
-        return Err(ImageError::Truncated("JPEG"));
-    }
-    let data = decoder.decode().map_err(error)?;
-    let data = match info.pixel_format {
-        jpeg_decoder::PixelFormat::RGB24 => data,
-        jpeg_decoder::PixelFormat::L8 => data.iter().flat_map(|&grey| [grey; 3]).collect(),
-        // The crate inverts inks whether or not Adobe's marker is there, which is Pillow's rule as well.
-        jpeg_decoder::PixelFormat::CMYK32 => {
-            data.chunks_exact(4).flat_map(|inks| rgb_of_inks([inks[0], inks[1], inks[2]], inks[3])).collect()
-        }
-        jpeg_decoder::PixelFormat::L16 => return Err(undecodable("JPEG", "it has 16 bits a sample")),
-    };
-    Ok(Rgb { width, height, data })
-}
-
-/// Each ink takes its share of what black leaves of the light, rounded as Pillow rounds it.
-fn rgb_of_inks(inks: [u8; 3], black: u8) -> [u8; 3] {
-    let light = u32::from(255 - black);
-    inks.map(|ink| {
-        let product = u32::from(ink) * light + 128;
-        // product / 255, rounded, without dividing; never above `light`.
-        (light - (((product >> 8) + product) >> 8)) as u8
-    })
-}
-
-/// Whether an end-of-image marker follows the first scan: the decoder would fill what is missing with grey. (The
-/// segments before the scan are stepped over, for a thumbnail in them has such a marker of its own.)
-fn ends_after_scan(encoded: &[u8]) -> bool {
-    const START_OF_SCAN: u8 = 0xDA;
-    let mut at = 2;
-    while let Some(&[prefix, marker]) = encoded.get(at..at + 2) {
-        match (prefix, marker) {
-            // Fill bytes before a marker, or bytes that belong to no segment.
-            (0xFF, 0xFF) | (0..0xFF, _) => at += 1,
-            (_, START_OF_SCAN) => return encoded[at..].windows(2).any(|pair| pair == [0xFF, 0xD9]),
-            // Markers without a length: stuffing, TEM, restarts.
-            (_, 0x00 | 0x01 | 0xD0..=0xD7) => at += 2,
-            _ => match encoded.get(at + 2..at + 4) {
-                Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])).max(2),
-                None => return false,
-            },
-        }
-    }
-    false
 }
 
 /// A known hole: the tables of a lossless WebP's codes are built from its bytes without regard to its sides, up to

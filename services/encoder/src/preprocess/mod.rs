@@ -5,7 +5,8 @@
 //! | module | holds |
 //! |---|---|
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
-//! | `bmp` | the one format that is decoded here rather than by a crate |
+//! | `bmp` | the one format that is decoded here rather than by a library |
+//! | `jpeg` | JPEG over libjpeg-turbo, which Pillow uses; `libjpeg` is its safe face |
 //! | [`outline`] | a region drawn as an image |
 //! | `pixels` | what the formats share: pixels, limits, errors |
 //! | `pool` | the threads that do it |
@@ -13,6 +14,8 @@
 
 mod bmp;
 pub mod decode;
+mod jpeg;
+mod libjpeg;
 pub mod outline;
 mod pixels;
 pub(crate) mod pool;
@@ -28,7 +31,7 @@ use pixels::{ImageError, ImageLimits, Rgb};
 
 /// The version of everything in this module that changes values. It is part of every cache key, so it grows with any
 /// change.
-pub const PREPROCESSING_VERSION: u32 = 1;
+pub const PREPROCESSING_VERSION: u32 = 2;
 
 /// The mean of each channel, red, green, blue, that CLIP was trained with, of values in 0..=1 (upstream:
 /// emu/constants.py).
