@@ -114,8 +114,8 @@ impl Service {
         let _permit = self.images.try_acquire().map_err(|_| full)?;
         let n_query = checked_queries(request.n_query, model)?;
         let prepared = self.prepare(request.source, model).await?;
-        let Preprocessed { waited, took, .. } = prepared;
-        let pixels = if prepared.pixels.is_empty() { Pixels::Mean } else { Pixels::Values(prepared.pixels) };
+        let Preprocessed { pixels, damage, waited, took } = prepared;
+        let pixels = if pixels.is_empty() { Pixels::Mean } else { Pixels::Values(pixels) };
         // Dropping the handle takes the image out of the queue.
         let mut submitted = self.engine.submit(PreparedImage { pixels, n_query }, priority)?;
         let encoded = submitted.next().await.ok_or(EngineError::Stopped)??;
@@ -127,6 +127,7 @@ impl Service {
             preprocess_ms: milliseconds(took),
             encode_ms: milliseconds(encode),
             preprocessing_version: PREPROCESSING_VERSION,
+            warnings: damage.into_iter().map(str::to_owned).collect(),
         })
     }
 
@@ -134,7 +135,12 @@ impl Service {
     async fn prepare(&self, source: Option<Source>, model: &ModelInfo) -> Result<Preprocessed, EncodeError> {
         let subject = match source.ok_or(EncodeError::NoSource)? {
             Source::MeanColour(_) => {
-                return Ok(Preprocessed { pixels: Vec::new(), waited: Duration::ZERO, took: Duration::ZERO });
+                return Ok(Preprocessed {
+                    pixels: Vec::new(),
+                    damage: Vec::new(),
+                    waited: Duration::ZERO,
+                    took: Duration::ZERO,
+                });
             }
             Source::Image(encoded) => Subject::Encoded(encoded),
             Source::Box(region) => match parameters::region("box", &region) {

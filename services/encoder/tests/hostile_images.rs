@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use emu2_encoder::preprocess::decode::{ImageLimits, decode};
+use emu2_encoder::preprocess::decode::{Decoded, ImageLimits, decode};
 use proptest::{prelude::*, test_runner::RngSeed};
 
 /// Counts what the current thread holds; a decode runs on one thread. What libjpeg takes from C's allocator is not seen:
@@ -59,14 +59,14 @@ const COPIES: isize = 4;
 /// # Panics
 /// When a decoder does, or when it allocates beyond the bound.
 fn decode_within_bounds(name: &str, bytes: &[u8]) -> bool {
-    let limits = ImageLimits { max_pixels: MAX_PIXELS, max_side: 8192 };
+    let limits = ImageLimits { max_pixels: MAX_PIXELS, max_side: 8192, refuse_damaged: false };
     let before = HELD.get();
     PEAK.set(before);
     let decoded = decode(bytes, &limits);
     let peak = PEAK.get() - before;
     let bound = MAX_PIXELS as isize * BYTES_PER_PIXEL + FIXED_BYTES + bytes.len() as isize * COPIES;
     assert!(peak <= bound, "{name}: held {peak} bytes, bound {bound}");
-    if let Ok(image) = &decoded {
+    if let Ok(Decoded { image, .. }) = &decoded {
         assert_eq!(image.data.len(), image.width * image.height * 3, "{name}");
     }
     decoded.is_ok()

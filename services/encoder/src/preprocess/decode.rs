@@ -7,7 +7,7 @@
 
 use std::io::Cursor;
 
-pub use super::pixels::{ImageError, ImageLimits, Rgb};
+pub use super::pixels::{Decoded, ImageError, ImageLimits, Rgb};
 use super::{
     bmp, jpeg,
     pixels::{colour_of, samples, undecodable},
@@ -17,17 +17,28 @@ use super::{
 ///
 /// # Errors
 ///
-/// The bytes are none of the formats, or a broken, truncated or animated file of one, or the image is beyond a limit.
-pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
-    match encoded {
-        [] => Err(ImageError::Empty),
-        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => decode_png(encoded, limits),
-        [0xFF, 0xD8, 0xFF, ..] => jpeg::decode(encoded, limits),
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => decode_webp(encoded, limits),
-        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => decode_gif(encoded, limits),
-        [b'B', b'M', ..] => bmp::decode(encoded, limits),
-        _ => Err(ImageError::UnknownFormat(encoded.len())),
+/// The bytes are none of the formats, or a broken, truncated or animated file of one, or the image is beyond a limit,
+/// or the file is damaged and the limits say that it is to be refused.
+pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageError> {
+    let decoded = decode_any(encoded, limits)?;
+    if limits.refuse_damaged && !decoded.damage.is_empty() {
+        return Err(ImageError::Damaged(decoded.damage.join(", ")));
     }
+    Ok(decoded)
+}
+
+fn decode_any(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageError> {
+    Ok(match encoded {
+        [] => return Err(ImageError::Empty),
+        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => decode_png(encoded, limits)?.into(),
+        [0xFF, 0xD8, 0xFF, ..] => jpeg::decode(encoded, limits)?,
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => {
+            decode_webp(encoded, limits)?.into()
+        }
+        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => decode_gif(encoded, limits)?.into(),
+        [b'B', b'M', ..] => bmp::decode(encoded, limits)?.into(),
+        _ => return Err(ImageError::UnknownFormat(encoded.len())),
+    })
 }
 
 fn decode_png(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {

@@ -2,11 +2,11 @@
 //! end.
 
 use super::{
-    libjpeg::{Decompressor, Failure, Samples},
-    pixels::{ImageError, ImageLimits, Rgb, undecodable},
+    libjpeg::{Decompressor, Failure, Samples, Warning},
+    pixels::{Decoded, ImageError, ImageLimits, Rgb, undecodable},
 };
 
-pub(super) fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
+pub(super) fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageError> {
     let mut decompressor = Decompressor::new(encoded);
     let header = decompressor.read_header()?;
     let (width, height) = limits.check("JPEG", header.width.into(), header.height.into())?;
@@ -32,8 +32,24 @@ pub(super) fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageE
         components => return Err(undecodable("JPEG", format!("it has {components} components"))),
     }
     // Once every row is there, the end-of-image marker may be missing, but what comes instead is still judged.
-    decompressor.finish()?;
-    Ok(Rgb { width, height, data })
+    let ended = decompressor.finish()?;
+    let mut damage: Vec<_> = decompressor.warnings().into_iter().map(damage_of).collect();
+    if !ended {
+        damage.push("the JPEG has no end-of-image marker");
+    }
+    Ok(Decoded { image: Rgb { width, height, data }, damage })
+}
+
+fn damage_of(warning: Warning) -> &'static str {
+    match warning {
+        Warning::EndsEarly => "the JPEG ends early; the rest is grey",
+        Warning::ScanEndsEarly => "a scan of the JPEG ends early; what it would refine stays coarse",
+        Warning::BadCode => "the JPEG's data is corrupt; what follows may be wrong",
+        Warning::Restart => "a restart marker of the JPEG is wrong or missing; parts may be lost or moved",
+        Warning::Extraneous => "the JPEG has bytes that belong to no part of it",
+        Warning::ScanOrder => "the scans of the JPEG are out of order",
+        Warning::ScanHeader => "a scan header of the JPEG is wrong and was not heeded",
+    }
 }
 
 /// Each ink takes its share of what black leaves of the light, rounded as Pillow rounds it. Whether or not Adobe's

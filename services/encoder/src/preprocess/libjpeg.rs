@@ -14,14 +14,19 @@ use std::{
 };
 
 use mozjpeg_sys::{
-    J_COLOR_SPACE, jpeg_common_struct, jpeg_create_decompress, jpeg_decompress_struct,
-    jpeg_destroy_decompress, jpeg_error_mgr, jpeg_finish_decompress, jpeg_progress_mgr, jpeg_read_header,
-    jpeg_read_scanlines, jpeg_resync_to_restart, jpeg_source_mgr, jpeg_start_decompress, jpeg_std_error,
+    J_COLOR_SPACE, JERR_BAD_CROP_SPEC, JWRN_BOGUS_PROGRESSION, JWRN_EXTRANEOUS_DATA, JWRN_HIT_MARKER,
+    JWRN_HUFF_BAD_CODE, JWRN_MUST_RESYNC, JWRN_NOT_SEQUENTIAL, jpeg_common_struct, jpeg_create_decompress,
+    jpeg_decompress_struct, jpeg_destroy_decompress, jpeg_error_mgr, jpeg_finish_decompress,
+    jpeg_progress_mgr, jpeg_read_header, jpeg_read_scanlines, jpeg_resync_to_restart, jpeg_source_mgr,
+    jpeg_start_decompress, jpeg_std_error,
 };
 
 /// A scan of few bytes can pass over the whole image, so that thousands of them would keep a thread for minutes.
 /// Encoders write at most some twenty.
 const MAX_SCANS: c_int = 256;
+
+/// With arithmetic coding, jerror.h has two codes more than the binding: JERR_NO_ARITH_TABLE and this one.
+const JWRN_ARITH_BAD_CODE: c_int = JERR_BAD_CROP_SPEC + 2;
 
 /// Why libjpeg cannot go on.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +43,25 @@ pub(super) struct Header {
     pub(super) width: u32,
     pub(super) height: u32,
     pub(super) components: usize,
+}
+
+/// What the library mended or left out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Warning {
+    /// The data of the one scan ends before the image does.
+    EndsEarly,
+    /// The data of one scan of several ends early.
+    ScanEndsEarly,
+    /// Data that no code stands for.
+    BadCode,
+    /// A restart marker is not the one that was expected.
+    Restart,
+    /// Bytes between marker segments.
+    Extraneous,
+    /// A scan refines what no scan has brought, or brings again what was there.
+    ScanOrder,
+    /// A sequential scan with the parameters of a progressive one.
+    ScanHeader,
 }
 
 /// What the samples of a row are to be.
@@ -60,6 +84,8 @@ struct Parts {
     errors: jpeg_error_mgr,
     source: jpeg_source_mgr,
     progress: jpeg_progress_mgr,
+    /// A bit for each message code that was a warning, for there may be millions of warnings.
+    warned: u128,
 }
 
 impl<'encoded> Decompressor<'encoded> {
@@ -71,7 +97,7 @@ impl<'encoded> Decompressor<'encoded> {
             let errors = &mut (*parts).errors;
             jpeg_std_error(errors);
             errors.error_exit = Some(unwind);
-            errors.emit_message = Some(ignore);
+            errors.emit_message = Some(note);
             (*parts).source = jpeg_source_mgr {
                 next_input_byte: encoded.as_ptr(),
                 bytes_in_buffer: encoded.len(),
@@ -84,6 +110,7 @@ impl<'encoded> Decompressor<'encoded> {
             (*parts).progress.progress_monitor = Some(count_scans);
             (*parts).library.common.err = &raw mut (*parts).errors;
             jpeg_create_decompress(&raw mut (*parts).library);
+            (*parts).library.common.client_data = (&raw mut (*parts).warned).cast();
             (*parts).library.common.progress = &raw mut (*parts).progress;
             (*parts).library.src = &raw mut (*parts).source;
             parts
@@ -138,11 +165,29 @@ impl<'encoded> Decompressor<'encoded> {
         if rows == 0 { Err(Failure::Ended) } else { Ok(()) }
     }
 
-    /// Reads on after the last row, to the end of the image or of the file.
-    pub(super) fn finish(mut self) -> Result<(), Failure> {
+    /// Reads on after the last row, to the end of the image or of the file, and returns whether the image has an end.
+    pub(super) fn finish(&mut self) -> Result<bool, Failure> {
         // SAFETY: decompression was started.
-        self.caught(|library| unsafe { jpeg_finish_decompress(library) })?;
-        Ok(())
+        Ok(self.caught(|library| unsafe { jpeg_finish_decompress(library) })? != 0)
+    }
+
+    /// What was mended or left out so far.
+    pub(super) fn warnings(&mut self) -> Vec<Warning> {
+        // SAFETY: the box is there until `drop`.
+        let warned = unsafe { (*self.parts.as_ptr()).warned };
+        // The precision of coefficients is known of progressive files alone.
+        let sequential = self.library().coef_bits.is_null();
+        let early = if sequential { Warning::EndsEarly } else { Warning::ScanEndsEarly };
+        let told = [
+            (JWRN_HIT_MARKER, early),
+            (JWRN_HUFF_BAD_CODE, Warning::BadCode),
+            (JWRN_ARITH_BAD_CODE, Warning::BadCode),
+            (JWRN_MUST_RESYNC, Warning::Restart),
+            (JWRN_EXTRANEOUS_DATA, Warning::Extraneous),
+            (JWRN_BOGUS_PROGRESSION, Warning::ScanOrder),
+            (JWRN_NOT_SEQUENTIAL, Warning::ScanHeader),
+        ];
+        told.into_iter().filter(|(code, _)| warned >> code & 1 == 1).map(|(_, warning)| warning).collect()
     }
 
     fn library(&mut self) -> &mut jpeg_decompress_struct {
@@ -188,7 +233,15 @@ unsafe extern "C-unwind" fn unwind(library: &mut jpeg_common_struct) {
     resume_unwind(Box::new(Failure::Broken(message)));
 }
 
-unsafe extern "C-unwind" fn ignore(_: &mut jpeg_common_struct, _: c_int) {}
+/// Called for warnings, which have a level below zero, and for traces.
+unsafe extern "C-unwind" fn note(library: &mut jpeg_common_struct, level: c_int) {
+    if level < 0 {
+        // SAFETY: `err` and `client_data` were set to parts of the box.
+        unsafe {
+            *library.client_data.cast::<u128>() |= 1_u128.unbounded_shl((*library.err).msg_code as u32)
+        };
+    }
+}
 
 unsafe extern "C-unwind" fn nothing(_: &mut jpeg_decompress_struct) {}
 

@@ -27,7 +27,7 @@ mod tests;
 use bytes::Bytes;
 use emu2_proto::v1;
 
-use pixels::{ImageError, ImageLimits, Rgb};
+use pixels::{Decoded, ImageError, ImageLimits, Rgb};
 
 /// The version of everything in this module that changes values. It is part of every cache key, so it grows with any
 /// change.
@@ -49,18 +49,26 @@ pub enum Subject {
     Box(v1::Box),
 }
 
-/// Decodes or draws an image, resizes it to a square of `side` pixels and normalises it: values in row-major order,
-/// [3, side, side].
+/// What the ViT reads, and what was wrong with the file that it comes from.
+#[derive(Clone, Debug)]
+pub struct Normalised {
+    /// The normalised values in row-major order, [3, side, side].
+    pub pixels: Vec<f32>,
+    /// As [`pixels::Decoded::damage`].
+    pub damage: Vec<&'static str>,
+}
+
+/// Decodes or draws an image, resizes it to a square of `side` pixels and normalises it.
 ///
 /// # Errors
 ///
 /// The bytes are no image that can be decoded, or the image is beyond a limit.
-pub fn preprocess(subject: &Subject, side: usize, limits: &ImageLimits) -> Result<Vec<f32>, ImageError> {
-    let image = match subject {
+pub fn preprocess(subject: &Subject, side: usize, limits: &ImageLimits) -> Result<Normalised, ImageError> {
+    let Decoded { image, damage } = match subject {
         Subject::Encoded(encoded) => decode::decode(encoded, limits)?,
-        Subject::Box(region) => outline::outline(region),
+        Subject::Box(region) => outline::outline(region).into(),
     };
-    Ok(normalise(&resize::resize(image, side)))
+    Ok(Normalised { pixels: normalise(&resize::resize(image, side)), damage })
 }
 
 /// Normalises bytes to (value / 255 - mean) / standard deviation: [height, width, 3] -> [3, height, width].

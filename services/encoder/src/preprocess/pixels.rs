@@ -13,7 +13,23 @@ pub struct Rgb {
     pub data: Vec<u8>,
 }
 
-/// How large an image may be.
+/// An image, and what was wrong with its file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decoded {
+    /// The pixels, as Pillow shows them.
+    pub image: Rgb,
+    /// What is damaged in the file and was mended or left out, as sentences without a full stop; empty for a sound
+    /// file.
+    pub damage: Vec<&'static str>,
+}
+
+impl From<Rgb> for Decoded {
+    fn from(image: Rgb) -> Self {
+        Self { image, damage: Vec::new() }
+    }
+}
+
+/// How large an image may be, and how sound its file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageLimits {
@@ -22,11 +38,13 @@ pub struct ImageLimits {
     pub max_pixels: u64,
     /// The largest width and the largest height, in pixels: bounds the resize's tables and rows.
     pub max_side: u32,
+    /// Whether a file is refused that is damaged, yet that Pillow shows; otherwise its answer carries warnings.
+    pub refuse_damaged: bool,
 }
 
 impl Default for ImageLimits {
     fn default() -> Self {
-        Self { max_pixels: 1 << 26, max_side: 32_768 }
+        Self { max_pixels: 1 << 26, max_side: 32_768, refuse_damaged: false }
     }
 }
 
@@ -67,6 +85,9 @@ pub enum ImageError {
     /// The file, whose format it holds, ends too early.
     #[error("must be a whole {0} file, got a truncated one")]
     Truncated(&'static str),
+    /// The file is damaged, though it can be shown, and [`ImageLimits::refuse_damaged`] is set; it holds the damage.
+    #[error("must be an undamaged file: {0} (image.refuse_damaged)")]
+    Damaged(String),
     /// The file breaks its format, or is of a variant that is not decoded.
     #[error("must be a well-formed {format} file: {reason}")]
     Undecodable {

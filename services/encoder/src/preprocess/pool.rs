@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tracing::Span;
 
 use super::{
-    Subject,
+    Normalised, Subject,
     decode::{ImageError, ImageLimits},
     preprocess,
 };
@@ -26,6 +26,8 @@ pub(crate) struct Preprocessor {
 pub(crate) struct Preprocessed {
     /// The normalised values in row-major order, [3, side, side].
     pub(crate) pixels: Vec<f32>,
+    /// What was wrong with the image's file, and was mended or left out.
+    pub(crate) damage: Vec<&'static str>,
     /// The time that the image waited for a thread.
     pub(crate) waited: Duration,
     /// The time from the start of its decoding to its values.
@@ -59,8 +61,11 @@ impl Preprocessor {
             let _thread = thread;
             let _stage = tracing::info_span!(parent: &span, "preprocess").entered();
             let begun = Instant::now();
-            let pixels = preprocess(&subject, side, &limits)?;
-            Ok(Preprocessed { pixels, waited, took: begun.elapsed() })
+            let Normalised { pixels, damage } = preprocess(&subject, side, &limits)?;
+            if !damage.is_empty() {
+                tracing::warn!(?damage, "a damaged image is taken as Pillow shows it");
+            }
+            Ok(Preprocessed { pixels, damage, waited, took: begun.elapsed() })
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             // The decoders are others' code and the bytes are anybody's: a decoder's defect is that image's end only.

@@ -24,6 +24,7 @@ struct DecodeCase {
     expected: String,
     width: usize,
     height: usize,
+    damage: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -59,7 +60,17 @@ fn every_image_decodes_as_pillow_does() {
     let mut wrong = Vec::new();
     for case in cases {
         let got = match decode(&fixtures::file(&case.file), &ImageLimits::default()) {
-            Ok(got) => got,
+            Ok(decoded) => {
+                let told = decoded.damage.join(", ");
+                match &case.damage {
+                    Some(damage) if !told.contains(damage) => {
+                        wrong.push(format!("{}: told {told:?}", case.file))
+                    }
+                    None if !told.is_empty() => wrong.push(format!("{}: told {told:?}", case.file)),
+                    _ => {}
+                }
+                decoded.image
+            }
             Err(error) => {
                 wrong.push(format!("{}: {error}", case.file));
                 continue;
@@ -89,6 +100,7 @@ fn every_bad_image_is_refused_for_its_reason() {
             ImageError::TooManyPixels { .. } | ImageError::TooLong { .. } => "pixels",
             ImageError::Animated(_) => "animated",
             ImageError::Truncated(_) => "truncated",
+            ImageError::Damaged(_) => "damaged",
             ImageError::Undecodable { .. } => "undecodable",
         };
         assert_eq!(reason, case.reason, "{}: {error}", case.file);
@@ -107,6 +119,17 @@ fn refusals_say_limit_and_value() {
 }
 
 #[test]
+fn a_damaged_image_is_refused_where_that_is_configured() {
+    let limits = ImageLimits { refuse_damaged: true, ..ImageLimits::default() };
+    for case in manifest().decode {
+        let decoded = decode(&fixtures::file(&case.file), &limits);
+        assert_eq!(matches!(decoded, Err(ImageError::Damaged(_))), case.damage.is_some(), "{}", case.file);
+    }
+    let error = decode(&fixtures::file("ends_early.jpg"), &limits).unwrap_err().to_string();
+    assert!(error.contains("the JPEG ends early; the rest is grey"), "{error}");
+}
+
+#[test]
 fn a_jpeg_of_very_many_scans_is_refused() {
     // A whole scan that may come again and again, each time over all of the image.
     let jpeg = fixtures::file("scans1.jpg");
@@ -114,7 +137,8 @@ fn a_jpeg_of_very_many_scans_is_refused() {
     let end = jpeg.len() - 2;
     let with_scans = |count| [&jpeg[..scan], &jpeg[scan..end].repeat(count), &jpeg[end..]].concat();
     let limits = ImageLimits::default();
-    assert_eq!(decode(&with_scans(200), &limits), decode(&jpeg, &limits));
+    let image = |jpeg: &[u8]| decode(jpeg, &limits).unwrap().image;
+    assert_eq!(image(&with_scans(200)), image(&jpeg));
     let error = decode(&with_scans(10_000), &limits).unwrap_err().to_string();
     assert!(error.contains("more than 256 scans"), "{error}");
 }
@@ -164,7 +188,8 @@ fn the_official_transform_is_met() {
 fn a_whole_file_becomes_pixels() {
     let golden = golden::file("preprocess.safetensors");
     let png = fixtures::png(&golden_image(&golden, "img1.rgb_u8"));
-    let pixels = preprocess(&super::Subject::Encoded(png.into()), 56, &ImageLimits::default()).unwrap();
+    let pixels =
+        preprocess(&super::Subject::Encoded(png.into()), 56, &ImageLimits::default()).unwrap().pixels;
     let pixels = Tensor::from_slice(&pixels).view([3, 56, 56]).to_kind(Kind::Float);
     golden::assert_close("img1", &pixels, &golden.tensor("img1.pixels56"), 1e-6);
 }
