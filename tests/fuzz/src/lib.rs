@@ -23,6 +23,7 @@ mod preprocess {
     pub mod decode;
     pub mod jpeg;
     pub mod libjpeg;
+    pub mod mend;
     pub mod pixels;
 }
 

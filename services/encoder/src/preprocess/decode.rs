@@ -10,6 +10,7 @@ use std::io::Cursor;
 pub use super::pixels::{Decoded, ImageError, ImageLimits, Rgb};
 use super::{
     bmp, jpeg,
+    mend::{self, Mended},
     pixels::{colour_of, samples, undecodable},
 };
 
@@ -30,15 +31,38 @@ pub fn decode(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageErro
 fn decode_any(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageError> {
     Ok(match encoded {
         [] => return Err(ImageError::Empty),
-        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => decode_png(encoded, limits)?.into(),
+        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => {
+            mended(encoded, limits, decode_png, mend::png)?
+        }
         [0xFF, 0xD8, 0xFF, ..] => jpeg::decode(encoded, limits)?,
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => {
-            decode_webp(encoded, limits)?.into()
+            mended(encoded, limits, decode_webp, mend::webp)?
         }
-        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => decode_gif(encoded, limits)?.into(),
+        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => match mend::gif(encoded) {
+            // Before the decoder, which takes a break behind the first frame for the end.
+            Some(Mended { file, damage }) => Decoded { image: decode_gif(&file, limits)?, damage },
+            None => decode_gif(encoded, limits)?.into(),
+        },
         [b'B', b'M', ..] => bmp::decode(encoded, limits)?.into(),
         _ => return Err(ImageError::UnknownFormat(encoded.len())),
     })
+}
+
+/// Decodes a file or, where that fails, what can be made of it.
+fn mended(
+    encoded: &[u8],
+    limits: &ImageLimits,
+    decode: fn(&[u8], &ImageLimits) -> Result<Rgb, ImageError>,
+    mend: fn(&[u8]) -> Option<Mended>,
+) -> Result<Decoded, ImageError> {
+    match decode(encoded, limits) {
+        Err(error @ (ImageError::Truncated(_) | ImageError::Undecodable { .. })) => {
+            let Some(Mended { file, damage }) = mend(encoded) else { return Err(error) };
+            let image = decode(&file, limits).map_err(|_| error)?;
+            Ok(Decoded { image, damage })
+        }
+        decoded => Ok(decoded?.into()),
+    }
 }
 
 fn decode_png(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
@@ -129,7 +153,7 @@ fn decode_webp(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> 
     let (width, height) = decoder.dimensions();
     let (width, height) = limits.check("WebP", width.into(), height.into())?;
     if decoder.is_animated() {
-        return Err(ImageError::Animated("WebP"));
+        return decode_webp_frame(encoded, (width, height), limits);
     }
     check_webp_frame(encoded, (width, height))?;
     let channels = if decoder.has_alpha() { 4 } else { 3 };
@@ -137,6 +161,49 @@ fn decode_webp(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> 
     decoder.read_image(&mut data).map_err(error)?;
     if channels == 4 {
         drop_alpha(&mut data);
+    }
+    Ok(Rgb { width, height, data })
+}
+
+/// An animation of one frame is one image: the frame, and black around it.
+fn decode_webp_frame(
+    encoded: &[u8],
+    (width, height): (usize, usize),
+    limits: &ImageLimits,
+) -> Result<Rgb, ImageError> {
+    let mut frames = mend::chunks(encoded, 12).filter(|(kind, _)| kind == b"ANMF").map(|(_, frame)| frame);
+    let frame = frames.next().ok_or(ImageError::Truncated("WebP"))?;
+    if frames.next().is_some() {
+        return Err(ImageError::Animated("WebP"));
+    }
+    let (header, image) = frame.split_at_checked(16).ok_or(ImageError::Truncated("WebP"))?;
+    if ![b"VP8 ", b"VP8L", b"ALPH"].iter().any(|&kind| image.starts_with(kind)) {
+        return Err(undecodable("WebP", "its frame holds no image"));
+    }
+    let three_bytes =
+        |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], 0]) as usize;
+    let (left, top) = (three_bytes(0) * 2, three_bytes(3) * 2);
+    let sides = (three_bytes(6) + 1, three_bytes(9) + 1);
+    // The frame as a file of its own, with the header that alpha needs.
+    let mut still = b"RIFF\0\0\0\0WEBP".to_vec();
+    if image.starts_with(b"ALPH") {
+        still.extend(b"VP8X\x0a\0\0\0\x10\0\0\0");
+        still.extend(&header[6..12]);
+    }
+    still.extend(image);
+    let length = still.len() as u32 - 8;
+    still[4..8].copy_from_slice(&length.to_le_bytes());
+    let frame = decode_webp(&still, limits)?;
+    if (frame.width, frame.height) != sides {
+        return Err(undecodable("WebP", "its frame has other sides than it states"));
+    }
+    if left + frame.width > width || top + frame.height > height {
+        return Err(undecodable("WebP", "its frame passes the edge of its canvas"));
+    }
+    let mut data = vec![0; width * height * 3];
+    for (y, row) in frame.data.chunks_exact(frame.width * 3).enumerate() {
+        let start = ((top + y) * width + left) * 3;
+        data[start..start + row.len()].copy_from_slice(row);
     }
     Ok(Rgb { width, height, data })
 }

@@ -7,6 +7,7 @@
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
 //! | `bmp` | the one format that is decoded here rather than by a library |
 //! | `jpeg` | JPEG over libjpeg-turbo, which Pillow uses; `libjpeg` is its safe face |
+//! | `mend` | files that break their format, as far as Pillow reads them |
 //! | [`outline`] | a region drawn as an image |
 //! | `pixels` | what the formats share: pixels, limits, errors |
 //! | `pool` | the threads that do it |
@@ -16,6 +17,7 @@ mod bmp;
 pub mod decode;
 mod jpeg;
 mod libjpeg;
+mod mend;
 pub mod outline;
 mod pixels;
 pub(crate) mod pool;
