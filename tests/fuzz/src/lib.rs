@@ -21,6 +21,7 @@ use prost::Message;
 mod preprocess {
     pub mod bmp;
     pub mod decode;
+    pub mod foreign;
     pub mod jpeg;
     pub mod libjpeg;
     pub mod mend;

@@ -9,7 +9,7 @@ use std::io::Cursor;
 
 pub use super::pixels::{Decoded, ImageError, ImageLimits, Rgb};
 use super::{
-    bmp, jpeg,
+    bmp, foreign, jpeg,
     mend::{self, Mended},
     pixels::{colour_of, samples, undecodable},
 };
@@ -44,7 +44,12 @@ fn decode_any(encoded: &[u8], limits: &ImageLimits) -> Result<Decoded, ImageErro
             None => decode_gif(encoded, limits)?.into(),
         },
         [b'B', b'M', ..] => bmp::decode(encoded, limits)?.into(),
-        _ => return Err(ImageError::UnknownFormat(encoded.len())),
+        _ => {
+            return Err(match foreign::named(encoded) {
+                Some((format, advice)) => ImageError::NotAccepted { format, advice },
+                None => ImageError::UnknownFormat(encoded.len()),
+            });
+        }
     })
 }
 

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`decode`] | encoded bytes -> RGB bytes, by Pillow's colour rules; refuses by header, before it allocates |
 //! | `bmp` | the one format that is decoded here rather than by a library |
+//! | `foreign` | the names of formats that are not accepted |
 //! | `jpeg` | JPEG over libjpeg-turbo, which Pillow uses; `libjpeg` is its safe face |
 //! | `mend` | files that break their format, as far as Pillow reads them |
 //! | [`outline`] | a region drawn as an image |
@@ -15,6 +16,7 @@
 
 mod bmp;
 pub mod decode;
+mod foreign;
 mod jpeg;
 mod libjpeg;
 mod mend;

@@ -57,6 +57,14 @@ pub enum ImageError {
     /// The first bytes are those of no format that is decoded; it holds the number of bytes.
     #[error("must be an encoded image ({ACCEPTED}), got {0} bytes of something else")]
     UnknownFormat(usize),
+    /// The file is an image of a format that is known and not accepted.
+    #[error("must be an encoded image ({ACCEPTED}), got {format}: {advice}")]
+    NotAccepted {
+        /// The file's format.
+        format: &'static str,
+        /// How to convert the file.
+        advice: &'static str,
+    },
     /// The image has more pixels than [`ImageLimits::max_pixels`].
     #[error("must have at most {max} pixels, got {width} x {height} = {pixels}")]
     TooManyPixels {

@@ -97,6 +97,7 @@ fn every_bad_image_is_refused_for_its_reason() {
         let reason = match &error {
             ImageError::Empty => "empty",
             ImageError::UnknownFormat(_) => "unknown",
+            ImageError::NotAccepted { format, .. } => format,
             ImageError::TooManyPixels { .. } | ImageError::TooLong { .. } => "pixels",
             ImageError::Animated(_) => "animated",
             ImageError::Truncated(_) => "truncated",
@@ -115,6 +116,8 @@ fn refusals_say_limit_and_value() {
     let long = error("one_row.png", ImageLimits { max_side: 39, ..ImageLimits::default() });
     assert!(long.contains("39") && long.contains("40 x 1"), "{long}");
     assert!(error("text.txt", ImageLimits::default()).contains("PNG, JPEG, WebP, BMP or single-frame GIF"));
+    let tiff = error("little.tiff", ImageLimits::default());
+    assert!(tiff.ends_with("got TIFF: convert it to PNG, as with `magick FILE image.png`"), "{tiff}");
     assert!(error("animated.gif", ImageLimits::default()).contains("send frames as video"));
 }
 
