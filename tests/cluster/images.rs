@@ -1,5 +1,5 @@
 //! Every kind of image that Pillow reads is read as Pillow reads it, through gRPC: its embeddings are those of
-//! Pillow's pixels. (Formats that decoders round differently are held to Pillow's pixels in the encoder's own tests.)
+//! Pillow's pixels.
 
 use std::{fs, path::PathBuf};
 
@@ -24,9 +24,8 @@ async fn embeddings(bytes: Vec<u8>) -> Result<Vec<f32>, tonic::Status> {
 async fn images_of_every_kind_are_read_as_pillow_reads_them() {
     let manifest: Value = serde_json::from_slice(&fixture("manifest.json")).unwrap();
     let cases = manifest["decode"].as_array().unwrap();
-    let exact: Vec<_> = cases.iter().filter(|case| case["tolerance"] == "exact").collect();
-    assert!(exact.len() > 40, "{} exact cases", exact.len());
-    for case in exact {
+    assert!(cases.len() > 100, "{} cases", cases.len());
+    for case in cases {
         let name = case["file"].as_str().unwrap();
         let side = |key: &str| case[key].as_u64().unwrap() as u32;
         let pillows = rgb_png(side("width"), side("height"), fixture(case["expected"].as_str().unwrap()));
