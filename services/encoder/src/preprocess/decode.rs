@@ -81,6 +81,8 @@ fn decode_png(encoded: &[u8], limits: &ImageLimits) -> Result<Rgb, ImageError> {
     // Neither changes a pixel, and both may unpack to much more than they take.
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
+    // As zlib, which Pillow uses: the sum over the pixels counts, whatever becomes of the chunks' sums.
+    decoder.ignore_checksums(false);
     let header = decoder.read_header_info().map_err(error)?;
     let (width, height) = limits.check("PNG", header.width.into(), header.height.into())?;
     let mut reader = decoder.read_info().map_err(error)?;
