@@ -7,7 +7,6 @@ use emu2_serve::{
     deadline::Deadline,
     stream::{self, Events},
 };
-use tokio::time::sleep;
 
 use crate::{engine::Engine, load::Load, stage::Stage};
 
@@ -24,23 +23,9 @@ impl<S: Stage> Engine<S> {
     /// The stream of `WatchLoad`: the load at once, and again after each change, at most one every 50 ms and then the
     /// latest. It ends with its caller or its engine, and does not keep the engine's thread.
     pub fn watch_load(&self, deadline: Deadline) -> Events<stage::Load> {
-        let (sender, events) = stream::channel(1, deadline);
-        let (mut changes, timer) = (self.load().watch(), self.step_timer());
-        tokio::spawn(async move {
-            let work = async {
-                loop {
-                    let load = *changes.borrow_and_update();
-                    let report = on_the_wire(load, timer.step_ms());
-                    sender.send(Ok(report)).await.map_err(|_| sender.closed_status())?;
-                    sleep(REPORT_INTERVAL).await;
-                    if changes.changed().await.is_err() {
-                        return Ok(());
-                    }
-                }
-            };
-            sender.run(work).await;
-        });
-        events
+        let timer = self.step_timer();
+        let tell = move |load: &Load| on_the_wire(*load, timer.step_ms());
+        stream::watched(self.load().watch(), tell, REPORT_INTERVAL, deadline)
     }
 }
 

@@ -34,10 +34,14 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures::{Future, Stream};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep,
+};
 use tonic::Status;
 
 use crate::{deadline::Deadline, status};
@@ -60,6 +64,36 @@ pub struct Sender<T> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the caller has left or its deadline has passed")]
 pub struct Closed;
+
+/// Returns a response stream that tells a watched value through `tell`: at once, and again after each change, at most
+/// one event every `interval` and then the latest value. It ends with its caller, or when nobody can change the value
+/// any more.
+pub fn watched<W, T>(
+    mut changes: watch::Receiver<W>,
+    tell: impl Fn(&W) -> T + Send + Sync + 'static,
+    interval: Duration,
+    deadline: Deadline,
+) -> Events<T>
+where
+    W: Send + Sync + 'static,
+    T: Send + 'static,
+{
+    let (sender, events) = channel(1, deadline);
+    tokio::spawn(async move {
+        let work = async {
+            loop {
+                let event = tell(&changes.borrow_and_update());
+                sender.send(Ok(event)).await.map_err(|_| sender.closed_status())?;
+                sleep(interval).await;
+                if changes.changed().await.is_err() {
+                    return Ok(());
+                }
+            }
+        };
+        sender.run(work).await;
+    });
+    events
+}
 
 impl<T> Sender<T> {
     /// Sends an event, and waits while the queue is full. An error is the last event that arrives. Fails once nobody

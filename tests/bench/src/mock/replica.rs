@@ -19,7 +19,7 @@ use prometheus_client::{
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio::{
     sync::{Mutex as Queue, Semaphore, SemaphorePermit, watch},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 use tonic::{Response, Status};
 
@@ -140,22 +140,7 @@ impl Replica {
 
     /// The load and its changes.
     pub(super) fn watch_load(&self, deadline: Deadline) -> Response<Events<Load>> {
-        let (sender, events) = stream::channel(1, deadline);
-        let mut changes = self.load.subscribe();
-        tokio::spawn(async move {
-            loop {
-                let load = *changes.borrow_and_update();
-                if sender.send(Ok(load)).await.is_err() {
-                    return;
-                }
-                sleep(REPORT_INTERVAL).await;
-                tokio::select! {
-                    changed = changes.changed() => if changed.is_err() { return },
-                    () = sender.closed() => return,
-                }
-            }
-        });
-        Response::new(events)
+        Response::new(stream::watched(self.load.subscribe(), |load| *load, REPORT_INTERVAL, deadline))
     }
 
     /// Answers with what `work` sends, until it ends or its caller leaves.
