@@ -23,46 +23,31 @@ const ORIGINAL_SIDE: u32 = 1024;
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub(crate) model: ModelInfo,
-    pub(crate) max_image_side: usize,
-    pub(crate) max_steps: usize,
-    pub(crate) max_guidance_scale: f32,
     pub(crate) max_queries: usize,
+    /// The limits of parameters as the router is told them, which refuses by them before it asks.
+    pub(crate) parameters: Vec<ParameterLimit>,
 }
 
 impl Limits {
     pub(crate) fn new(config: &Config, model: ModelInfo) -> Self {
-        Self {
-            // A schedule has at most the training's timesteps.
-            max_steps: config.max_steps.min(model.train_steps),
-            max_image_side: config.max_image_side,
-            max_guidance_scale: config.max_guidance_scale,
-            max_queries: config.max_queries,
-            model,
-        }
-    }
-}
-
-impl Limits {
-    /// The limits as the router is told them, which refuses by them before it asks.
-    pub(crate) fn stated(&self) -> Vec<ParameterLimit> {
         // Dimensions and configured limits are far below 2^32.
-        let (factor, side) = (self.model.scale_factor as u32, self.max_image_side as u32);
-        let (steps, default_side) = (self.max_steps as u32, self.model.default_side as u32);
+        let (factor, default_side) = (model.scale_factor as u32, model.default_side as u32);
+        let side = config.max_image_side as u32;
+        // A schedule has at most the training's timesteps.
+        let steps = config.max_steps.min(model.train_steps) as u32;
+        let guidance = config.max_guidance_scale;
         let limit = |field, values, default| ParameterLimit::new(field, values, Some(default));
-        vec![
+        let parameters = vec![
             limit("image.height", factor..=side, default_side).multiple_of(factor),
             limit("image.width", factor..=side, default_side).multiple_of(factor),
             limit("image.steps", 1..=steps, steps.min(50)),
-            ParameterLimit::new(
-                "image.guidance_scale",
-                0.0..=self.max_guidance_scale,
-                Some(self.max_guidance_scale.min(3.0)),
-            ),
+            ParameterLimit::new("image.guidance_scale", 0.0..=guidance, Some(guidance.min(3.0))),
             limit("image.original_height", 0..=u32::MAX, ORIGINAL_SIDE),
             limit("image.original_width", 0..=u32::MAX, ORIGINAL_SIDE),
             limit("image.crop_top", 0..=u32::MAX, 0),
             limit("image.crop_left", 0..=u32::MAX, 0),
-        ]
+        ];
+        Self { max_queries: config.max_queries, parameters, model }
     }
 }
 
@@ -96,7 +81,7 @@ impl Intake {
             None => return Err(vec![Violation::new("start", "must be the first message, got none")]),
         };
         let asked = start.image.take().unwrap_or_default();
-        let (image, mut violations) = parameters::image(&asked, &limits.stated());
+        let (image, mut violations) = parameters::image(&asked, &limits.parameters);
         if !(1..=limits.max_queries).contains(&(start.queries as usize)) {
             violations.push(Violation::out_of_range("start.queries", 1, limits.max_queries, start.queries));
         }

@@ -155,7 +155,7 @@ impl VisualDecoder for Service {
             width: model.width as u32,
             scale_factor: model.scale_factor as u32,
             max_queries: limits.max_queries as u32,
-            parameter_limits: limits.stated(),
+            parameter_limits: limits.parameters.clone(),
             load: Some(self.engine.wire_load()),
         }))
     }

@@ -62,7 +62,7 @@ pub(crate) struct Service {
 
 impl Service {
     pub(crate) fn new(config: &Config, engine: Engine, loaded: Arc<OnceLock<Loaded>>) -> Self {
-        let limits = Limits { max_new_tokens: config.max_new_tokens, max_beams: config.max_beams };
+        let limits = Limits::new(config.max_new_tokens, config.max_beams);
         let input_wait = Duration::from_millis(config.input_wait_ms);
         Self { engine, loaded, limits, input_wait }
     }
@@ -127,7 +127,7 @@ impl LanguageModel for Service {
             instruct: loaded.tokenizer.instruct(),
             max_text_bytes: loaded.tokenizer.max_text_bytes(loaded.max_positions) as u64,
             load: Some(self.engine.wire_load()),
-            parameter_limits: self.limits.stated(),
+            parameter_limits: self.limits.stated().to_vec(),
         }))
     }
 

@@ -25,18 +25,14 @@ const TEMPERATURE: RangeInclusive<f32> = 0.001..=100.0;
 /// The repetition penalties that are taken: what was seen is favoured below 1, avoided above, as much either way.
 const REPETITION_PENALTY: RangeInclusive<f32> = 0.1..=10.0;
 
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    pub(super) max_new_tokens: u32,
-    pub(super) max_beams: u32,
-}
+/// What this service takes, as it is told to the router, which refuses by it before it asks.
+#[derive(Clone, Debug)]
+pub(super) struct Limits(Vec<ParameterLimit>);
 
 impl Limits {
-    /// The limits as the router is told them, which refuses by them before it asks.
-    pub(super) fn stated(&self) -> Vec<ParameterLimit> {
-        let Self { max_new_tokens, max_beams } = *self;
+    pub(super) fn new(max_new_tokens: u32, max_beams: u32) -> Self {
         let limit = |field, values, default| ParameterLimit::new(field, values, default);
-        vec![
+        let stated = vec![
             limit("text.max_new_tokens", 1..=max_new_tokens, Some(max_new_tokens.min(64))),
             // The unseen first id counts, so that the longest output has one more.
             limit("text.min_length", 0..=max_new_tokens.saturating_add(1), Some(1)),
@@ -46,7 +42,12 @@ impl Limits {
             limit("text.top_k", 1..=u32::MAX, None),
             ParameterLimit::new("text.top_p", 0.0..=1.0, None).above_min(),
             ParameterLimit::new("text.repetition_penalty", REPETITION_PENALTY, Some(1.0)),
-        ]
+        ];
+        Self(stated)
+    }
+
+    pub(super) fn stated(&self) -> &[ParameterLimit] {
+        &self.0
     }
 
     /// The parameters as the engine takes them, or all mistakes at once.
@@ -55,7 +56,7 @@ impl Limits {
         asked: &TextOutput,
         seed: u64,
     ) -> Result<(TextOutput, TextParameters), Status> {
-        let (text, wrong) = parameters::text(asked, &self.stated());
+        let (text, wrong) = parameters::text(asked, self.stated());
         if !wrong.is_empty() {
             return Err(status::invalid(wrong));
         }
@@ -119,11 +120,13 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { max_new_tokens: 100, max_beams: 5 };
+    fn limits() -> Limits {
+        Limits::new(100, 5)
+    }
 
     #[test]
     fn each_strategy_is_read() {
-        let strategy = |text| LIMITS.check(&text, 9).unwrap().1.strategy;
+        let strategy = |text| limits().check(&text, 9).unwrap().1.strategy;
         let default = TextOutput::default();
         assert_eq!(strategy(default), Strategy::Beam { num_beams: 5, length_penalty: -1.0 });
         assert_eq!(strategy(TextOutput { num_beams: Some(1), ..default }), Strategy::Greedy);
@@ -134,7 +137,7 @@ mod tests {
 
     #[test]
     fn defaults_stay_within_a_small_services_limits() {
-        let small = Limits { max_new_tokens: 16, max_beams: 2 };
+        let small = Limits::new(16, 2);
         let (text, _) = small.check(&TextOutput::default(), 1).unwrap();
         assert_eq!((text.max_new_tokens, text.num_beams), (Some(16), Some(2)));
     }
@@ -175,11 +178,11 @@ mod tests {
             ),
         ];
         for (text, message) in cases {
-            let status = LIMITS.check(&text, 1).unwrap_err();
+            let status = limits().check(&text, 1).unwrap_err();
             assert_eq!((status.code(), status.message()), (Code::InvalidArgument, message));
         }
         let all = TextOutput { max_new_tokens: Some(0), num_beams: Some(0), ..valid };
-        assert!(LIMITS.check(&all, 1).unwrap_err().message().ends_with("(and 1 more)"));
+        assert!(limits().check(&all, 1).unwrap_err().message().ends_with("(and 1 more)"));
     }
 
     #[test]
