@@ -68,3 +68,12 @@ pub fn decoder() -> DecoderInfo {
         ],
     }
 }
+
+/// Puts limits in place of those that are stated for the same fields.
+pub fn with_limits(mut stated: Vec<ParameterLimit>, others: &[ParameterLimit]) -> Vec<ParameterLimit> {
+    for other in others {
+        let limit = stated.iter_mut().find(|limit| limit.field == other.field);
+        *limit.expect("the field has a limit") = other.clone();
+    }
+    stated
+}

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use emu2_proto::{
+    capable,
     stage::{DecoderInfo, EncoderInfo, LlmInfo},
     v1::{Chat, Image, ParameterLimit, Prompt, Role, Turn, Video},
 };
@@ -15,29 +16,25 @@ fn profile() -> Profile {
         v_query: 16,
         instruct: true,
         max_text_bytes: 1000,
-        parameter_limits: vec![
-            ParameterLimit::new("text.max_new_tokens", 1..=1024, Some(64)),
-            ParameterLimit::new("text.min_length", 0..=1025, Some(1)),
-            ParameterLimit::new("text.num_beams", 1..=8, Some(5)),
-            ParameterLimit::new("text.length_penalty", -10.0..=10.0, Some(-1.0)),
-            ParameterLimit::new("text.temperature", 0.001_f32..=50.0, Some(1.0)),
-            ParameterLimit::new("text.top_k", 1..=u32::MAX, None),
-            ParameterLimit::new("text.top_p", 0.0..=1.0, None).above_min(),
-            ParameterLimit::new("text.repetition_penalty", 0.1_f32..=5.0, Some(1.0)),
-        ],
+        parameter_limits: capable::with_limits(
+            capable::llm().parameter_limits,
+            &[
+                ParameterLimit::new("text.num_beams", 1..=8, Some(5)),
+                ParameterLimit::new("text.temperature", 0.001_f32..=50.0, Some(1.0)),
+                ParameterLimit::new("text.repetition_penalty", 0.1_f32..=5.0, Some(1.0)),
+            ],
+        ),
         ..Default::default()
     };
     let decoder = DecoderInfo {
-        parameter_limits: vec![
-            ParameterLimit::new("image.height", 8..=2048, Some(1024)).multiple_of(8),
-            ParameterLimit::new("image.width", 8..=2048, Some(768)).multiple_of(8),
-            ParameterLimit::new("image.steps", 1..=1000, Some(50)),
-            ParameterLimit::new("image.guidance_scale", 0.0..=20.0, Some(3.0)),
-            ParameterLimit::new("image.original_height", 0..=u32::MAX, Some(1024)),
-            ParameterLimit::new("image.original_width", 0..=u32::MAX, Some(1024)),
-            ParameterLimit::new("image.crop_top", 0..=u32::MAX, Some(0)),
-            ParameterLimit::new("image.crop_left", 0..=u32::MAX, Some(0)),
-        ],
+        parameter_limits: capable::with_limits(
+            capable::decoder().parameter_limits,
+            &[
+                ParameterLimit::new("image.width", 8..=2048, Some(768)).multiple_of(8),
+                ParameterLimit::new("image.steps", 1..=1000, Some(50)),
+                ParameterLimit::new("image.guidance_scale", 0.0..=20.0, Some(3.0)),
+            ],
+        ),
         ..Default::default()
     };
     Profile {

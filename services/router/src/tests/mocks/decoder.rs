@@ -36,13 +36,14 @@ impl VisualDecoder for MockDecoder {
             dtype: self.0.dtype(),
             width: WIDTH,
             max_queries: 16,
-            parameter_limits: vec![
-                ParameterLimit::new("image.height", 8..=128, Some(64)).multiple_of(8),
-                ParameterLimit::new("image.width", 8..=128, Some(64)).multiple_of(8),
-                ParameterLimit::new("image.steps", 1..=100, Some(50)),
-                ParameterLimit::new("image.guidance_scale", 0.0..=100.0, Some(3.0)),
-                ParameterLimit::new("image.original_width", 0..=u32::MAX, Some(1024)),
-            ],
+            parameter_limits: capable::with_limits(
+                capable::decoder().parameter_limits,
+                &[
+                    ParameterLimit::new("image.height", 8..=128, Some(64)).multiple_of(8),
+                    ParameterLimit::new("image.width", 8..=128, Some(64)).multiple_of(8),
+                    ParameterLimit::new("image.steps", 1..=100, Some(50)),
+                ],
+            ),
             load: self.0.load(),
             ..capable::decoder()
         }))

@@ -40,13 +40,14 @@ impl LanguageModel for MockLlm {
             v_query: 1,
             instruct: self.1,
             max_text_bytes: 10_000,
-            parameter_limits: vec![
-                ParameterLimit::new("text.max_new_tokens", 1..=100, Some(64)),
-                ParameterLimit::new("text.min_length", 0..=101, Some(1)),
-                ParameterLimit::new("text.num_beams", 1..=5, Some(5)),
-                ParameterLimit::new("text.temperature", 0.001_f32..=100.0, Some(1.0)),
-                ParameterLimit::new("text.repetition_penalty", 0.1_f32..=10.0, Some(1.0)),
-            ],
+            parameter_limits: capable::with_limits(
+                capable::llm().parameter_limits,
+                &[
+                    ParameterLimit::new("text.max_new_tokens", 1..=100, Some(64)),
+                    ParameterLimit::new("text.min_length", 0..=101, Some(1)),
+                    ParameterLimit::new("text.num_beams", 1..=5, Some(5)),
+                ],
+            ),
             load: self.0.load(),
             ..capable::llm()
         }))
