@@ -1,5 +1,5 @@
-//! How a message becomes the bytes of a stream: as prost writes it, into room that is taken at once. prost's own codec for
-//! tonic lets the buffer grow field by field, so that whatever follows a tensor moves all of it to a larger place.
+//! How a message becomes the bytes of a stream: as prost writes it, into room that is taken at once. prost's own codec
+//! for tonic lets the buffer grow field by field, so that whatever follows a tensor moves all of it to a larger place.
 
 use std::marker::PhantomData;
 

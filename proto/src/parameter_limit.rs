@@ -5,7 +5,8 @@ use std::ops::RangeInclusive;
 use crate::v1::ParameterLimit;
 
 impl ParameterLimit {
-    /// The limit of `field`, such as `text.num_beams`: the values it may have, and the one of a request that leaves it out.
+    /// The limit of `field`, such as `text.num_beams`: the values it may have, and the one of a request that leaves it
+    /// out.
     pub fn new<T: Copy + Into<f64>>(field: &str, values: RangeInclusive<T>, default: Option<T>) -> Self {
         Self {
             field: field.to_owned(),

@@ -9,8 +9,8 @@ use std::{
 use emu2_encoder::preprocess::decode::{Decoded, ImageLimits, decode};
 use proptest::{prelude::*, test_runner::RngSeed};
 
-/// Counts what the current thread holds; a decode runs on one thread. What libjpeg takes from C's allocator is not seen:
-/// it allocates for an image only after the limits have been checked, at most 8 bytes a pixel.
+/// Counts what the current thread holds; a decode runs on one thread. What libjpeg takes from C's allocator is not
+/// seen: it allocates for an image only after the limits have been checked, at most 8 bytes a pixel.
 struct Counting;
 
 thread_local! {

@@ -1,8 +1,8 @@
 //! The handle that a service submits requests to, and the handle of one request.
 //!
 //! ```text
-//! Engine::submit ─▶ commands (bounded) ─▶ Worker: receive ─▶ drop who left ─▶ plan ─▶ step ─▶ events, a queue a request
-//! ```
+//! Engine::submit ─▶ commands (bounded) ─▶ Worker: receive ─▶ drop who left ─▶ plan ─▶ step ─▶ events, a queue a
+//! request ```
 
 use std::{
     fmt,

@@ -255,7 +255,8 @@ impl Ledger {
         }
         Ok(files.read(entry, |bytes| {
             let mapped = over(bytes, entry, stored);
-            // Converted on the CPU, so that the device receives the narrow form and the hash sees what it computes with.
+            // Converted on the CPU, so that the device receives the narrow form and the hash sees what it computes
+            // with.
             let mut converted = mapped.to_kind(self.kind);
             if self.dir.reading() == Reading::Digest {
                 let hash = self.hash(name, shape, values(&converted));

@@ -8,10 +8,10 @@
 //! 4. its own work must fit its deadline at the best pace that was seen of late.
 //!
 //! 3 goes by what the stages report of their load, so that all routers refuse alike; a stage is behind once requests
-//! wait at each of its replicas. 4 goes by what this router saw: a stage that it has not seen at work refuses nobody, and
-//! only certain work counts: denoising steps, and of a text, which may end at any token, those before `min_length`. What
-//! the cache may hold is certain only after a look: then rows to be regressed count with the steps that come after them,
-//! and the encoder may not be further behind than `admission.max_backlog_ms`.
+//! wait at each of its replicas. 4 goes by what this router saw: a stage that it has not seen at work refuses nobody,
+//! and only certain work counts: denoising steps, and of a text, which may end at any token, those before `min_length`.
+//! What the cache may hold is certain only after a look: then rows to be regressed count with the steps that come after
+//! them, and the encoder may not be further behind than `admission.max_backlog_ms`.
 
 use std::{
     sync::{
@@ -145,8 +145,8 @@ impl Admission {
     }
 }
 
-/// Whether an image that the cache does not hold may be encoded. The work is shared by all who want it, so that it goes by
-/// nobody's deadline.
+/// Whether an image that the cache does not hold may be encoded. The work is shared by all who want it, so that it goes
+/// by nobody's deadline.
 pub(crate) fn check_encoder(model: &Model, max_backlog: Duration) -> Result<(), Status> {
     check_behind(&model.encoder, max_backlog, Deadline::none())
 }

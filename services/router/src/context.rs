@@ -42,8 +42,8 @@ pub(crate) struct RequestContext {
 }
 
 impl RequestContext {
-    /// The context of work that others may wait for, which begins now: it outlives the request, whose reservation is given
-    /// back without it, and has the class of the request that began it.
+    /// The context of work that others may wait for, which begins now: it outlives the request, whose reservation is
+    /// given back without it, and has the class of the request that began it.
     pub(crate) fn of_shared_work(&self) -> Self {
         let (deadline, reservation) = (Deadline::after(self.shared_work), MemoryReservation::default());
         let caller = Caller { deadline, reservation, ..self.caller.clone() };

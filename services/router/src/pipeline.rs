@@ -235,8 +235,8 @@ impl Job {
         Ok(Session::new(call, route))
     }
 
-    /// Sends every image's embeddings to its slot as soon as they are there, and returns them in the order of the slots.
-    /// `lookups`: by slot, what the cache was asked before.
+    /// Sends every image's embeddings to its slot as soon as they are there, and returns them in the order of the
+    /// slots. `lookups`: by slot, what the cache was asked before.
     async fn fill_slots(
         &self,
         slots: Sender<LlmRequest>,

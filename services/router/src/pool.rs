@@ -57,8 +57,8 @@ const RETRIES_EARNED: f32 = 0.2;
 /// Replicas, and the tasks that watch them; dropping the pool ends those.
 pub(crate) struct Pool<S: Stage> {
     members: Arc<Members<S>>,
-    /// How often the pool may be asked again: one that is merely missing a replica never notices, and one that is sick is
-    /// not stormed.
+    /// How often the pool may be asked again: one that is merely missing a replica never notices, and one that is sick
+    /// is not stormed.
     retries: TpsBudget,
     best_pace: Arc<BestPace>,
     config: PoolConfig,
@@ -241,7 +241,8 @@ fn choose<S: Stage>(fitting: &[Arc<Replica<S>>], hint: Option<u64>) -> Option<Ar
     less_busy.map(|(replica, _)| Arc::clone(replica))
 }
 
-/// Names a replica for a hint by rendezvous hashing, so that a replica that comes or goes moves only its own share of the hints.
+/// Names a replica for a hint by rendezvous hashing, so that a replica that comes or goes moves only its own share of
+/// the hints.
 fn hinted<'a, S: Stage>(candidates: &[&'a Arc<Replica<S>>], hint: u64) -> Option<&'a Arc<Replica<S>>> {
     let score = |replica: &Arc<Replica<S>>| {
         let mut hasher = FieldHasher::default();

@@ -1,7 +1,7 @@
 //! The parameters of a request, their defaults filled in and checked: the same rules at the router and at the stages.
 //!
-//! A parameter stands in one message of the contracts, and the stage that acts on it states one [`ParameterLimit`] for it;
-//! nothing here knows it by name, except where one parameter bounds another.
+//! A parameter stands in one message of the contracts, and the stage that acts on it states one [`ParameterLimit`] for
+//! it; nothing here knows it by name, except where one parameter bounds another.
 
 use std::{fmt::Display, sync::LazyLock};
 
@@ -60,8 +60,8 @@ pub fn limit<'a>(limits: &'a [ParameterLimit], field: &str) -> Option<&'a Parame
     limits.iter().find(|limit| limit.field == field)
 }
 
-/// Whether a field of an error is one of a client's `GenerateRequest`, as `text.top_k` and `prompt.parts[2]` are: then the
-/// client can mend what is wrong with it.
+/// Whether a field of an error is one of a client's `GenerateRequest`, as `text.top_k` and `prompt.parts[2]` are: then
+/// the client can mend what is wrong with it.
 pub fn is_of_request(field: &str) -> bool {
     let first = field.split(['.', '[']).next().unwrap_or(field);
     let request =
@@ -69,7 +69,8 @@ pub fn is_of_request(field: &str) -> bool {
     request.get_field_by_name(first).is_some() || request.oneofs().any(|oneof| oneof.name() == first)
 }
 
-/// Fills in the defaults of a message and checks what it says, by the limits of fields under `prefix`. A NaN is out of any.
+/// Fills in the defaults of a message and checks what it says, by the limits of fields under `prefix`. A NaN is out of
+/// any.
 fn apply<M: Message + Default>(
     message: &M,
     name: &str,

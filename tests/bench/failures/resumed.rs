@@ -42,7 +42,8 @@ async fn kill(stage: usize, ask: Ask) {
     struck(stage, ask, async |cluster, replica| cluster.pool(stage)[replica].process.kill()).await;
 }
 
-/// Paused until another replica has taken over, then let go: what it still has to say belongs to an attempt that is over.
+/// Paused until another replica has taken over, then let go: what it still has to say belongs to an attempt that is
+/// over.
 async fn hang(stage: usize, ask: Ask) {
     struck(stage, ask, async |cluster, replica| {
         let mut others = std::mem::take(cluster.pool(stage));

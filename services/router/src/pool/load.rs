@@ -61,8 +61,8 @@ impl ReplicaLoad {
         state.reported = load;
     }
 
-    /// How far behind the replica says it is, once requests have waited there for longer than `patience`; before that, and
-    /// while nothing waits, a new request would soon begin, so the answer is zero.
+    /// How far behind the replica says it is, once requests have waited there for longer than `patience`; before that,
+    /// and while nothing waits, a new request would soon begin, so the answer is zero.
     pub(super) fn behind(&self, patience: Duration) -> Duration {
         let State { reported, waiting_since, .. } = *self.lock();
         let waits = waiting_since.is_some_and(|since| since.elapsed() > patience);
@@ -89,8 +89,8 @@ impl ReplicaLoad {
 }
 
 impl Busy {
-    /// Which of two replicas a new request would wait longer for. Seconds decide, those of requests that are in no report
-    /// at what a reported one of the two takes; then requests; then room for keys and values.
+    /// Which of two replicas a new request would wait longer for. Seconds decide, those of requests that are in no
+    /// report at what a reported one of the two takes; then requests; then room for keys and values.
     pub(super) fn cmp(&self, other: &Self) -> Ordering {
         let reported = (self.reported + other.reported) as f64;
         let seconds = self.backlog_seconds + other.backlog_seconds;

@@ -18,8 +18,8 @@ impl Checks {
         self.0.extend(violations);
     }
 
-    /// Checks what can be told of an image without opening it. A URL in its place is worth a word of its own: other APIs fetch
-    /// them.
+    /// Checks what can be told of an image without opening it. A URL in its place is worth a word of its own: other
+    /// APIs fetch them.
     pub(super) fn image(&mut self, field: &str, data: &[u8]) {
         if data.is_empty() {
             self.wrong(field, "must be an encoded image, got 0 bytes");

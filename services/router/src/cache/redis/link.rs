@@ -26,7 +26,8 @@ use super::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Several may have to be tried: Sentinels or nodes that are gone.
 const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// The pause from one vain try to connect to the next; drawn between half of it and one and a half, so that routers do not come together.
+/// The pause from one vain try to connect to the next; drawn between half of it and one and a half, so that routers do
+/// not come together.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Redirections of one question to a Cluster: after a failover one is usual.
 const CLUSTER_RETRIES: u32 = 3;
@@ -157,8 +158,8 @@ impl Connector {
         Ok(connector)
     }
 
-    /// Connects with the certificates as they are at this moment. (A Cluster's client makes its nodes' connections again by
-    /// itself, with those it has, until all of it is lost.)
+    /// Connects with the certificates as they are at this moment. (A Cluster's client makes its nodes' connections
+    /// again by itself, with those it has, until all of it is lost.)
     fn to(&self) -> RedisResult<To> {
         let certificates = self.certificates.read()?;
         Ok(match (&self.address, certificates) {

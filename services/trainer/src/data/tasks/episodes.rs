@@ -33,8 +33,8 @@ const SHOTS_OF_TOKENS: &[u32] = &[2, 3, 4];
 /// Between what is shown and its name.
 const LINK: &str = " this is a";
 
-/// So many episodes in a row, by their index, have as many names and demonstrations as each other: a batch of them needs
-/// little padding, which would be two thirds of it.
+/// So many episodes in a row, by their index, have as many names and demonstrations as each other: a batch of them
+/// needs little padding, which would be two thirds of it.
 const EPISODES_ALIKE: u64 = 32;
 
 /// Syllables of a name that is made up anew.
